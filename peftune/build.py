@@ -1,0 +1,302 @@
+"""The only place where names become objects: RunConfig -> Run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from peftune.config.load import dump
+from peftune.config.schema import RunConfig
+from peftune.data.batches import BatchPlan
+from peftune.data.chat import choose_template
+from peftune.data.examples import Batch
+from peftune.data.prepare import Prepared, Targets, open_prepared, prepare
+from peftune.errors import ConfigError, Fault, PeftuneError
+from peftune.loop.checkpoint import load_checkpoint
+from peftune.loop.evaluate import Evaluator
+from peftune.loop.finish import measure_baseline
+from peftune.loop.optimizer import build_optimizer
+from peftune.loop.publish import write_json, write_text
+from peftune.loop.resume import Start, find_start
+from peftune.loop.run import Every, Run
+from peftune.loop.state import TrainState
+from peftune.model.assemble import assemble, count
+from peftune.model.card import model_card
+from peftune.model.load import adjust_config, local_source, longest_input
+from peftune.model.precision import autocast, enable_gradient_checkpointing
+from peftune.model.resolve import load_model_config, load_tokenizer, resolve
+from peftune.model.save import load_published, reload_deviation, save_model
+from peftune.numerics.schedules import learning_rate_factor
+from peftune.observe.display import Display
+from peftune.observe.journal import Journal
+from peftune.observe.manifest import environment
+from peftune.observe.trackers import check_trackers, start_trackers
+from peftune.parallel.ddp import Ddp
+from peftune.parallel.single import Single
+from peftune.parallel.strategy import Strategy
+from peftune.parallel.world import World, close_world, open_world
+from peftune.plan import choose_memory
+from peftune.tasks import TASKS
+from peftune.tasks.task import BoundEncoder, TextEncoder
+
+RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
+code, so this is only room for kernels that sum in varying order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A model's text side: what tokens are, and how the task makes them."""
+
+    source: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    encoder: BoundEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A run ready to go on, or the summary of one that is done."""
+
+    run: Run | None
+    state: TrainState
+    display: Display
+    summary: dict[str, Any] | None = None
+
+
+@contextlib.contextmanager
+def build(config: RunConfig) -> Iterator[Built]:
+    """Start the processes' group, prepare the data, load the model, and find where the run stands.
+
+    Nothing is written into `output_dir` before all of it has succeeded.
+
+    Raises:
+        PeftuneError: whatever the user can mend.
+    """
+    quiet_libraries()
+    world = open_world()
+    display = Display(quiet=not world.is_main)
+    try:
+        strategy: Strategy = Ddp(world) if world.ranks > 1 else Single(world)
+        check_trackers(config.log.trackers)
+        display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
+                    f"{strategy.name} on {world.ranks} x {world.device.type}")
+        text, data = _data(config, world, display)
+        folder = Path(config.output_dir)
+        start = world.on_main(lambda: find_start(folder, dump(config), config.resume, data.fingerprints))
+        for note in start.notes:
+            display.warn(note)
+        if start.summary is not None:
+            yield Built(None, TrainState(), display, start.summary)
+            return
+        run, state = _run(config, world, strategy, display, text, data, start)
+        try:
+            yield Built(run, state, display)
+        finally:
+            run.journal.close()
+    finally:
+        close_world()
+
+
+def check(config: RunConfig) -> tuple[list[Fault], Prepared | None]:
+    """Every fault of model name, tokenizer, trackers and data, without loading weights."""
+    quiet_libraries()
+    faults: list[Fault] = []
+    for look in (lambda: check_trackers(config.log.trackers),):
+        try:
+            look()
+        except PeftuneError as error:
+            faults += error.faults
+    try:
+        text = open_text(config)
+        prepared = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=_identity(config, text)))
+    except PeftuneError as error:
+        return faults + list(error.faults), None
+    try:
+        _metric(config, prepared.targets)
+    except PeftuneError as error:
+        faults += error.faults
+    return faults, prepared
+
+
+def quiet_libraries() -> None:
+    """Their load reports and progress bars would drown ours; what matters of them is said by us."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def open_text(config: RunConfig) -> Text:
+    """Config and tokenizer of the model, without its weights."""
+    task = TASKS[config.task]
+    source = resolve(config.model)
+    model_config = load_model_config(config.model, source)
+    tokenizer = load_tokenizer(config.model, source, generates=task.generates)
+    template = choose_template(tokenizer, config.data.chat_template) if task.generates else "none"
+    limit = longest_input(model_config, config.data.max_length)
+    encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, config.data.train_on == "all"))
+    return Text(source, model_config, tokenizer, template, encoder)
+
+
+def _method(config: RunConfig) -> str:
+    return "full fine-tuning" if config.adapter is None else config.adapter.method
+
+
+def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
+    with display.phase("data") as notes:
+        text = open_text(config)
+        work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=_identity(config, text))
+        path = world.on_main(work)
+        if not (path / "meta.json").exists():  # another node, without the main one's disk
+            path = work()
+        data = open_prepared(path)
+        notes += data_notes(data, text, config)
+    return text, data
+
+
+def data_notes(data: Prepared, text: Text, config: RunConfig) -> list[str]:
+    """What was found and done, for a person."""
+    notes = [" + ".join(f"{counts.kept:,} {name}" for name, counts in data.counts.items()) + " rows"]
+    notes.append("format " + ", ".join(sorted(set(data.formats.values()))))
+    if data.targets.names:
+        notes.append(f"{len(data.targets.names)} classes ({data.targets.problem})")
+    if text.template != "none" and {"messages", "sharegpt", "alpaca"} & set(data.formats.values()):
+        notes.append(f"chat template: {text.template}")
+    for name, counts in data.counts.items():
+        for what in ("truncated", "dropped_too_long", "dropped_no_target"):
+            number = asdict(counts)[what]
+            if number:
+                notes.append(f"{number:,} of {counts.rows:,} {name} rows {what.replace('_', ' ')}")
+    if text.encoder.text.max_length < config.data.max_length:
+        notes.append(f"the model reads at most {text.encoder.text.max_length} tokens")
+    return notes
+
+
+def _identity(config: RunConfig, text: Text) -> dict[str, Any]:
+    """What else the tokens depend on: the task, the tokenizer, the template, and the code that makes them."""
+    tokenizer = text.tokenizer
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else f"{text.source}@{config.model.revision}"
+    code = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted([*package.glob("data/*.py"), *package.glob("tasks/*.py")]):
+        code.update(file.read_bytes())
+    return {"task": config.task, "limit": text.encoder.text.max_length, "template": tokenizer.chat_template,
+            "tokenizer": hashlib.sha256(backend.encode()).hexdigest(), "eos": tokenizer.eos_token,
+            "pad": tokenizer.pad_token, "code": code.hexdigest()}
+
+
+def _metric(config: RunConfig, targets: Targets) -> str:
+    names = TASKS[config.task].metric_names(targets)
+    metric = config.evaluation.metric or names[0]
+    if metric not in names:
+        raise ConfigError(Fault(kind="config", mend=f"evaluation.metric=null, or one of {', '.join(names)}",
+                                message=f"evaluation.metric = {metric!r}: no metric of {targets.problem} labels"))
+    return metric
+
+
+def _run(
+    config: RunConfig, world: World, strategy: Strategy, display: Display, text: Text, data: Prepared, start: Start,
+) -> tuple[Run, TrainState]:
+    metric = _metric(config, data.targets)
+    task, targets = TASKS[config.task], data.targets
+    with display.phase("model") as notes:
+        adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
+                      tokenizer=text.tokenizer)
+        source = local_source(text.source)
+        model, loaded = assemble(config.model, config.adapter, source, text.config, task.auto_class,
+                                 task=config.task, seed=config.seed)
+        counts = count(model)
+        memory = world.same(choose_memory(
+            text.config, device=world.device, longest=int(data.splits["train"].lengths.max()),
+            bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
+            tokens=_given(config.train.tokens_per_micro_batch), checkpointing=_given(config.model.gradient_checkpointing)))
+        if memory.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        if config.model.compile:
+            model.compile(dynamic=True)
+        wrapped = strategy.prepare(model)
+        notes.append(f"{counts.trainable:,} of {counts.total:,} weights train")
+        if loaded.new_modules:
+            notes.append(f"new: {', '.join(loaded.new_modules)}")
+        notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch"
+                     + (", activations recomputed" if memory.gradient_checkpointing else ""))
+    torch.manual_seed(config.seed + world.rank)
+    optimizer = build_optimizer(model, config.train)
+    state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, world)
+    if start.checkpoint is not None:
+        display.say(f"continuing after step {state.step} from {start.checkpoint}")
+    folder = Path(config.output_dir)
+    facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
+             "new_modules": list(loaded.new_modules), **asdict(memory)}
+    world.on_main(lambda: _open_folder(config, folder, world, strategy, data, text, facts))
+    journal = Journal(
+        folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, from_step=state.step,
+        trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
+    evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
+                          config.evaluation.max_new_tokens, display.evaluation)
+    run = _assembled_run(config, wrapped, strategy, optimizer, data, evaluator, journal, metric, facts)
+    if state.step == 0:
+        state = replace(state, baseline=measure_baseline(run))
+    return run, state
+
+
+def _given(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _open_folder(
+    config: RunConfig, folder: Path, world: World, strategy: Strategy, data: Prepared, text: Text, facts: dict[str, Any]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "manifest.json", {
+        **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,
+        "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template, **facts},
+        "data": {"fingerprints": data.fingerprints, "formats": data.formats, "classes": list(data.targets.names),
+                 "problem": data.targets.problem,
+                 "counts": {name: asdict(counts) for name, counts in data.counts.items()}},
+    })
+    write_text(folder / "config.yaml", dump(config))
+
+
+def _assembled_run(
+    config: RunConfig, model: nn.Module, strategy: Strategy, optimizer: torch.optim.Optimizer, data: Prepared,
+    evaluator: Evaluator, journal: Journal, metric: str, facts: dict[str, Any],
+) -> Run:
+    train, task, targets, world = config.train, evaluator.task, evaluator.targets, strategy.world
+    split = data.splits["train"]
+    plan = BatchPlan(split.lengths, split.source, data.weights, train.batch_size, config.seed)
+    steps = train.max_steps or max(1, round(train.num_epochs * plan.steps_per_epoch))
+
+    def losses(live: nn.Module, batch: Batch) -> Tensor:
+        return task.losses(live(**batch.inputs).logits, batch, targets)
+
+    def publish(live: nn.Module, folder: Path) -> None:
+        save_model(live, evaluator.tokenizer, folder)
+        write_text(folder / "README.md", model_card(config.model.name_or_path, config.task, _method(config), facts))
+
+    return Run(
+        folder=Path(config.output_dir), config_yaml=dump(config), model=model, strategy=strategy, optimizer=optimizer,
+        learning_rate=lambda step: train.learning_rate * learning_rate_factor(
+            train.lr_scheduler, step, steps, train.warmup_ratio),
+        losses=losses, autocast=evaluator.autocast, data=data, plan=plan, evaluator=evaluator, journal=journal,
+        publish=publish,
+        reload_deviation=functools.partial(
+            reload_deviation, auto_class=task.auto_class, autocast=evaluator.autocast,
+            trust_remote_code=config.model.trust_remote_code),
+        reload_tolerance=RELOAD_TOLERANCE[config.model.dtype], restore=load_published,
+        steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm, metric=metric,
+        patience=config.evaluation.patience, generate_every_time=metric in ("exact_match", "rouge_l"),
+        log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
+        checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),
+        keep_checkpoints=config.checkpoint.keep, facts=facts,
+    )

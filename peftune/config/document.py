@@ -1,0 +1,171 @@
+"""A YAML file as values plus the line of each key, so that every fault can say where it stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftune.errors import ConfigError, Fault
+
+KeyPath = tuple[str | int, ...]
+Place = tuple[str, int | None]
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 20_000
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Settings as nested dicts, and where each key path was written."""
+
+    values: dict[str, Any]
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> Place | None:
+        """File and line of the key path, or of its nearest written parent."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.places:
+                return self.places[path[:end]]
+        return None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2e-4 is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """The value of a `key=value` override, read as YAML."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read(path: Path) -> Document:
+    """Read one YAML file without following its `base`.
+
+    Raises:
+        ConfigError: missing, unreadable, not a mapping, or with a key written twice.
+    """
+    name = str(path)
+    text = _text(path)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise ConfigError(Fault(kind="config", file=name, message="the file is empty", mend="peftune schema"))
+        places, faults = _places(node, name)
+        if faults:
+            raise ConfigError(faults)
+        values = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = None if mark is None else mark.line + 1
+        raise ConfigError(
+            Fault(kind="config", file=name, line=line, message=f"not valid YAML: {error.problem or error.context}",
+                  mend="mend the syntax of this line or the one above it")
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(Fault(kind="config", file=name, message=f"not valid YAML: {error}")) from None
+    finally:
+        loader.dispose()
+    return Document(values, places)
+
+
+def _text(path: Path) -> str:
+    name = str(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(Fault(kind="config", file=name, message="larger than 1 MiB: not a config"))
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        mend = f"the folder {path.parent} holds {_listing(path.parent)}" if path.parent.is_dir() else "check the path"
+        raise ConfigError(Fault(kind="config", file=name, message="no such config file", mend=mend)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            Fault(kind="config", file=name, message=f"not UTF-8 at byte {error.start}", mend="save it as UTF-8")
+        ) from None
+    except OSError as error:
+        raise ConfigError(Fault(kind="config", file=name, message=f"cannot be read: {error.strerror}")) from None
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(file.name for file in folder.glob("*.yaml"))
+    return ", ".join(names[:10]) if names else "no .yaml file"
+
+
+def _places(root: yaml.Node, file: str) -> tuple[dict[KeyPath, Place], list[Fault]]:
+    """Line of every key, and the keys that are written twice (YAML itself would keep the last in silence)."""
+    places: dict[KeyPath, Place] = {}
+    faults: list[Fault] = []
+    if not isinstance(root, yaml.MappingNode):
+        faults.append(Fault(kind="config", file=file, line=root.start_mark.line + 1,
+                            message="a config is a mapping of keys to values", mend="begin with `task: ...`"))
+        return places, faults
+    for count, (path, key, twice) in enumerate(_keys(root, (), frozenset())):
+        if count > MAX_NODES:
+            faults.append(Fault(kind="config", file=file, message=f"more than {MAX_NODES} values: not a config"))
+            break
+        line = key.start_mark.line + 1
+        if twice:
+            first = places[path][1]
+            faults.append(Fault(kind="config", file=file, line=line, mend="keep one of them",
+                                message=f"{dotted(path)} is written twice, first on line {first}"))
+        else:
+            places[path] = (file, line)
+    return places, faults
+
+
+def _keys(
+    node: yaml.Node, path: KeyPath, above: frozenset[int]
+) -> Iterator[tuple[KeyPath, yaml.Node, bool]]:
+    if id(node) in above:
+        raise yaml.YAMLError("an alias that contains itself")
+    inside = above | {id(node)}
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            yield (*path, name), key, name in seen
+            seen.add(name)
+            yield from _keys(value, (*path, name), inside)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*path, index), value, False
+            yield from _keys(value, (*path, index), inside)
+
+
+def dotted(path: KeyPath) -> str:
+    """('data', 'train', 0, 'path') -> 'data.train[0].path'."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def merge(below: Document, above: Document) -> Document:
+    """`above` laid over `below`, section by section; another adapter method replaces the whole adapter."""
+    places = {**below.places, **above.places}
+    return Document(_merged(below.values, above.values), places)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        under = result.get(key)
+        both = isinstance(under, Mapping) and isinstance(value, Mapping)
+        other_method = key == "adapter" and both and value.get("method", under.get("method")) != under.get("method")
+        result[key] = _merged(under, value) if both and not other_method else value
+    return result

@@ -1,0 +1,168 @@
+"""Command line -> one frozen RunConfig, or every fault of it at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, merge, parse_value, read
+from peftune.config.names import FAMILIAR, right_spelling
+from peftune.config.rules import broken_rules
+from peftune.config.schema import RunConfig
+from peftune.errors import ConfigError, Fault
+
+
+def load(arguments: Sequence[str]) -> RunConfig:
+    """Read `CONFIG.yaml key=value ...` into a checked config.
+
+    Raises:
+        ConfigError: with all faults found: syntax, unknown keys, wrong values, combinations that cannot work.
+    """
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError(
+            Fault(kind="config", message="no config file given", mend="peftune train CONFIG.yaml [key=value ...]")
+        )
+    document = merge(_with_base(Path(arguments[0]), ()), _overrides(arguments[1:]))
+    return validate(document)
+
+
+def validate(document: Document) -> RunConfig:
+    """Values -> RunConfig. Raises ConfigError with one fault for each wrong key."""
+    try:
+        config = RunConfig.model_validate(document.values)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True)
+        raise ConfigError(_faults(details, document) + _adapter_faults(document)) from None
+    faults = _adapter_faults(document) + broken_rules(config, document)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML, every default written out. Loading it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with_base(path: Path, below: tuple[Path, ...]) -> Document:
+    if path.resolve() in below:
+        chain = " -> ".join(str(step) for step in (*below, path.resolve()))
+        raise ConfigError(Fault(kind="config", file=str(path), message=f"base leads back to itself: {chain}"))
+    document = read(path)
+    if "base" not in document.values:
+        return document
+    base = document.values.pop("base")
+    place = document.places.pop(("base",))
+    if not isinstance(base, str):
+        raise ConfigError(
+            Fault(kind="config", file=place[0], line=place[1], message=f"base = {base!r}: not a path",
+                  mend="base: other.yaml, relative to this file")
+        )
+    return merge(_with_base(path.parent / base, (*below, path.resolve())), document)
+
+
+def _overrides(arguments: Sequence[str]) -> Document:
+    layer = Document({})
+    faults = []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            faults.append(Fault(kind="config", file=COMMAND_LINE, message=f"{argument!r} is not key=value",
+                                mend="write train.learning_rate=1e-4, without spaces"))
+            continue
+        try:
+            value = parse_value(text)
+        except (yaml.YAMLError, ValueError) as error:
+            faults.append(Fault(kind="config", file=COMMAND_LINE, message=f"{argument}: not a YAML value: {error}"))
+            continue
+        for part in reversed(path):
+            value = {part: value}
+        layer = merge(layer, Document(value, {path: (COMMAND_LINE, None)}))
+    if faults:
+        raise ConfigError(faults)
+    return layer
+
+
+def _faults(details: Sequence[ErrorDetails], document: Document) -> list[Fault]:
+    """One fault a key: a union reports every member that did not fit, the reader needs one line."""
+    by_path: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in details:
+        by_path.setdefault(_written_path(detail, document.values), []).append(detail)
+    return [_fault(path, several, document) for path, several in by_path.items()]
+
+
+def _written_path(detail: ErrorDetails, values: Any) -> KeyPath:
+    """The error's location without the names of union members that pydantic puts into it."""
+    path: list[str | int] = []
+    for part in detail["loc"]:
+        if isinstance(values, dict) and part in values:
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        elif detail["type"] == "missing" and part == detail["loc"][-1]:
+            pass
+        else:
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _fault(path: KeyPath, details: Sequence[ErrorDetails], document: Document) -> Fault:
+    detail = details[0]
+    place = document.place(path) or (None, None)
+    name = dotted(path)
+    if detail["type"] == "missing":
+        why, mend = "missing", f"add {name}"
+        message = f"{name} is missing"
+    elif detail["type"] in ("extra_forbidden", "invalid_key"):
+        message, mend = f"unknown key {name}", right_spelling(name)
+    else:
+        why, mend = _why(details)
+        message = f"{name} = {_short(detail['input'])}: {why}"
+    return Fault(kind="config", file=place[0], line=place[1], message=message, mend=mend)
+
+
+def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
+    detail = details[0]
+    context: dict[str, Any] = detail.get("ctx", {})
+    choices = [d for d in details if d["type"] == "literal_error"]
+    if choices:
+        expected = " or ".join(d["ctx"]["expected"] for d in choices)
+        names = [name.strip("' ") for name in expected.replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(str(detail["input"]), names, n=1)
+        others = [d["msg"].removeprefix("Input should be ") for d in details if d["type"] != "literal_error"]
+        return "not one of the values here", (f"did you mean {near[0]}? " if near else "") + "use " + " or ".join(
+            [expected, *others])
+    bounds = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+    said = [f"{word} {context[key]}" for key, word in bounds.items() if key in context]
+    if said:
+        return "out of range", f"use {' and '.join(said)}"
+    messages = dict.fromkeys(d["msg"] for d in details)
+    needs = " or ".join(message.removeprefix("Input should be ").replace("valid ", "") for message in messages)
+    return "wrong type", f"use {needs}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _adapter_faults(document: Document) -> list[Fault]:
+    """LoRA keys under another framework's name: AdapterConfig itself takes any key, for PEFT to judge."""
+    adapter = document.values.get("adapter")
+    if not isinstance(adapter, dict) or adapter.get("method", "lora") != "lora":
+        return []
+    faults = []
+    for key in adapter:
+        if isinstance(key, str) and FAMILIAR.get(key, "").startswith("adapter."):
+            place = document.place(("adapter", key)) or (None, None)
+            faults.append(Fault(kind="config", file=place[0], line=place[1],
+                                message=f"unknown key adapter.{key}", mend=f"write {FAMILIAR[key]}"))
+    return faults

@@ -1,0 +1,129 @@
+"""Combinations that cannot work: broken by what, why, and the nearest thing that does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peftune.config.document import Document, KeyPath
+from peftune.config.schema import RunConfig
+from peftune.errors import Fault
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "sequence_classification": (
+        "loss", "accuracy", "macro_f1", "mcc", "micro_f1", "exact_match", "pearson", "spearman", "rmse"
+    ),
+    "causal_lm": ("loss", "perplexity", "exact_match", "rouge_l"),
+}
+"""Names that `evaluation.metric` takes, by task."""
+
+GENERATION_METRICS = frozenset({"exact_match", "rouge_l"})
+"""causal_lm metrics that need generated text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A combination that is refused. `key` is where the user would mend it first."""
+
+    key: KeyPath
+    broken_by: Callable[[RunConfig], bool]
+    why: str
+    mend: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("task",),
+        lambda c: c.task not in METRICS,
+        "this version trains sequence_classification and causal_lm",
+        "task=sequence_classification or task=causal_lm",
+    ),
+    Rule(
+        ("model", "quantization"),
+        lambda c: c.model.quantization != "none",
+        "this version does not load quantised weights",
+        "model.quantization=none",
+    ),
+    Rule(
+        ("train", "optimizer"),
+        lambda c: c.train.optimizer.endswith("8bit"),
+        "this version has no 8-bit optimizer",
+        "train.optimizer=adamw",
+    ),
+    Rule(
+        ("data", "layout"),
+        lambda c: c.data.layout == "packed",
+        "this version has the padded layout only",
+        "data.layout=padded",
+    ),
+    Rule(
+        ("data", "format"),
+        lambda c: c.data.format in ("ner", "squad"),
+        "no task of this version reads this format",
+        "data.format=auto",
+    ),
+    Rule(
+        ("data", "format"),
+        lambda c: c.task == "sequence_classification" and c.data.format not in ("auto", "classification"),
+        "sequence_classification learns a label from a text",
+        "data.format=classification, with columns text and label",
+    ),
+    Rule(
+        ("data", "format"),
+        lambda c: c.task == "causal_lm" and c.data.format == "classification",
+        "causal_lm has no labels to learn",
+        "data.format=auto, or task=sequence_classification",
+    ),
+    Rule(
+        ("model", "pure_bf16"),
+        lambda c: c.model.pure_bf16 and c.model.dtype != "bfloat16",
+        "pure_bf16 keeps all weights in bfloat16",
+        "model.dtype=bfloat16, or model.pure_bf16=false",
+    ),
+    Rule(
+        ("data", "validation"),
+        lambda c: isinstance(c.data.validation, float) and not 0 < c.data.validation < 1,
+        "a fraction of the training rows lies between 0 and 1",
+        "data.validation=0.1, a path, or null for none",
+    ),
+    Rule(
+        ("evaluation", "patience"),
+        lambda c: c.evaluation.patience is not None and c.data.validation is None,
+        "early stopping needs validation data",
+        "data.validation=0.1, or evaluation.patience=null",
+    ),
+    Rule(
+        ("evaluation", "metric"),
+        lambda c: c.evaluation.metric is not None and c.evaluation.metric not in METRICS.get(c.task, ()),
+        "not a metric of this task",
+        "evaluation.metric=null, loss, or one of the task's own: "
+        + "; ".join(f"{task}: {', '.join(names)}" for task, names in METRICS.items()),
+    ),
+    Rule(
+        ("evaluation", "max_new_tokens"),
+        lambda c: c.evaluation.metric in GENERATION_METRICS
+        and c.task == "causal_lm" and c.evaluation.max_new_tokens == 0,
+        "this metric scores generated text, and nothing is generated",
+        "evaluation.max_new_tokens=128, or evaluation.metric=loss",
+    ),
+)
+
+
+def broken_rules(config: RunConfig, document: Document) -> list[Fault]:
+    """Every broken rule as a fault, so that a mend needs one round and not five."""
+    faults = []
+    for rule in RULES:
+        if rule.broken_by(config):
+            place = document.place(rule.key) or (None, None)
+            key = ".".join(str(part) for part in rule.key)
+            value = _get(config, rule.key)
+            faults.append(Fault(kind="config", file=place[0], line=place[1],
+                                message=f"{key} = {value!r}: {rule.why}", mend=rule.mend))
+    return faults
+
+
+def _get(config: RunConfig, path: KeyPath) -> object:
+    value: object = config
+    for part in path:
+        value = getattr(value, str(part))  # dynamic by design: the rule names its key as data
+    return value

@@ -1,0 +1,179 @@
+"""Every setting of a run: frozen values, checked whole before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+TaskName = Literal["sequence_classification", "token_classification", "question_answering", "causal_lm"]
+
+
+class Section(BaseModel):
+    """A part of the config. Frozen; unknown keys are faults; the docstrings are the schema's descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    """Which model, and in what form it is held in memory."""
+
+    name_or_path: str = Field(min_length=1)
+    """Hub id, local folder, or `package:<import name>/<folder>` for weights inside an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the frozen weights and of the matrix products. Trainable weights are float32 in either case."""
+    pure_bf16: bool = False
+    """Keep the trainable weights in bfloat16 too: half their memory, small updates may round away."""
+    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
+    """bitsandbytes storage of the frozen weights."""
+    attention: str = "auto"
+    """auto | sdpa | eager | flash_attention_2 | any name that transformers knows."""
+    dropout: float | None = Field(default=0.0, ge=0, lt=1)
+    """Rate of the model's own dropout. 0 makes a run independent of the device layout; null keeps the checkpoint's."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in backward instead of keeping them. auto: only when they would not fit."""
+    compile: bool = False
+    """Pass the model through torch.compile."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+
+class AdapterConfig(BaseModel):
+    """A PEFT method. The other keys are that method's own PEFT config fields, passed through unchanged."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    method: str = "lora"
+    """lora, ia3, vera, adalora, oft, prefix_tuning, ... : any PEFT type, in lower case."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The PEFT config's fields; LoRA's defaults are r 16, alpha 32, no dropout, every linear layer."""
+        defaults = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+        return {**(defaults if self.method == "lora" else {}), **(self.model_extra or {})}
+
+
+class Source(Section):
+    """One of several data sources that are mixed."""
+
+    path: str = Field(min_length=1)
+    """File, glob, folder or hub id."""
+    split: str = "train"
+    """Split of a hub data set; files have none."""
+    weight: PositiveFloat = 1.0
+    """How often each row is seen in an epoch: 2 is twice, 0.5 a random half (another half each epoch)."""
+
+
+Sources = str | tuple[str | Source, ...]
+
+
+class DataConfig(Section):
+    """What is read, and how a row becomes tokens."""
+
+    train: Sources
+    """File, glob, folder, hub id, or a list of them or of {path, split, weight}."""
+    validation: float | Sources | None = 0.1
+    """Held-out data, a fraction split off the training rows by content hash and seed, or null."""
+    test: Sources | None = None
+    """Data scored once, at the end."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "ner", "squad"
+    ] = "auto"
+    """Shape of a row. auto: found from the columns, and said."""
+    columns: dict[str, str] = {}
+    """Renames, as {expected name: name in the file}."""
+    labels: tuple[str, ...] | None = None
+    """Class names in order. null: the sorted labels of the training rows."""
+    problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
+    """Kind of label. auto: lists are multi_label, fractions are regression, all else single_label."""
+    max_length: PositiveInt = 512
+    """Tokens an example may have."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a longer one. Counted and shown in every case."""
+    layout: Literal["auto", "padded", "packed"] = "auto"
+    """How the examples of a step lie in memory. Never changes which examples a step sees."""
+    train_on: Literal["completion", "all"] = "completion"
+    """causal_lm: tokens in the loss: those of completions and assistant turns, or all."""
+    chat_template: str | None = None
+    """chatml, a Jinja file, or Jinja text. null: the tokenizer's own."""
+
+
+class TrainConfig(Section):
+    """What a step is, and how many there are."""
+
+    batch_size: PositiveInt = 32
+    """Examples per optimizer step over all devices. The hardware never changes it."""
+    tokens_per_micro_batch: Literal["auto"] | PositiveInt = "auto"
+    """Padded tokens a device holds at once: a memory knob that never changes the result."""
+    num_epochs: PositiveFloat = 3.0
+    """Passes over the training data; fractions allowed."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; overrides num_epochs."""
+    learning_rate: PositiveFloat = 2.0e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """Optimizer over the trainable weights."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; never applied to biases and norms."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Bound on the global gradient norm; null clips nothing."""
+
+
+class EvaluationConfig(Section):
+    """When and on what the model is scored."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between evaluations. null: each epoch."""
+    metric: str | None = None
+    """The metric that picks `best`. null: the task's usual one."""
+    patience: PositiveInt | None = None
+    """Evaluations without a better metric before training stops early."""
+    max_new_tokens: NonNegativeInt = 128
+    """causal_lm: tokens generated per example for generation metrics; 0 generates nothing."""
+
+
+class CheckpointConfig(Section):
+    """What is kept so that the run can continue."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints. null: each epoch."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class LogConfig(Section):
+    """What is written while training. metrics.jsonl is always written."""
+
+    every_steps: PositiveInt = 10
+    """Steps a log row stands for."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Names of accelerate's trackers: tensorboard, wandb, mlflow, ..."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    task: TaskName
+    """What is learned."""
+    output_dir: str = Field(default="runs/default", min_length=1)
+    """The run folder; all that a run writes lies there."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Decides the order of the data, the split, and every newly initialised weight."""
+    resume: str = "auto"
+    """auto (continue if the folder holds this run) | never | a checkpoint folder."""
+    model: ModelConfig
+    adapter: AdapterConfig | None = AdapterConfig()
+    """null fine-tunes all weights."""
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()

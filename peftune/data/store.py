@@ -1,0 +1,83 @@
+"""Tokenised examples on disk: one Arrow file a split, memory-mapped, so that ranks share one copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from peftune.data.examples import Example, TargetKind
+
+ROWS_PER_CHUNK = 1024
+
+
+def write(path: Path, examples: Iterable[Example], kind: TargetKind) -> int:
+    """Write examples to a new Arrow file and return how many there were."""
+    target = pa.float32() if kind == "values" else pa.int32()
+    schema = pa.schema([
+        ("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(target)), ("num_targets", pa.int32()),
+        ("full_length", pa.int32()), ("segment_ids", pa.list_(pa.int8())), ("source", pa.int16()),
+        ("record", pa.string()),
+    ])
+    count = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        chunk: list[dict[str, Any]] = []
+        for example in examples:
+            chunk.append({
+                "input_ids": example.input_ids, "targets": example.targets, "num_targets": example.num_targets,
+                "full_length": example.full_length, "segment_ids": example.segment_ids,
+                "source": example.source,
+                "record": json.dumps(dict(example.record), ensure_ascii=False),
+            })
+            count += 1
+            if len(chunk) == ROWS_PER_CHUNK:
+                writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
+                chunk = []
+        if chunk:
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema))
+    return count
+
+
+class Split:
+    """A split opened for reading. Examples are read from the map when asked for; only lengths are kept in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+        chunks = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        self._chunks = chunks
+        self._starts = np.cumsum([0] + [chunk.num_rows for chunk in chunks])
+        self.lengths = self._gather(lambda chunk: chunk["input_ids"].value_lengths())
+        """Tokens of each example, int32 [n]."""
+        self.num_targets = self._gather(lambda chunk: chunk["num_targets"])
+        """Supervised targets of each example, int32 [n]."""
+        self.source = self._gather(lambda chunk: chunk["source"])
+        """Source of each example, int32 [n]."""
+
+    def _gather(self, column: Any) -> np.ndarray:
+        parts = [column(chunk).to_numpy(zero_copy_only=False) for chunk in self._chunks]
+        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, position: int) -> Example:
+        chunk_index = int(np.searchsorted(self._starts, position, side="right")) - 1
+        chunk, row = self._chunks[chunk_index], position - int(self._starts[chunk_index])
+        segments = chunk["segment_ids"][row]
+        return Example(
+            input_ids=chunk["input_ids"][row].values.to_numpy(),
+            targets=chunk["targets"][row].values.to_numpy(),
+            num_targets=chunk["num_targets"][row].as_py(),
+            full_length=chunk["full_length"][row].as_py(),
+            record=json.loads(chunk["record"][row].as_py()),
+            segment_ids=segments.values.to_numpy() if segments.is_valid else None,
+            source=chunk["source"][row].as_py(),
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all examples, in order."""
+        return [json.loads(text) for chunk in self._chunks for text in chunk["record"].to_pylist()]

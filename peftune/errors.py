@@ -1,0 +1,102 @@
+"""What can go wrong in a way the user can mend: what, where, why, and the mend."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+EXIT_DONE = 0
+EXIT_OUR_FAULT = 1
+EXIT_MENDABLE = 2
+EXIT_DOES_NOT_FIT = 3
+EXIT_PREEMPTED = 75
+
+SHOWN_FAULTS = 20
+
+EXIT_CODE_FILE = "PEFTUNE_EXIT_CODE_FILE"
+"""Environment variable: where the main process leaves its exit code, if `peftune train` has launched it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing to mend. `line` counts from 1; `file` is as the user wrote it."""
+
+    kind: Literal["config", "data", "model", "environment", "run_folder", "self_check"]
+    message: str
+    mend: str = ""
+    file: str | None = None
+    line: int | None = None
+    severity: Literal["error", "warning"] = "error"
+
+    def __str__(self) -> str:
+        place = "" if self.file is None else f"{self.file}:{self.line}: " if self.line else f"{self.file}: "
+        mend = f"\n  mend: {self.mend}" if self.mend else ""
+        return f"{place}{self.message}{mend}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of `peftune check --json`."""
+        return asdict(self)
+
+
+class PeftuneError(ValueError):
+    """Something the user can mend. The doors print it without a traceback and exit with `exit_code`."""
+
+    exit_code = EXIT_MENDABLE
+
+    def __init__(self, faults: Fault | Sequence[Fault]) -> None:
+        self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)
+        lines = [str(fault) for fault in self.faults[:SHOWN_FAULTS]]
+        if len(self.faults) > SHOWN_FAULTS:
+            lines.append(f"... and {len(self.faults) - SHOWN_FAULTS} more faults")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(PeftuneError):
+    """The config, or an override of it, is wrong."""
+
+
+class DataError(PeftuneError):
+    """A data file, row or label is wrong."""
+
+
+class ModelError(PeftuneError):
+    """A model, tokenizer or adapter cannot be had, or does not suit the task."""
+
+
+class MachineError(PeftuneError):
+    """The machine lacks something this run asks for: a package, a device, a process."""
+
+
+class RunFolderError(PeftuneError):
+    """The output folder holds something this run must not touch or cannot continue."""
+
+
+class SelfCheckError(PeftuneError):
+    """The run found that it does not do what it says: it stops before more time is lost."""
+
+
+def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a door; turn what the user can mend into a message and its exit code. Anything else keeps its traceback.
+
+    Under `peftune train` the code goes into a file and the process ends with 0: launchers know of crashes only,
+    and would bury the message under a trace of their own.
+    """
+    try:
+        code = door(arguments)
+    except PeftuneError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_OUR_FAULT
+    report = os.environ.get(EXIT_CODE_FILE)
+    if report is None:
+        return code
+    if os.environ.get("RANK", "0") == "0":
+        Path(report).write_text(str(code))
+    return EXIT_DONE

@@ -1,0 +1,123 @@
+"""The one evaluation harness: training, `peftune evaluate` and `peftune predict` all come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peftune.data.batches import evaluation_batches
+from peftune.data.examples import Example, padded
+from peftune.data.prepare import Targets
+from peftune.data.store import Split
+from peftune.loop.generate import generate_texts
+from peftune.parallel.world import World
+from peftune.tasks.task import Metrics, Record, Task
+
+BUDGET_TOKENS = 4096
+"""Padded tokens of an evaluation batch. Fixed, so that scores do not depend on the training's memory knob."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """What it takes to score any model of a task on any split."""
+
+    task: Task
+    targets: Targets
+    tokenizer: PreTrainedTokenizerBase
+    world: World
+    autocast: Callable[[], AbstractContextManager[None]]
+    max_new_tokens: int
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Metrics of a split and the records they were computed from, in order of position."""
+
+    metrics: Metrics
+    records: list[Record]
+
+
+def evaluate(
+    evaluator: Evaluator, model: nn.Module, split: Split, *, name: str, intervals: bool = False, generate: bool = False
+) -> Scored:
+    """Score a model on a split, each example once.
+
+    Every rank makes the records of its batches; they are gathered by position, and the metrics are computed
+    from the records alone: so neither the number of ranks nor the batches can change them.
+
+    Args:
+        evaluator: task, tokenizer, processes, precision.
+        model: unwrapped; left in the mode it came in.
+        split: tokenised examples.
+        name: of the split, for the progress display.
+        intervals: also bootstrap intervals.
+        generate: also generated text and its metrics, where the task has them.
+    """
+    records = predict(evaluator, model, split, name=name, generate=generate)
+    metrics = evaluator.world.on_main(lambda: evaluator.task.metrics(records, evaluator.targets, intervals))
+    return Scored(metrics, records)
+
+
+def predict(
+    evaluator: Evaluator, model: nn.Module, split: Split, *, name: str, generate: bool, scored: bool = True
+) -> list[Record]:
+    """One record an example, in order of position, on every rank. `scored`: the examples have targets."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        mine = _forward_records(evaluator, model, split, name, scored)
+        if generate and evaluator.task.generates and evaluator.max_new_tokens > 0:
+            _add_generations(evaluator, model, split, mine, name)
+    model.train(was_training)
+    records = sorted(evaluator.world.gather(mine), key=lambda record: record["position"])
+    assert [record["position"] for record in records] == list(range(len(split)))
+    return records
+
+
+def _forward_records(
+    evaluator: Evaluator, model: nn.Module, split: Split, name: str, scored: bool
+) -> list[Record]:
+    world, task = evaluator.world, evaluator.task
+    batches = evaluation_batches(split.lengths.tolist(), rank=world.rank, ranks=world.ranks,
+                                 budget_tokens=BUDGET_TOKENS)
+    records: list[Record] = []
+    for number, positions in enumerate(batches, start=1):
+        examples = [split[i] for i in positions]
+        if task.generates and not scored:
+            records += [_record(i, example) for i, example in zip(positions, examples, strict=True)]
+            continue
+        batch = padded(examples, positions, pad_id=evaluator.tokenizer.pad_token_id, kind=evaluator.targets.kind,
+                       width=evaluator.targets.width, device=world.device)
+        with evaluator.autocast():
+            logits = model(**batch.inputs).logits
+        predictions = task.predictions(logits, evaluator.targets)
+        sums = task.losses(logits, batch, evaluator.targets).tolist() if scored else [0.0] * len(positions)
+        for i, example, prediction, loss_sum in zip(positions, examples, predictions, sums, strict=True):
+            outcome = {"loss_sum": loss_sum, "num_targets": example.num_targets} if scored else {}
+            records.append({**_record(i, example), **prediction, **outcome})
+        evaluator.progress(name, number, len(batches))
+    return records
+
+
+def _record(position: int, example: Example) -> Record:
+    return {"position": position, **example.record}
+
+
+def _add_generations(
+    evaluator: Evaluator, model: nn.Module, split: Split, records: Sequence[Record], name: str
+) -> None:
+    """Continue each prompt that has an answer to compare with; the text goes into the record."""
+    by_position = {record["position"]: record for record in records}
+    prompts = {i: split[i].input_ids[: record["prompt_length"]]
+               for i, record in by_position.items() if record.get("prompt_length")}
+    texts = generate_texts(
+        model, evaluator.tokenizer, prompts, max_new_tokens=evaluator.max_new_tokens, device=evaluator.world.device,
+        autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total))
+    for i, text in texts.items():
+        by_position[i]["prediction"] = text

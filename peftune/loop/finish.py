@@ -1,0 +1,129 @@
+"""The end of a run: the final scores, the published model proven to reload, the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peftune.data.examples import padded
+from peftune.errors import Fault, SelfCheckError
+from peftune.loop.evaluate import Scored, evaluate
+from peftune.loop.judge import judge
+from peftune.loop.publish import published, write_json, write_text
+from peftune.loop.run import Run
+from peftune.loop.state import TrainState
+from peftune.tasks.task import Record
+
+CHECKED_EXAMPLES = 4
+SCORED_SPLITS = ("validation", "test")
+HIDDEN_KEYS = ("position", "prompt_length")
+
+
+def measure_baseline(run: Run) -> dict[str, Any]:
+    """Metrics of the model before training, and of the guess that never reads its input, by split."""
+    baseline: dict[str, Any] = {}
+    majority: dict[str, Any] = {}
+    for name in SCORED_SPLITS:
+        if name in run.data.splits:
+            scored = _score(run, name)
+            baseline[name] = scored.metrics
+            if run.evaluator.task.majority is not None:
+                guessed = run.evaluator.task.majority(
+                    run.data.splits["train"].records(), scored.records, run.data.targets)
+                metrics = run.evaluator.task.metrics(guessed, run.data.targets, False)
+                majority[name] = {key: value for key, value in metrics.items() if key != "loss"}
+            run.journal.evaluation_row(TrainState(), name, scored.metrics, epoch=0.0)
+    return {"untrained": baseline, "majority": majority}
+
+
+def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Score and publish the last weights, then score `best` if it is another step.
+
+    Returns:
+        The state with the last evaluation judged, and the summary, which is also on disk as summary.json.
+
+    Raises:
+        SelfCheckError: the published folder does not reload to the same logits; nothing is published then.
+    """
+    deviation = publish_final(run)
+    metrics: dict[str, Any] = {}
+    for name in SCORED_SPLITS:
+        if name in run.data.splits:
+            scored = _score(run, name)
+            metrics[name] = scored.metrics
+            write_predictions(run.folder / "predictions" / f"{name}.jsonl", scored.records, run)
+            if name == "validation":
+                state = judge(run, state, scored)
+            else:
+                run.journal.evaluation_row(state, name, scored.metrics, epoch=run.epochs_of(state.step))
+    best: dict[str, Any] = {}
+    if state.best_step not in (None, state.step):
+        run.restore(run.strategy.unwrap(run.model), run.folder / "best")
+        best = {name: _score(run, name).metrics for name in metrics}
+    summary = _summary(run, state, metrics, best, deviation)
+    if run.strategy.world.is_main:
+        write_json(run.folder / "summary.json", summary)
+    return state, summary
+
+
+def publish_final(run: Run) -> float:
+    """Write final/ and prove that it reloads; return the largest deviation of its logits."""
+    world, model = run.strategy.world, run.strategy.unwrap(run.model)
+    deviation = 0.0
+    if world.is_main:
+        split = run.data.splits.get("validation", run.data.splits["train"])
+        positions = list(range(min(CHECKED_EXAMPLES, len(split))))
+        batch = padded([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
+                       kind=run.data.targets.kind, width=run.data.targets.width, device=world.device)
+        with published(run.folder / "final") as draft:
+            run.publish(model, draft)
+            deviation = run.reload_deviation(model, draft, batch.inputs)
+            if not deviation <= run.reload_tolerance:
+                raise SelfCheckError(Fault(
+                    kind="self_check", message=f"what was saved does not reload: logits differ by {deviation:.3g} "
+                    f"(tolerance {run.reload_tolerance:.1g}); final/ was not published",
+                    mend="the last checkpoint holds the training; report this with the config",
+                ))
+    world.barrier()
+    return world.same(deviation)
+
+
+def write_predictions(path: Path, records: Sequence[Record], run: Run) -> None:
+    """One JSON line an example, in order of the split."""
+    if run.strategy.world.is_main:
+        write_text(path, prediction_lines(records))
+
+
+def prediction_lines(records: Sequence[Record]) -> str:
+    """Records as JSON lines: id, prediction and reference first."""
+    lines = []
+    for record in records:
+        shown = {"id": record.get("id"), "prediction": record.get("prediction"), "reference": record.get("reference")}
+        shown |= {key: value for key, value in record.items() if key not in HIDDEN_KEYS and key not in shown}
+        lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def _score(run: Run, name: str) -> Scored:
+    return evaluate(run.evaluator, run.strategy.unwrap(run.model), run.data.splits[name], name=name,
+                    intervals=True, generate=True)
+
+
+def _summary(
+    run: Run, state: TrainState, metrics: dict[str, Any], best: dict[str, Any], deviation: float
+) -> dict[str, Any]:
+    return {
+        "task": run.facts["task"], "exit": "stopped_early" if state.stopped_early else "done",
+        "steps": state.step, "examples": state.examples, "tokens": state.tokens,
+        "supervised_tokens": state.supervised_tokens, "seconds": state.seconds,
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
+        "peak_memory_bytes": run.journal.peak_memory_bytes(),
+        "trainable_parameters": run.facts["trainable_parameters"],
+        "total_parameters": run.facts["total_parameters"],
+        "strategy": run.strategy.name, "world_size": run.strategy.world.ranks,
+        "metric": run.metric, "best_step": state.best_step, "metrics": metrics,
+        "best": best or metrics, "baseline": state.baseline.get("untrained", {}),
+        "majority": state.baseline.get("majority", {}), "reload_deviation": deviation,
+    }

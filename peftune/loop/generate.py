@@ -1,0 +1,63 @@
+"""Greedy text for many prompts: batches of like length, padded on the left, with a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from peftune.data.examples import Example, padded
+from peftune.numerics.dealing import padded_groups
+
+BUDGET_TOKENS = 8192
+"""Padded prompt tokens plus new tokens of a batch."""
+
+
+@torch.no_grad()
+def generate_texts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Mapping[int, Sequence[int]], *,
+    max_new_tokens: int, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, str]:
+    """Key -> prompt ids to key -> generated text, special tokens removed.
+
+    Decoding is greedy, so that a score can be had again. It stops at the end-of-text token, or at any further
+    stop token that the model's generation config names.
+
+    Args:
+        model: unwrapped, in evaluation mode.
+        tokenizer: decodes, and names the padding and end-of-text tokens.
+        prompts: ids by key.
+        max_new_tokens: bound on the tokens of each answer.
+        device: of the model.
+        autocast: precision of the forward passes.
+        progress: called with prompts done and their number.
+    """
+    keys = list(prompts)
+    texts: dict[int, str] = {}
+    settings = _settings(model, tokenizer, max_new_tokens)
+    groups = padded_groups([len(prompts[key]) + max_new_tokens for key in keys], BUDGET_TOKENS)
+    for group in groups:
+        members = [keys[i] for i in group]
+        examples = [Example(prompts[key], [0], 0, len(prompts[key]), {}) for key in members]
+        batch = padded(examples, members, pad_id=settings.pad_token_id, kind="class", width=0, device=device, left=True)
+        with autocast():
+            ids = model.generate(**batch.inputs, generation_config=settings)
+        for key, row in zip(members, ids[:, batch.inputs["input_ids"].shape[1]:], strict=True):
+            texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
+        progress(len(texts), len(keys))
+    return texts
+
+
+def _settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    own = getattr(model, "generation_config", None)  # models made without one have none
+    stops = getattr(own, "eos_token_id", None)
+    several = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *several])),
+        bos_token_id=tokenizer.bos_token_id,
+    )

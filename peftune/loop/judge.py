@@ -1,0 +1,35 @@
+"""Evaluations while training: is this the best model so far, and is it time to stop?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peftune.loop.evaluate import Scored, evaluate
+from peftune.loop.publish import published
+from peftune.loop.run import Run
+from peftune.loop.state import TrainState
+from peftune.tasks.task import better
+
+
+def evaluate_and_judge(run: Run, state: TrainState) -> TrainState:
+    """Score the validation split, if there is one, and judge the outcome."""
+    if "validation" not in run.data.splits:
+        return state
+    scored = evaluate(run.evaluator, run.strategy.unwrap(run.model), run.data.splits["validation"],
+                      name="validation", generate=run.generate_every_time)
+    return judge(run, state, scored)
+
+
+def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
+    """Log an evaluation; keep the model as `best` if it is better, count towards patience if not."""
+    run.journal.evaluation_row(state, "validation", scored.metrics, epoch=run.epochs_of(state.step))
+    value = scored.metrics.get(run.metric)
+    if better(run.metric, value, state.best_value) or state.best_step is None:
+        if run.strategy.world.is_main:
+            with published(run.folder / "best") as draft:
+                run.publish(run.strategy.unwrap(run.model), draft)
+        run.strategy.world.barrier()
+        return replace(state, best_value=value, best_step=state.step, evaluations_since_best=0)
+    waited = state.evaluations_since_best + 1
+    stop = run.patience is not None and waited >= run.patience
+    return replace(state, evaluations_since_best=waited, stopped_early=stop)

@@ -1,0 +1,93 @@
+"""A run as the loop sees it: objects, no names. `build.py` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftune.data.batches import BatchPlan
+from peftune.data.examples import Batch, padded
+from peftune.data.prepare import Prepared
+from peftune.loop.evaluate import Evaluator
+from peftune.loop.step import StepWork
+from peftune.observe.journal import Journal
+from peftune.parallel.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """A period in steps; the last step of the run is never due, since the run's end does the same and more."""
+
+    steps: int
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is time after `step` steps of `last`."""
+        return step % self.steps == 0 and step < last
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """All that `fit` and `finish` use."""
+
+    folder: Path
+    config_yaml: str
+    model: nn.Module
+    """As the strategy prepared it."""
+    strategy: Strategy
+    optimizer: Optimizer
+    learning_rate: Callable[[int], float]
+    """Step index, from 0 -> rate."""
+    losses: Callable[[nn.Module, Batch], Tensor]
+    autocast: Callable[[], AbstractContextManager[None]]
+    data: Prepared
+    plan: BatchPlan
+    evaluator: Evaluator
+    journal: Journal
+    publish: Callable[[nn.Module, Path], None]
+    """Write a model, unwrapped, as a plain peft or transformers folder."""
+    reload_deviation: Callable[[nn.Module, Path, dict[str, Tensor]], float]
+    """Largest difference of logits between the live model and a published folder."""
+    reload_tolerance: float
+    restore: Callable[[nn.Module, Path], None]
+    """Put the trained weights of a published folder back into the live model, unwrapped."""
+    steps: int
+    micro_batch_tokens: int
+    max_grad_norm: float | None
+    metric: str
+    patience: int | None
+    generate_every_time: bool
+    """Whether the metric that picks `best` needs generated text at each evaluation."""
+    log: Every
+    evaluation: Every
+    checkpoint: Every
+    keep_checkpoints: int
+    facts: dict[str, Any]
+    """What the summary repeats: task, parameters, strategy, world size."""
+
+    def work(self, step: int) -> StepWork:
+        """This rank's part of step `step`, and the totals of all ranks, which the plan gives without asking them."""
+        world, split = self.strategy.world, self.data.splits["train"]
+        groups = self.plan.micro_batches(step, rank=world.rank, ranks=world.ranks, budget_tokens=self.micro_batch_tokens)
+        positions = self.plan.step(step)
+        return StepWork(
+            micro_batches=self._batches(groups), micro_batch_count=len(groups), examples=len(positions),
+            tokens=int(split.lengths[positions].sum()), targets=int(split.num_targets[positions].sum()),
+            ids=lambda: [str(split[int(i)].record["source"]) for i in positions],
+        )
+
+    def _batches(self, groups: list[list[int]]) -> Iterator[Batch]:
+        split, targets = self.data.splits["train"], self.data.targets
+        for positions in groups:
+            yield padded([split[i] for i in positions], positions, pad_id=self.evaluator.tokenizer.pad_token_id,
+                         kind=targets.kind, width=targets.width, device=self.strategy.world.device)
+
+    @property
+    def epochs_of(self) -> Callable[[int], float]:
+        """Steps done -> epochs done."""
+        return lambda step: step / self.plan.steps_per_epoch

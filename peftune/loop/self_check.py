@@ -1,0 +1,89 @@
+"""A run checks itself in its first steps: what is meant to train trains, and nothing else does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftune.errors import Fault, SelfCheckError
+
+STEPS = 2
+"""LoRA's B starts at zero, so A has a zero gradient in the first step: the second decides."""
+
+
+class SelfCheck:
+    """Watches the first steps of a run.
+
+    Every trainable tensor must receive a gradient that is not zero in one of the steps, and move by it unless the
+    step is too small for its floating-point type; no frozen tensor may change.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._before = {name: _checksum(p) for name, p in model.named_parameters()}
+        self._alive: set[str] = set()
+        self._steps = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether further steps are to be watched."""
+        return self._steps < STEPS
+
+    def gradients(self, model: nn.Module) -> None:
+        """Look at the gradients of a step, before the weights change.
+
+        Raises:
+            SelfCheckError: a trainable tensor has none: it does not take part in the loss.
+        """
+        missing = []
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                missing.append(name)
+            elif parameter.requires_grad and parameter.grad.any():
+                self._alive.add(name)
+        if missing:
+            raise _failed(f"{len(missing)} trainable tensors take no part in the loss", missing,
+                          "adapt other modules (adapter.target_modules), or freeze these")
+
+    def after_step(self) -> None:
+        """Look at the weights after a step; the last watched step gives the verdict.
+
+        Raises:
+            SelfCheckError: a frozen tensor changed, or a trainable one did not.
+        """
+        if not self.pending:
+            return
+        self._steps += 1
+        if self.pending:
+            return
+        moved = {name for name, p in self._model.named_parameters() if _checksum(p) != self._before[name]}
+        trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        changed = sorted(moved - trainable.keys())
+        if changed:
+            raise _failed(f"{len(changed)} frozen tensors changed", changed, "this is a fault of peftune: report it")
+        stuck = sorted(name for name, p in trainable.items() if name in self._alive - moved and self._could_move(p))
+        if stuck:
+            raise _failed(f"{len(stuck)} tensors have a gradient and did not move", stuck,
+                          "raise train.learning_rate, or model.pure_bf16=false")
+        if not self._alive:
+            raise _failed("every gradient is zero", sorted(trainable), "check the labels and the loss mask")
+
+    def _could_move(self, parameter: Tensor) -> bool:
+        """Whether a step of the learning rate's size is larger than the rounding of the weight's type."""
+        rate = self._optimizer.param_groups[0]["lr"]
+        return rate > torch.finfo(parameter.dtype).eps * parameter.detach().abs().max().item()
+
+
+@torch.no_grad()
+def _checksum(tensor: Tensor) -> int:
+    """Sum of the tensor's bytes as integers: any real change of weights changes it, at the price of one read."""
+    data = tensor.detach().contiguous()
+    whole = data.view(torch.int32 if data.element_size() == 4 else torch.int16 if data.element_size() == 2 else
+                      torch.uint8)
+    return int(whole.sum(dtype=torch.int64))
+
+
+def _failed(message: str, names: list[str], mend: str) -> SelfCheckError:
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return SelfCheckError(Fault(kind="self_check", message=f"self-check: {message}: {shown}", mend=mend))

@@ -1,0 +1,44 @@
+"""How far a run has come: everything but tensors. Frozen; a step makes a new one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from peftune.loop.step import StepStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Written into every checkpoint as JSON."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    examples: int = 0
+    tokens: int = 0
+    """Tokens that were not padding, over all ranks."""
+    supervised_tokens: int = 0
+    """Targets in the loss, over all ranks."""
+    seconds: float = 0.0
+    """Time spent in steps, without start-up, evaluation and saving."""
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    window_loss_sum: float = 0.0
+    """Loss over the steps since the last log row, not yet written."""
+    window_targets: int = 0
+    baseline: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the untrained model by split, and of the majority guess."""
+
+    def after(self, stats: StepStats, seconds: float) -> TrainState:
+        """The state one step later."""
+        return replace(
+            self, step=self.step + 1, examples=self.examples + stats.examples, tokens=self.tokens + stats.tokens,
+            supervised_tokens=self.supervised_tokens + stats.targets, seconds=self.seconds + seconds,
+            window_loss_sum=self.window_loss_sum + stats.loss_sum, window_targets=self.window_targets + stats.targets,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For state.json of a checkpoint; `TrainState(**values)` reads it."""
+        return asdict(self)

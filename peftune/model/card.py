@@ -1,0 +1,50 @@
+"""The model card that lies beside published weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
+    """Markdown with the header that model hubs read."""
+    adapter = method != "full fine-tuning"
+    header: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": {"sequence_classification": "text-classification", "causal_lm": "text-generation"}[task],
+        "tags": ["peftune", method.replace(" ", "-")],
+    }
+    if not base.startswith(("package:", "/", ".")):
+        header["base_model"] = base
+    auto_class = {"sequence_classification": "AutoModelForSequenceClassification",
+                  "causal_lm": "AutoModelForCausalLM"}[task]
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# {base}, {method} for {task}
+
+Trained with peftune: {facts["trainable_parameters"]:,} of {facts["total_parameters"]:,} weights.
+The run's `summary.json` and `report.html` hold its scores, `config.yaml` the settings to train it again.
+
+```python
+{_usage(adapter, auto_class)}
+```
+"""
+
+
+def _usage(adapter: bool, auto_class: str) -> str:
+    if not adapter:
+        return f"""from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")"""
+    return f"""from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, {auto_class}, AutoTokenizer
+
+folder = "THIS_FOLDER"
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+model = {auto_class}.from_pretrained(base, config=AutoConfig.from_pretrained(folder))
+model = PeftModel.from_pretrained(model, folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)"""

@@ -1,0 +1,129 @@
+"""Weights -> a model in memory, with the output layer that the task needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from peftune.config.schema import ModelConfig
+from peftune.errors import Fault, ModelError
+
+PROBLEM_TYPES = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+"""Our names of a classifier's problem -> transformers' `config.problem_type`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model and what its checkpoint did not hold."""
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+    """Modules with newly initialised weights, the head among them; always trained and saved."""
+
+
+def adjust_config(
+    config: PreTrainedConfig, *, dropout: float | None, problem: str, names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedConfig:
+    """Write the classes, the padding token and the dropout rate into a model's config.
+
+    Args:
+        config: changed in place and returned.
+        dropout: rate for every dropout field the config has; None keeps them.
+        problem: single_label | multi_label | regression | next_token.
+        names: class names in the order of the outputs.
+        tokenizer: gives the padding token.
+    """
+    if dropout is not None:
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, dropout)
+    if "use_cache" in config.to_dict():
+        config.use_cache = False  # of no use in a whole forward pass; generation asks for its cache itself
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    if problem in PROBLEM_TYPES:
+        config.problem_type = PROBLEM_TYPES[problem]
+        config.num_labels = 1 if problem == "regression" else len(names)
+        if names:
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: k for k, name in enumerate(names)}
+    return config
+
+
+def load_weights(
+    config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
+    new_head: bool,
+) -> Loaded:
+    """Load the checkpoint's weights into the task's architecture, on the CPU.
+
+    Args:
+        config: the model section.
+        source: folder or hub id, from `resolve`.
+        model_config: the adjusted config.
+        auto_class: a transformers Auto class.
+        dtype: of the weights.
+        new_head: whether the task may have an output layer that the checkpoint lacks.
+
+    Raises:
+        ModelError: no weights, an architecture without such a head, or weights of the body missing.
+    """
+    attention = None if config.attention == "auto" else config.attention
+    try:
+        model, info = auto_class.from_pretrained(
+            source, config=model_config, revision=config.revision, dtype=dtype, attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=new_head,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise ModelError(Fault(
+            kind="model", message=f"the weights of {config.name_or_path} cannot be loaded: {reason}",
+            mend="give a folder or hub id with safetensors weights of an architecture that fits the task",
+        )) from error
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    body = [key for key in fresh if not new_head or _in_body(model, key)]
+    if body:
+        raise ModelError(Fault(
+            kind="model", message=f"the checkpoint of {config.name_or_path} lacks {len(body)} weights of the model "
+            f"itself ({', '.join(body[:3])}{', ...' if len(body) > 3 else ''})",
+            mend="training would start from noise there: give a whole checkpoint",
+        ))
+    return Loaded(model, tuple(sorted({_owner(model, key) for key in fresh})))
+
+
+def _in_body(model: PreTrainedModel, key: str) -> bool:
+    return key.startswith(model.base_model_prefix + ".") and "pooler" not in key
+
+
+def _owner(model: nn.Module, key: str) -> str:
+    """The module to train for a fresh weight: the whole head, or the layer inside the body."""
+    head = key.split(".")[0]
+    return key.rpartition(".")[0] if head == getattr(model, "base_model_prefix", None) else head
+
+
+def longest_input(model_config: PreTrainedConfig, wanted: int) -> int:
+    """Tokens an example may have: `wanted`, or the size of a learned position table where that is smaller.
+
+    Rotary models have no such table. RoBERTa's kind starts counting after the padding id, and loses those rows.
+    """
+    text = model_config.get_text_config()
+    rows = getattr(text, "max_position_embeddings", None)  # families without positions lack the field
+    if rows is None or getattr(text, "rope_parameters", None) is not None:  # families without rotation lack it
+        return wanted
+    offset = text.pad_token_id + 1 if "roberta" in text.model_type or "camembert" in text.model_type else 0
+    return min(wanted, rows - offset)
+
+
+def local_source(name: str) -> str:
+    """An absolute path for a folder, so that a saved adapter finds its base from anywhere; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name

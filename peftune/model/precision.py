@@ -1,0 +1,37 @@
+"""In which type weights are kept and products are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from peftune.config.schema import ModelConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def weight_dtype(config: ModelConfig, *, adapted: bool) -> torch.dtype:
+    """Type to load weights in: the frozen ones' own; float32 where all are trained, unless pure_bf16."""
+    return DTYPES[config.dtype] if adapted or config.pure_bf16 else torch.float32
+
+
+def keep_trainable_in_float32(model: nn.Module, config: ModelConfig) -> None:
+    """Widen trainable weights, so that small updates are not rounded away. pure_bf16 leaves them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and not config.pure_bf16:
+            parameter.data = parameter.data.float()
+
+
+def autocast(config: ModelConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing."""
+    if config.dtype == "float32" or config.pure_bf16:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute each layer's activations in backward. Non-reentrant, so frozen embeddings need no gradient hook."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,131 @@
+"""Model names -> something transformers can load, or one clear reason why not."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from peftune.config.schema import ModelConfig
+from peftune.errors import Fault, MachineError, ModelError
+
+PACKAGE = "package:"
+PROBE_TIMEOUT_S = 10.0
+
+
+def resolve(config: ModelConfig) -> str:
+    """A local folder (absolute) or the id of a hub repository that is cached or can be reached.
+
+    Asks the hub once, briefly: transformers itself would retry for the better part of a minute.
+
+    Raises:
+        ModelError: neither a folder nor a repository.
+        MachineError: the Python package that holds the weights is not installed.
+    """
+    name = config.name_or_path
+    if name.startswith(PACKAGE):
+        return _in_package(name)
+    if Path(name).is_dir():
+        folder = Path(name).resolve()
+        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+            raise _error(f"the folder {name} holds no config.json", "give a folder that save_pretrained has written")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise _error(f"no such folder: {name}", _near(Path(name)))
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=config.revision), str):
+        return name
+    return _on_hub(name, config.revision)
+
+
+def _error(message: str, mend: str) -> ModelError:
+    return ModelError(Fault(kind="model", message=f"model.name_or_path: {message}", mend=mend))
+
+
+def _near(path: Path) -> str:
+    if path.parent.is_dir():
+        names = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=3)
+        if names:
+            return f"did you mean {' or '.join(str(path.parent / name) for name in names)}?"
+    return f"paths are relative to the current folder, {Path.cwd()}"
+
+
+def _in_package(name: str) -> str:
+    module, _, inside = name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        distribution = module.replace("_", "-")
+        raise MachineError(Fault(kind="environment", message=f"model.name_or_path = {name}: no package {module} here",
+                                 mend=f"pip install {distribution} (the extra `demo` holds the quickstart's model)"))
+    folder = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not (folder / "config.json").is_file():
+        raise _error(f"{name}: no config.json in {folder}", "write package:<import name>/<folder of the model>")
+    return str(folder)
+
+
+def _on_hub(name: str, revision: str | None) -> str:
+    near = _near(Path(name))
+    offline = constants.is_offline_mode() if callable(getattr(constants, "is_offline_mode", None)) else (
+        os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"))
+    if offline:
+        raise _error(f"{name} is no folder here, is not cached, and the hub is switched off (HF_HUB_OFFLINE)", near)
+    try:
+        HfApi().model_info(name, revision=revision, timeout=PROBE_TIMEOUT_S)
+    except GatedRepoError:
+        raise _error(f"{name} is gated", "ask for access on its page, then log in: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise _error(f"the hub has no model {name}, or it is private", "check the spelling, or hf auth login") from None
+    except HFValidationError:
+        raise _error(f"{name!r} is neither a folder here nor a valid hub id", near) from None
+    except HfHubHTTPError as error:
+        raise _error(f"the hub answers {error.response.status_code} for {name}", "check model.revision") from None
+    except Exception as error:  # the transport below the hub client has its own error types; all mean: no connection
+        raise _error(f"{name} is no folder here and the hub cannot be reached ({error})",
+                     f"check the connection, or give a local folder; {near}") from None
+    return name
+
+
+def load_model_config(config: ModelConfig, source: str) -> PreTrainedConfig:
+    """The model's own config.json. Raises ModelError."""
+    try:
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(config, "config.json", error) from None
+
+
+def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (the end-of-text token where it has none of its own).
+
+    Raises:
+        ModelError: none there, or one without the offsets or the end-of-text token that the task needs.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise _unreadable(config, "tokenizer", error) from None
+    if generates and tokenizer.eos_token_id is None:
+        raise _error("the tokenizer has no end-of-text token: the model could not learn to stop",
+                     "set eos_token in the folder's tokenizer_config.json")
+    if generates and not tokenizer.is_fast:
+        raise _error("the tokenizer gives no character offsets, which the loss mask needs",
+                     "save the model with a fast tokenizer (tokenizer.json)")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise _error("the tokenizer has neither a padding nor an end-of-text token", "set pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = int(1e30)  # the length limit is ours; the warning of a longer text would be noise
+    return tokenizer
+
+
+def _unreadable(config: ModelConfig, what: str, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    mend = "check the folder or the hub page"
+    if "trust_remote_code" in str(error):
+        mend = "model.trust_remote_code=true, if you trust the author of its code"
+    return _error(f"the {what} of {config.name_or_path} cannot be loaded: {reason}", mend)

@@ -1,0 +1,53 @@
+"""Which rank and micro-batch an example of a step goes to. Pure: every rank computes the same answer alone."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Positions 0..n-1 dealt to `ranks` hands of nearly equal token counts.
+
+    Longest first, each to the lightest hand (Graham, 1969: at most 4/3 of the best possible maximum).
+    Ties go to the lower position and the lower rank, so the answer is unique.
+
+    Returns:
+        One list a rank, longest examples first. Together they hold each position once.
+    """
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, rank = heapq.heappop(loads)
+        hands[rank].append(position)
+        heapq.heappush(loads, (load + lengths[position], rank))
+    return hands
+
+
+def padded_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Positions 0..n-1 cut into groups whose padded size, rows times longest row, fits the budget.
+
+    Longest first, so that a group holds rows of like length. An example longer than the budget
+    gets a group of its own: a memory knob never drops an example.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or (len(groups[-1]) + 1) * longest > budget_tokens:
+            groups.append([])
+            longest = lengths[position]
+        groups[-1].append(position)
+    return groups
+
+
+def rank_groups(lengths: Sequence[int], ranks: int, budget_tokens: int) -> list[list[list[int]]]:
+    """Micro-batches of every rank for one step: as many for each rank, short ranks filled with empty ones.
+
+    Collectives must match, so a rank with less work still takes part with an empty micro-batch.
+    """
+    dealt = []
+    for hand in deal(lengths, ranks):
+        groups = padded_groups([lengths[i] for i in hand], budget_tokens)
+        dealt.append([[hand[j] for j in group] for group in groups])
+    most = max(1, max(len(groups) for groups in dealt))
+    return [groups + [[] for _ in range(most - len(groups))] for groups in dealt]

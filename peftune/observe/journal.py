@@ -1,0 +1,97 @@
+"""What a run says while it trains: metrics.jsonl, trackers, and the display."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.tracking import GeneralTracker
+
+from peftune.observe.display import Display
+from peftune.observe.meter import peak_memory_bytes
+
+State = Any
+StateT = TypeVar("StateT")
+
+
+class Journal:
+    """Writes rows on the main process; on the others it only keeps count."""
+
+    def __init__(
+        self, path: Path, *, device: torch.device, is_main: bool, display: Display, trackers: Sequence[GeneralTracker],
+        from_step: int,
+    ) -> None:
+        self._path, self._device, self._display, self._is_main = path, device, display, is_main
+        self._trackers = list(trackers) if is_main else []
+        self._window_started, self._window_tokens = time.perf_counter(), None
+        if is_main:
+            _keep_rows_up_to(path, from_step)
+
+    def training_row(self, state: StateT, *, epoch: float, learning_rate: float, grad_norm: float) -> StateT:
+        """Write the row of the steps since the last one, and return the state with an empty window.
+
+        The loss is that of the whole window: its sum over its targets.
+        """
+        rate = state.tokens / state.seconds if state.seconds else 0.0
+        self._write({
+            "step": state.step, "epoch": epoch, "split": "train",
+            "loss": state.window_loss_sum / max(1, state.window_targets), "learning_rate": learning_rate,
+            "grad_norm": grad_norm, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
+            "tokens_per_second": rate, "peak_memory_bytes": self.peak_memory_bytes(), "seconds": state.seconds,
+        })
+        return replace(state, window_loss_sum=0.0, window_targets=0)
+
+    def evaluation_row(self, state: State, split: str, metrics: Mapping[str, Any], *, epoch: float) -> None:
+        """Write the metrics of a split."""
+        self._write({"step": state.step, "epoch": epoch, "split": split, "tokens": state.tokens,
+                     "supervised_tokens": state.supervised_tokens, "peak_memory_bytes": self.peak_memory_bytes(),
+                     "seconds": state.seconds, **metrics})
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar."""
+        self._display.training_step(step)
+
+    def peak_memory_bytes(self) -> int:
+        """Peak of this process so far."""
+        return peak_memory_bytes(self._device)
+
+    def close(self) -> None:
+        """End the trackers."""
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if not self._is_main:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._display.row(row)
+        numbers = {f"{row['split']}/{key}": value for key, value in row.items()
+                   if isinstance(value, int | float) and key != "step"}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=row["step"])
+
+
+def _keep_rows_up_to(path: Path, step: int) -> None:
+    """Drop the rows of steps that a resumed run does again, and a row that a stop cut in half.
+
+    A fresh run begins with an empty file; at the checkpoint's own step its rows are on disk already.
+    """
+    if not path.exists() or step == 0:
+        path.write_text("", encoding="utf-8")
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row["step"] <= step and not (row["split"] == "test" and row["step"] > 0):
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")

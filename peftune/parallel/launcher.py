@@ -1,0 +1,100 @@
+"""From `peftune train` to the `accelerate launch` line of this machine. Imports no torch until it must count GPUs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftune.errors import EXIT_CODE_FILE, EXIT_OUR_FAULT, Fault, MachineError
+from peftune.parallel.names import ASKED, STRATEGIES
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A command line and how many processes it must start."""
+
+    command: tuple[str, ...]
+    processes: int
+    use_cpu: bool
+
+    def __str__(self) -> str:
+        prefix = "ACCELERATE_USE_CPU=true " if self.use_cpu and self.processes > 1 else ""
+        return prefix + shlex.join(["accelerate", "launch", *self.command])
+
+
+def choose_launch(strategy: str, processes: int | None, script_arguments: list[str]) -> Launch:
+    """The launch line for a strategy: auto takes every GPU, or one process on the CPU.
+
+    Raises:
+        MachineError: a strategy this version lacks, or more processes than GPUs.
+    """
+    gpus = _gpu_count()
+    wanted = processes or (max(1, gpus) if strategy in ("auto", "ddp") else 1)
+    if strategy == "auto":
+        strategy = "ddp" if wanted > 1 else "single"
+    if strategy not in STRATEGIES:
+        raise _error(f"--strategy {strategy}: this version has {', '.join(STRATEGIES)}", "--strategy auto")
+    if strategy == "single" and wanted > 1:
+        raise _error(f"--strategy single runs one process, not {wanted}", "--strategy ddp")
+    if strategy == "ddp" and wanted < 2:
+        raise _error("--strategy ddp needs two processes or more", "--processes 2, or --strategy single")
+    use_cpu = gpus == 0
+    if not use_cpu and wanted > gpus:
+        raise _error(f"{wanted} processes, and {gpus} GPUs here", f"--processes {gpus}")
+    preset = "single" if strategy == "single" else "ddp-cpu" if use_cpu else "ddp"
+    command = ["--config_file", str(presets() / f"{preset}.yaml"), "--num_processes", str(wanted)]
+    if wanted > 1:
+        command += ["--main_process_port", str(_free_port())]
+    script = Path(__file__).resolve().parents[1] / "train.py"
+    return Launch((*command, str(script), *script_arguments), wanted, use_cpu)
+
+
+def run(launch: Launch) -> int:
+    """Run it and return the exit code that the training itself decided on.
+
+    Launchers report any failure as 1 with a trace of their own. So the training leaves its code for an outcome
+    that is not a crash in a file, and ends with 0.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftune-") as folder:
+        code = Path(folder) / "exit-code"
+        environment = {**os.environ, EXIT_CODE_FILE: str(code), ASKED: str(launch.processes)}
+        if launch.use_cpu and launch.processes > 1:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch.command],
+                              env=environment, check=False)
+        if code.is_file():
+            return int(code.read_text())
+        return done.returncode if done.returncode in (0, EXIT_OUR_FAULT) else EXIT_OUR_FAULT
+
+
+def presets() -> Path:
+    """The folder of accelerate presets: in the checkout, or inside the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "launch" / "accelerate", package / "launch" / "accelerate"):
+        if folder.is_dir():
+            return folder
+    raise _error("the presets of launch/accelerate are missing", "install peftune again")
+
+
+def _gpu_count() -> int:
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _error(message: str, mend: str) -> MachineError:
+    return MachineError(Fault(kind="environment", message=message, mend=mend))

@@ -1,0 +1,113 @@
+"""The processes of a run: how many, which one this is, and that they are as many as were asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from peftune.errors import Fault, MachineError, PeftuneError
+from peftune.parallel.names import ASKED
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    device: torch.device
+    backend: str | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.ranks > 1:
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over all processes, on each of them."""
+        if self.ranks > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, objects: Sequence[T]) -> list[T]:
+        """The objects of all processes in rank order, on each of them. For small things: records, names."""
+        if self.ranks == 1:
+            return list(objects)
+        parts: list[Any] = [None] * self.ranks
+        dist.all_gather_object(parts, list(objects))
+        return [item for part in parts for item in part]
+
+    def same(self, value: T) -> T:
+        """The main process's value, on each process."""
+        if self.ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on the main process only and give all processes its result.
+
+        A fault that the user can mend is raised on every process, so that none waits for one that is gone.
+        """
+        if self.ranks == 1:
+            return work()
+        result: Any = None
+        fault: PeftuneError | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except PeftuneError as error:
+                fault = error
+        result, fault = self.same((result, fault))
+        if fault is not None:
+            raise fault
+        return result
+
+
+def open_world() -> World:
+    """Start the process group that the launcher's environment describes.
+
+    Raises:
+        MachineError: fewer or more processes run together than were asked for. Some launch lines start one
+            plain process, or processes that do not know of each other, and look as if they had worked.
+    """
+    asked = int(os.environ.get(ASKED) or os.environ.get("WORLD_SIZE") or 1)
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise _wrong_world("accelerate launch was asked for several processes and started one plain process")
+    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    state = PartialState(cpu=use_cpu)
+    if state.num_processes != asked:
+        raise _wrong_world(f"{asked} processes were asked for, {state.num_processes} run together")
+    return World(state.process_index, state.num_processes, state.local_process_index, state.device, state.backend)
+
+
+def _wrong_world(message: str) -> MachineError:
+    return MachineError(Fault(
+        kind="environment", message=message,
+        mend="accelerate launch --config_file launch/accelerate/ddp-cpu.yaml (ddp.yaml on GPUs) --num_processes N ..., "
+        "or peftune train CONFIG --strategy ddp --processes N",
+    ))
+
+
+def close_world() -> None:
+    """End the process group, so that no process is left waiting for the others."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    PartialState._reset_state()

@@ -1,0 +1,189 @@
+"""A label, several labels or a number for a text or a pair of texts."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn import metrics as scores
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from peftune.config.schema import DataConfig
+from peftune.data.examples import Batch, Example
+from peftune.data.prepare import RowFault, Targets
+from peftune.data.rows import Row
+from peftune.errors import DataError, Fault
+from peftune.numerics.losses import class_nats, label_nats, squared_error
+from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, with_interval
+
+METRIC_NAMES = {
+    "single_label": ("accuracy", "macro_f1", "mcc", "loss"),
+    "multi_label": ("micro_f1", "macro_f1", "exact_match", "loss"),
+    "regression": ("pearson", "spearman", "rmse", "loss"),
+}
+
+
+def learn_targets(rows: Sequence[Row], config: DataConfig) -> Targets:
+    """Find the kind of label and, unless `data.labels` gives them, the sorted class names."""
+    labels = [row.fields["label"] for row in rows]
+    problem = config.problem_type if config.problem_type != "auto" else _problem(labels)
+    if problem == "regression":
+        return Targets(problem, kind="values")
+    members = [member for label in labels for member in (label if isinstance(label, list) else [label])]
+    names = config.labels or tuple(sorted({name_of(member) for member in members}, key=_natural))
+    if len(names) < (2 if problem == "single_label" else 1):
+        raise DataError(Fault(kind="data", file=rows[0].file, message=f"the training rows have {len(names)} class",
+                              mend="give rows of at least two classes, or name the classes in data.labels"))
+    return Targets(problem, names, "class" if problem == "single_label" else "values")
+
+
+def name_of(label: object) -> str:
+    """A class name: true and 1.0 are written as in JSON, without the fraction."""
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def _problem(labels: Sequence[Any]) -> str:
+    if any(isinstance(label, list) for label in labels):
+        return "multi_label"
+    numbers = all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
+    fractions = any(isinstance(label, float) and not label.is_integer() for label in labels)
+    return "regression" if numbers and fractions else "single_label"
+
+
+def _natural(name: str) -> tuple[int, float, str]:
+    """Numbers in the order of their value, before words."""
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)
+
+
+def encode(row: Row, targets: Targets, text: TextEncoder) -> Example:
+    """One row -> ids of its text or pair, and its label as a class id, a 0/1 vector or a number."""
+    label = row.fields["label"]
+    example = encode_prompt(row.fields, text)
+    ids, reference = _target(label, targets)
+    record = {"id": row.id, "reference": reference, "source": f"{row.file}:{row.line}"}
+    return Example(example.input_ids, ids, len(ids), example.full_length, record, example.segment_ids, row.source)
+
+
+def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
+    if targets.problem == "regression":
+        try:
+            value = float(label)
+        except (TypeError, ValueError):
+            raise RowFault(f"label {label!r:.40} is not a number", "write a number, or data.problem_type=auto") from None
+        return [value], value
+    if targets.problem == "single_label" and isinstance(label, list):
+        raise RowFault("label is a list in a single-label task", "data.problem_type=multi_label")
+    names = [name_of(member) for member in (label if isinstance(label, list) else [label])]
+    for name in names:
+        if name not in targets.names:
+            shown = ", ".join(targets.names[:10]) + (", ..." if len(targets.names) > 10 else "")
+            raise RowFault(f"label {name!r:.60} is not one of the {len(targets.names)} classes ({shown})",
+                           "mend the label, or name all classes in data.labels")
+    if targets.problem == "single_label":
+        return [targets.names.index(names[0])], names[0]
+    return [float(name in names) for name in targets.names], sorted(set(names))
+
+
+def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> Example:
+    """Ids of `text` and perhaps `text_pair`, special tokens included; the longest part is cut first."""
+    if not isinstance(fields.get("text"), str) or not fields["text"].strip():
+        raise RowFault("the key text is missing or empty", 'write {"text": "..."}')
+    pair = fields.get("text_pair")
+    encoding = text.tokenizer(fields["text"], pair)
+    full_length = len(encoding["input_ids"])
+    if full_length > text.max_length:
+        encoding = text.tokenizer(fields["text"], pair, truncation=True, max_length=text.max_length)
+    segments = encoding.get("token_type_ids") if pair is not None else None
+    return Example(encoding["input_ids"], [], 0, full_length, {}, segments)
+
+
+def losses(logits_BK: Tensor, batch: Batch, targets: Targets) -> Tensor:
+    """[B] float32: cross-entropy, binary cross-entropy summed over the labels, or squared error."""
+    loss = {"single_label": class_nats, "multi_label": label_nats, "regression": squared_error}[targets.problem]
+    return loss(logits_BK, batch.targets)
+
+
+def predictions(logits_BK: Tensor, targets: Targets) -> list[Record]:
+    """The likeliest class and its probability; the labels above one half; or the number."""
+    if targets.problem == "regression":
+        return [{"prediction": value} for value in logits_BK[:, 0].float().tolist()]
+    if targets.problem == "multi_label":
+        chances = logits_BK.float().sigmoid().tolist()
+        return [{"prediction": [n for n, p in zip(targets.names, row, strict=True) if p > 0.5],
+                 "probabilities": dict(zip(targets.names, row, strict=True))} for row in chances]
+    chances_BK = logits_BK.float().softmax(-1)
+    best = chances_BK.max(-1)
+    return [{"prediction": targets.names[k], "probability": p}
+            for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
+    """scikit-learn's and scipy's scores over the records; undefined ones are None."""
+    result: Metrics = {"loss": mean_loss(records)}
+    if targets.problem == "single_label":
+        index = {name: k for k, name in enumerate(targets.names)}
+        want, got = (np.array([index[r[side]] for r in records]) for side in ("reference", "prediction"))
+        named = {
+            "accuracy": lambda at: float(scores.accuracy_score(want[at], got[at])),
+            "macro_f1": lambda at: float(scores.f1_score(want[at], got[at], average="macro", zero_division=0)),
+            "mcc": lambda at: float(scores.matthews_corrcoef(want[at], got[at])),
+        }
+    elif targets.problem == "multi_label":
+        want, got = (np.array([[n in r[side] for n in targets.names] for r in records], dtype=int)
+                     for side in ("reference", "prediction"))
+        named = {
+            "micro_f1": lambda at: float(scores.f1_score(want[at], got[at], average="micro", zero_division=0)),
+            "macro_f1": lambda at: float(scores.f1_score(want[at], got[at], average="macro", zero_division=0)),
+            "exact_match": lambda at: float(scores.accuracy_score(want[at], got[at])),
+        }
+    else:
+        want, got = (np.array([r[side] for r in records], dtype=float) for side in ("reference", "prediction"))
+        named = {
+            "pearson": lambda at: float(stats.pearsonr(want[at], got[at]).statistic) if len(at) > 1 else float("nan"),
+            "spearman": lambda at: float(stats.spearmanr(want[at], got[at]).statistic),
+            "rmse": lambda at: float(scores.root_mean_squared_error(want[at], got[at])),
+        }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant inputs make a correlation undefined: said as None, not as a warning
+        for name, statistic in named.items():
+            with_interval(result, name, statistic, len(records), intervals)
+    return result
+
+
+def majority(train: Sequence[Record], scored: Sequence[Record], targets: Targets) -> list[Record]:
+    """Predict the commonest class, each label's commonest value, or the mean, whatever the text."""
+    references = [record["reference"] for record in train]
+    if targets.problem == "single_label":
+        counts = Counter(references)
+        guess: Any = max(targets.names, key=lambda name: counts[name])
+    elif targets.problem == "multi_label":
+        counts = Counter(name for names in references for name in names)
+        guess = [name for name in targets.names if counts[name] > len(references) / 2]
+    else:
+        guess = float(np.mean(references))
+    return [{**record, "prediction": guess} for record in scored]
+
+
+SEQUENCE_CLASSIFICATION = Task(
+    name="sequence_classification",
+    auto_class=AutoModelForSequenceClassification,
+    formats=("classification",),
+    learn_targets=learn_targets,
+    encode=encode,
+    encode_prompt=encode_prompt,
+    losses=losses,
+    predictions=predictions,
+    metrics=metrics,
+    metric_names=lambda targets: METRIC_NAMES[targets.problem],
+    majority=majority,
+)

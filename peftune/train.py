@@ -1,0 +1,39 @@
+"""Fine-tune: accelerate launch peftune/train.py CONFIG.yaml [key=value ...]"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # run as a script, python searches peftune/ itself first: search the folder above it instead
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from peftune.config.load import load
+from peftune.errors import EXIT_DONE, guarded
+
+
+def main(arguments: list[str]) -> int:
+    """Train, evaluate and save one run; return the exit code."""
+    config = load(arguments)  # before torch: a fault in the config is said at once
+
+    from peftune.build import build
+    from peftune.loop.finish import finish
+    from peftune.loop.fit import fit
+    from peftune.report import show_summary, write_report
+
+    with build(config) as built:
+        if built.run is None:
+            show_summary(built.display, config.output_dir, built.summary, done_before=True)
+            return EXIT_DONE
+        with built.display.training(built.run.steps, built.state.step):
+            state = fit(built.run, built.state)
+            state, summary = finish(built.run, state)
+        if built.run.strategy.world.is_main:
+            write_report(built.run.folder)
+            show_summary(built.display, config.output_dir, summary)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
