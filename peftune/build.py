@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from peftune.config.load import dump
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
-from peftune.data.chat import choose_template
 from peftune.data.examples import Batch
 from peftune.data.prepare import Prepared, Targets, open_prepared, prepare
 from peftune.errors import ConfigError, Fault, PeftuneError
@@ -32,9 +28,8 @@ from peftune.loop.run import Every, Run
 from peftune.loop.state import TrainState
 from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
-from peftune.model.load import adjust_config, local_source, longest_input
+from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import autocast, enable_gradient_checkpointing
-from peftune.model.resolve import load_model_config, load_tokenizer, resolve
 from peftune.model.save import load_published, reload_deviation, save_model
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
@@ -47,22 +42,11 @@ from peftune.parallel.strategy import Strategy
 from peftune.parallel.world import World, close_world, open_world
 from peftune.plan import choose_memory
 from peftune.tasks import TASKS
-from peftune.tasks.task import BoundEncoder, TextEncoder
+from peftune.tasks.text import Text, data_notes, open_text, quiet_libraries
 
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
 code, so this is only room for kernels that sum in varying order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A model's text side: what tokens are, and how the task makes them."""
-
-    source: str
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    encoder: BoundEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +103,8 @@ def check(config: RunConfig) -> tuple[list[Fault], Prepared | None]:
         except PeftuneError as error:
             faults += error.faults
     try:
-        text = open_text(config)
-        prepared = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=_identity(config, text)))
+        text = open_text(TASKS[config.task], config.model, config.data)
+        prepared = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=text.identity()))
     except PeftuneError as error:
         return faults + list(error.faults), None
     try:
@@ -130,69 +114,20 @@ def check(config: RunConfig) -> tuple[list[Fault], Prepared | None]:
     return faults, prepared
 
 
-def quiet_libraries() -> None:
-    """Their load reports and progress bars would drown ours; what matters of them is said by us."""
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def open_text(config: RunConfig) -> Text:
-    """Config and tokenizer of the model, without its weights."""
-    task = TASKS[config.task]
-    source = resolve(config.model)
-    model_config = load_model_config(config.model, source)
-    tokenizer = load_tokenizer(config.model, source, generates=task.generates)
-    template = choose_template(tokenizer, config.data.chat_template) if task.generates else "none"
-    limit = longest_input(model_config, config.data.max_length)
-    encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, config.data.train_on == "all"))
-    return Text(source, model_config, tokenizer, template, encoder)
-
-
 def _method(config: RunConfig) -> str:
     return "full fine-tuning" if config.adapter is None else config.adapter.method
 
 
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
     with display.phase("data") as notes:
-        text = open_text(config)
-        work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=_identity(config, text))
+        text = open_text(TASKS[config.task], config.model, config.data)
+        work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity())
         path = world.on_main(work)
         if not (path / "meta.json").exists():  # another node, without the main one's disk
             path = work()
         data = open_prepared(path)
-        notes += data_notes(data, text, config)
+        notes += data_notes(data, text, config.data)
     return text, data
-
-
-def data_notes(data: Prepared, text: Text, config: RunConfig) -> list[str]:
-    """What was found and done, for a person."""
-    notes = [" + ".join(f"{counts.kept:,} {name}" for name, counts in data.counts.items()) + " rows"]
-    notes.append("format " + ", ".join(sorted(set(data.formats.values()))))
-    if data.targets.names:
-        notes.append(f"{len(data.targets.names)} classes ({data.targets.problem})")
-    if text.template != "none" and {"messages", "sharegpt", "alpaca"} & set(data.formats.values()):
-        notes.append(f"chat template: {text.template}")
-    for name, counts in data.counts.items():
-        for what in ("truncated", "dropped_too_long", "dropped_no_target"):
-            number = asdict(counts)[what]
-            if number:
-                notes.append(f"{number:,} of {counts.rows:,} {name} rows {what.replace('_', ' ')}")
-    if text.encoder.text.max_length < config.data.max_length:
-        notes.append(f"the model reads at most {text.encoder.text.max_length} tokens")
-    return notes
-
-
-def _identity(config: RunConfig, text: Text) -> dict[str, Any]:
-    """What else the tokens depend on: the task, the tokenizer, the template, and the code that makes them."""
-    tokenizer = text.tokenizer
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else f"{text.source}@{config.model.revision}"
-    code = hashlib.sha256()
-    package = Path(__file__).parent
-    for file in sorted([*package.glob("data/*.py"), *package.glob("tasks/*.py")]):
-        code.update(file.read_bytes())
-    return {"task": config.task, "limit": text.encoder.text.max_length, "template": tokenizer.chat_template,
-            "tokenizer": hashlib.sha256(backend.encode()).hexdigest(), "eos": tokenizer.eos_token,
-            "pad": tokenizer.pad_token, "code": code.hexdigest()}
 
 
 def _metric(config: RunConfig, targets: Targets) -> str:
@@ -219,7 +154,8 @@ def _run(
         memory = world.same(choose_memory(
             text.config, device=world.device, longest=int(data.splits["train"].lengths.max()),
             bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
-            tokens=_given(config.train.tokens_per_micro_batch), checkpointing=_given(config.model.gradient_checkpointing)))
+            tokens=_given(config.train.tokens_per_micro_batch),
+            checkpointing=_given(config.model.gradient_checkpointing)))
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.compile:
@@ -272,7 +208,7 @@ def _assembled_run(
     config: RunConfig, model: nn.Module, strategy: Strategy, optimizer: torch.optim.Optimizer, data: Prepared,
     evaluator: Evaluator, journal: Journal, metric: str, facts: dict[str, Any],
 ) -> Run:
-    train, task, targets, world = config.train, evaluator.task, evaluator.targets, strategy.world
+    train, task, targets = config.train, evaluator.task, evaluator.targets
     split = data.splits["train"]
     plan = BatchPlan(split.lengths, split.source, data.weights, train.batch_size, config.seed)
     steps = train.max_steps or max(1, round(train.num_epochs * plan.steps_per_epoch))

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
 
     with build(config) as built:
         if built.run is None:
-            show_summary(built.display, config.output_dir, built.summary, done_before=True)
+            show_summary(built.display, config.output_dir, built.summary or {}, done_before=True)
             return EXIT_DONE
         with built.display.training(built.run.steps, built.state.step):
             state = fit(built.run, built.state)

@@ -165,7 +165,13 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     result = dict(below)
     for key, value in above.items():
         under = result.get(key)
-        both = isinstance(under, Mapping) and isinstance(value, Mapping)
-        other_method = key == "adapter" and both and value.get("method", under.get("method")) != under.get("method")
-        result[key] = _merged(under, value) if both and not other_method else value
+        if isinstance(under, Mapping) and isinstance(value, Mapping) and not _other_method(key, under, value):
+            result[key] = _merged(under, value)
+        else:
+            result[key] = value
     return result
+
+
+def _other_method(key: str, below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    """Fields of one adapter method mean nothing to another."""
+    return key == "adapter" and "method" in above and above["method"] != below.get("method", "lora")

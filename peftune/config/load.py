@@ -102,15 +102,13 @@ def _written_path(detail: ErrorDetails, values: Any) -> KeyPath:
     """The error's location without the names of union members that pydantic puts into it."""
     path: list[str | int] = []
     for part in detail["loc"]:
-        if isinstance(values, dict) and part in values:
+        inside = isinstance(values, dict) and part in values
+        at = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if inside or at:
             values = values[part]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            values = values[part]
+            path.append(part)
         elif detail["type"] == "missing" and part == detail["loc"][-1]:
-            pass
-        else:
-            continue
-        path.append(part)
+            path.append(part)
     return tuple(path)
 
 
@@ -119,8 +117,7 @@ def _fault(path: KeyPath, details: Sequence[ErrorDetails], document: Document) -
     place = document.place(path) or (None, None)
     name = dotted(path)
     if detail["type"] == "missing":
-        why, mend = "missing", f"add {name}"
-        message = f"{name} is missing"
+        message, mend = f"{name} is missing", f"add {name}"
     elif detail["type"] in ("extra_forbidden", "invalid_key"):
         message, mend = f"unknown key {name}", right_spelling(name)
     else:

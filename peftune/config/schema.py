@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 TaskName = Literal["sequence_classification", "token_classification", "question_answering", "causal_lm"]
 
@@ -50,11 +59,19 @@ class AdapterConfig(BaseModel):
     method: str = "lora"
     """lora, ia3, vera, adalora, oft, prefix_tuning, ... : any PEFT type, in lower case."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_lora_defaults(cls, values: Any) -> Any:
+        """LoRA's defaults here; other methods keep PEFT's own."""
+        if isinstance(values, dict) and values.get("method", "lora") == "lora":
+            return {"method": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear",
+                    **values}
+        return values
+
     @property
     def fields(self) -> dict[str, Any]:
-        """The PEFT config's fields; LoRA's defaults are r 16, alpha 32, no dropout, every linear layer."""
-        defaults = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-        return {**(defaults if self.method == "lora" else {}), **(self.model_extra or {})}
+        """The PEFT config's fields."""
+        return dict(self.model_extra or {})
 
 
 class Source(Section):

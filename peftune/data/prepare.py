@@ -64,7 +64,10 @@ class Counts:
 class RowEncoder(Protocol):
     """A task's view of the data, as `tasks/` gives it."""
 
-    formats: tuple[str, ...]
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Row formats the task can learn from."""
+        ...
 
     def targets(self, rows: Sequence[Row], config: DataConfig) -> Targets: ...
     def encode(self, row: Row, targets: Targets) -> Example: ...

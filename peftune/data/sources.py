@@ -82,6 +82,13 @@ def read(source: Source) -> Iterator[RawRow]:
         raise DataError(faults)
 
 
+def read_records(path: str) -> Iterator[RawRow]:
+    """All records of one file. Raises DataError: missing, empty or broken."""
+    if not Path(path).is_file():
+        raise DataError(_fault(path, None, "no such file", _mend_missing(Path(path))))
+    return read(Source(path=path))
+
+
 def _may_be_hub_id(path: str) -> bool:
     name = path.partition(":")[0]
     plain = all(part and not part.startswith(".") for part in name.split("/"))

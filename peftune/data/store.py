@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -81,3 +81,26 @@ class Split:
     def records(self) -> list[dict[str, Any]]:
         """The records of all examples, in order."""
         return [json.loads(text) for chunk in self._chunks for text in chunk["record"].to_pylist()]
+
+
+class MemorySplit:
+    """Examples in memory, for records that are used once."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = list(examples)
+        self.lengths = np.asarray([len(example.input_ids) for example in self._examples], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, position: int) -> Example:
+        return self._examples[position]
+
+
+class Readable(Protocol):
+    """What an evaluation needs of a split."""
+
+    lengths: np.ndarray
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, position: int) -> Example: ...

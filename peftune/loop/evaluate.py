@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from peftune.data.batches import evaluation_batches
 from peftune.data.examples import Example, padded
 from peftune.data.prepare import Targets
-from peftune.data.store import Split
+from peftune.data.store import Readable
 from peftune.loop.generate import generate_texts
 from peftune.parallel.world import World
 from peftune.tasks.task import Metrics, Record, Task
@@ -44,7 +44,8 @@ class Scored:
 
 
 def evaluate(
-    evaluator: Evaluator, model: nn.Module, split: Split, *, name: str, intervals: bool = False, generate: bool = False
+    evaluator: Evaluator, model: nn.Module, split: Readable, *, name: str, intervals: bool = False,
+    generate: bool = False,
 ) -> Scored:
     """Score a model on a split, each example once.
 
@@ -65,7 +66,7 @@ def evaluate(
 
 
 def predict(
-    evaluator: Evaluator, model: nn.Module, split: Split, *, name: str, generate: bool, scored: bool = True
+    evaluator: Evaluator, model: nn.Module, split: Readable, *, name: str, generate: bool, scored: bool = True
 ) -> list[Record]:
     """One record an example, in order of position, on every rank. `scored`: the examples have targets."""
     was_training = model.training
@@ -81,7 +82,7 @@ def predict(
 
 
 def _forward_records(
-    evaluator: Evaluator, model: nn.Module, split: Split, name: str, scored: bool
+    evaluator: Evaluator, model: nn.Module, split: Readable, name: str, scored: bool
 ) -> list[Record]:
     world, task = evaluator.world, evaluator.task
     batches = evaluation_batches(split.lengths.tolist(), rank=world.rank, ranks=world.ranks,
@@ -110,7 +111,7 @@ def _record(position: int, example: Example) -> Record:
 
 
 def _add_generations(
-    evaluator: Evaluator, model: nn.Module, split: Split, records: Sequence[Record], name: str
+    evaluator: Evaluator, model: nn.Module, split: Readable, records: Sequence[Record], name: str
 ) -> None:
     """Continue each prompt that has an answer to compare with; the text goes into the record."""
     by_position = {record["position"]: record for record in records}

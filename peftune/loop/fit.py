@@ -27,9 +27,10 @@ def fit(run: Run, state: TrainState) -> TrainState:
         check.after_step()
         state = state.after(stats, time.perf_counter() - started)
         if run.log.due(state.step, run.steps) or state.step == run.steps:
-            state = run.journal.training_row(
-                state, epoch=run.epochs_of(state.step), learning_rate=run.learning_rate(state.step - 1),
-                grad_norm=stats.grad_norm)
+            run.journal.training_row(
+                state, epoch=run.epochs_of(state.step), loss=state.window_loss,
+                learning_rate=run.learning_rate(state.step - 1), grad_norm=stats.grad_norm)
+            state = state.with_empty_window()
         run.journal.progress(state.step)
         if run.evaluation.due(state.step, run.steps):
             state = evaluate_and_judge(run, state)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from peftune.data.examples import Example, padded
 from peftune.numerics.dealing import padded_groups
@@ -18,7 +17,7 @@ BUDGET_TOKENS = 8192
 
 @torch.no_grad()
 def generate_texts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Mapping[int, Sequence[int]], *,
+    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, prompts: Mapping[int, Sequence[int]], *,
     max_new_tokens: int, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, str]:
@@ -52,7 +51,7 @@ def generate_texts(
     return texts
 
 
-def _settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def _settings(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     own = getattr(model, "generation_config", None)  # models made without one have none
     stops = getattr(own, "eos_token_id", None)
     several = stops if isinstance(stops, list) else [] if stops is None else [stops]

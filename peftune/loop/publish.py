@@ -27,6 +27,7 @@ def published(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     for file in draft.rglob("*"):
+        _readable(file)
         _flush(file)
     _flush(draft)
     if folder.exists():
@@ -58,6 +59,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Strict JSON: a NaN is a fault of ours, not a word in a file."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _readable(path: Path) -> None:
+    """Give a file the mode of any new file: some writers leave it to its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _flush(path: Path) -> None:

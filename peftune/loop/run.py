@@ -73,7 +73,8 @@ class Run:
     def work(self, step: int) -> StepWork:
         """This rank's part of step `step`, and the totals of all ranks, which the plan gives without asking them."""
         world, split = self.strategy.world, self.data.splits["train"]
-        groups = self.plan.micro_batches(step, rank=world.rank, ranks=world.ranks, budget_tokens=self.micro_batch_tokens)
+        groups = self.plan.micro_batches(step, rank=world.rank, ranks=world.ranks,
+                                         budget_tokens=self.micro_batch_tokens)
         positions = self.plan.step(step)
         return StepWork(
             micro_batches=self._batches(groups), micro_batch_count=len(groups), examples=len(positions),

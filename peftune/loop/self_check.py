@@ -38,9 +38,11 @@ class SelfCheck:
         """
         missing = []
         for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and parameter.grad is None:
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
                 missing.append(name)
-            elif parameter.requires_grad and parameter.grad.any():
+            elif parameter.grad.any():
                 self._alive.add(name)
         if missing:
             raise _failed(f"{len(missing)} trainable tensors take no part in the loss", missing,

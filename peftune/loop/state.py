@@ -39,6 +39,15 @@ class TrainState:
             window_loss_sum=self.window_loss_sum + stats.loss_sum, window_targets=self.window_targets + stats.targets,
         )
 
+    @property
+    def window_loss(self) -> float:
+        """Mean loss over the targets since the last log row."""
+        return self.window_loss_sum / max(1, self.window_targets)
+
+    def with_empty_window(self) -> TrainState:
+        """The state after a log row."""
+        return replace(self, window_loss_sum=0.0, window_targets=0)
+
     def as_json(self) -> dict[str, Any]:
         """For state.json of a checkpoint; `TrainState(**values)` reads it."""
         return asdict(self)

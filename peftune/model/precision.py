@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftune.config.schema import ModelConfig
 
@@ -32,6 +33,6 @@ def autocast(config: ModelConfig, device: torch.device) -> Callable[[], Abstract
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute each layer's activations in backward. Non-reentrant, so frozen embeddings need no gradient hook."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

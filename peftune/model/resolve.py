@@ -83,7 +83,7 @@ def _on_hub(name: str, revision: str | None) -> str:
         raise _error(f"{name!r} is neither a folder here nor a valid hub id", near) from None
     except HfHubHTTPError as error:
         raise _error(f"the hub answers {error.response.status_code} for {name}", "check model.revision") from None
-    except Exception as error:  # the transport below the hub client has its own error types; all mean: no connection
+    except Exception as error:  # noqa: BLE001 the transport below the hub client has its own error types; all mean: no connection
         raise _error(f"{name} is no folder here and the hub cannot be reached ({error})",
                      f"check the connection, or give a local folder; {near}") from None
     return name

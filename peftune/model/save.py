@@ -26,6 +26,7 @@ PUBLISHED_LIMIT_TOKENS = 1 << 17
 def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write what was trained, the model's config with its classes, and the tokenizer with its chat template."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.config.architectures = [type(base).__name__]
     with _as_published(base.config, tokenizer):
         model.save_pretrained(str(folder))
         base.config.save_pretrained(str(folder))
@@ -46,30 +47,41 @@ def _as_published(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
 
 
 def load_trained(
-    folder: Path, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """Load a folder that `save_model`, peft or transformers has written, adapter or whole model.
+    """Load a folder that `save_model`, peft or transformers has written, adapter or whole model; or a hub id.
 
     Raises:
         ModelError: the folder, or the base model its adapter names, cannot be loaded.
     """
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        if not (folder / ADAPTER).is_file():
+        if not (Path(folder) / ADAPTER).is_file():
             return auto_class.from_pretrained(
                 str(folder), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
         base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         base = auto_class.from_pretrained(
             base_name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        adapted = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=False)
+        _load_wide(adapted, Path(folder), "default")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ModelError(Fault(kind="model", file=str(folder), message=f"cannot be loaded: {reason}",
                                mend="give a run folder, or one that save_pretrained has written")) from error
-    for module in adapted.modules():
+    return adapted.requires_grad_(False)
+
+
+def _load_wide(model: PeftModel, folder: Path, name: str) -> None:
+    """Load an adapter's weights in the type they were saved in: PEFT would round them to the base model's."""
+    state = load_file(folder / "adapter_model.safetensors")
+    dtype = next(iter(state.values())).dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    set_peft_model_state_dict(model, state, adapter_name=name)
+    for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
-    return adapted
 
 
 @torch.no_grad()
@@ -97,9 +109,12 @@ def reload_deviation(
 
 def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
     name, trainable = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
-    model.load_adapter(str(folder), CHECK_NAME, is_trainable=False, autocast_adapter_dtype=False)
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    model.load_adapter(str(folder), CHECK_NAME, is_trainable=True, autocast_adapter_dtype=False)
     try:
         model.set_adapter(CHECK_NAME)
+        _load_wide(model, folder, CHECK_NAME)
         return model(**inputs).logits.float()
     finally:
         model.set_adapter(name)

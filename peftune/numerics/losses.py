@@ -5,7 +5,6 @@ Shape letters: B examples, T tokens, V vocabulary, K classes.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

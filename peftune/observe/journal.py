@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from accelerate.tracking import GeneralTracker
@@ -15,8 +13,18 @@ from accelerate.tracking import GeneralTracker
 from peftune.observe.display import Display
 from peftune.observe.meter import peak_memory_bytes
 
-State = Any
-StateT = TypeVar("StateT")
+
+class Progressed(Protocol):
+    """What a row tells of the run's progress."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def supervised_tokens(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
 
 
 class Journal:
@@ -28,25 +36,22 @@ class Journal:
     ) -> None:
         self._path, self._device, self._display, self._is_main = path, device, display, is_main
         self._trackers = list(trackers) if is_main else []
-        self._window_started, self._window_tokens = time.perf_counter(), None
         if is_main:
             _keep_rows_up_to(path, from_step)
 
-    def training_row(self, state: StateT, *, epoch: float, learning_rate: float, grad_norm: float) -> StateT:
-        """Write the row of the steps since the last one, and return the state with an empty window.
-
-        The loss is that of the whole window: its sum over its targets.
-        """
+    def training_row(
+        self, state: Progressed, *, epoch: float, loss: float, learning_rate: float, grad_norm: float
+    ) -> None:
+        """Write the row of the steps since the last one. `loss` is that of all their targets together."""
         rate = state.tokens / state.seconds if state.seconds else 0.0
         self._write({
             "step": state.step, "epoch": epoch, "split": "train",
-            "loss": state.window_loss_sum / max(1, state.window_targets), "learning_rate": learning_rate,
+            "loss": loss, "learning_rate": learning_rate,
             "grad_norm": grad_norm, "tokens": state.tokens, "supervised_tokens": state.supervised_tokens,
             "tokens_per_second": rate, "peak_memory_bytes": self.peak_memory_bytes(), "seconds": state.seconds,
         })
-        return replace(state, window_loss_sum=0.0, window_targets=0)
 
-    def evaluation_row(self, state: State, split: str, metrics: Mapping[str, Any], *, epoch: float) -> None:
+    def evaluation_row(self, state: Progressed, split: str, metrics: Mapping[str, Any], *, epoch: float) -> None:
         """Write the metrics of a split."""
         self._write({"step": state.step, "epoch": epoch, "split": split, "tokens": state.tokens,
                      "supervised_tokens": state.supervised_tokens, "peak_memory_bytes": self.peak_memory_bytes(),

@@ -1,6 +1,7 @@
-"""The whole model on every rank, gradients summed (torch's DistributedDataParallel)."""
+"""The whole model on every rank, gradients summed (torch's DistributedDataParallel).
 
-from __future__ import annotations
+Annotations are evaluated here: DDP looks at those of its hook.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

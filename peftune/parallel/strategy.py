@@ -13,8 +13,15 @@ from peftune.parallel.world import World
 class Strategy(Protocol):
     """Gradients are sums over all ranks: whatever averaging an engine does, its strategy undoes."""
 
-    name: str
-    world: World
+    @property
+    def name(self) -> str:
+        """As in the summary: single, ddp, ..."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """The processes."""
+        ...
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move the model to the device and wrap it for training. Weights become equal on all ranks."""

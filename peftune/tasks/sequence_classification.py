@@ -79,7 +79,8 @@ def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
         try:
             value = float(label)
         except (TypeError, ValueError):
-            raise RowFault(f"label {label!r:.40} is not a number", "write a number, or data.problem_type=auto") from None
+            raise RowFault(f"label {label!r:.40} is not a number",
+                           "write a number, or data.problem_type=auto") from None
         return [value], value
     if targets.problem == "single_label" and isinstance(label, list):
         raise RowFault("label is a list in a single-label task", "data.problem_type=multi_label")

@@ -1,0 +1,39 @@
+# Two commands for a new machine:  make quickstart   and   make test
+# Each makes its own virtual environment in .venv, installs torch first, then the project, and runs.
+# TORCH is what pip installs as torch. On a machine with a GPU take the line that pytorch.org gives for it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test fast lint clean
+
+quickstart: $(VENV)/.demo
+	$(BIN)/accelerate launch peftune/train.py configs/quickstart.yaml
+
+test: lint $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,178 @@
+"""The command `peftune`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peftune import __version__
+from peftune.errors import EXIT_DONE, EXIT_MENDABLE, Fault, MachineError, PeftuneError, guarded
+
+
+def main(arguments: list[str]) -> int:
+    """Parse a command line and run its command; return the exit code."""
+    parsed, extra = _parser().parse_known_args(arguments)
+    unknown = [word for word in extra if word.startswith("-") or not parsed.takes_overrides]
+    if unknown:
+        _parser().error(f"unknown arguments: {' '.join(unknown)}")
+    parsed.overrides = extra
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    sys.exit(guarded(main, sys.argv[1:]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peftune", description="Fine-tune transformer models, and prove what ran.")
+    parser.add_argument("--version", action="version", version=f"peftune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str, *, overrides: bool = False
+            ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command, takes_overrides=overrides)
+        return sub
+
+    train = add("train", _train, "train, evaluate and save: starts accelerate for this machine", overrides=True)
+    train.add_argument("config", metavar="CONFIG", help="a YAML file; key=value words after it override its settings")
+    train.add_argument("--strategy", default="auto", help="auto | single | ddp")
+    train.add_argument("--processes", type=int, help="how many processes; default: one a GPU, or one")
+    check = add("check", _check, "find every fault of config, model name and data, without loading weights",
+                overrides=True)
+    check.add_argument("config", metavar="CONFIG")
+    evaluate = add("evaluate", _evaluate, "score a finished run, or a bare model with --config")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, its best/, or a model")
+    evaluate.add_argument("--config", help="task and data, instead of the run's own")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--output", help="write the predictions there, as JSON Lines")
+    predict = add("predict", _predict, "batch predictions or generations with a trained model")
+    predict.add_argument("model", metavar="RUN", help="a run folder or its best/")
+    predict.add_argument("--config", help="for a bare model")
+    predict.add_argument("--input", required=True, help="JSON Lines: text, prompt, messages or instruction")
+    predict.add_argument("--output", required=True, help="JSON Lines: id, prediction, ...")
+    report = add("report", _report, "write a run's page again")
+    report.add_argument("run", metavar="RUN")
+    report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder")
+    add("schema", _schema, "print the JSON Schema of the config, for editors")
+    for sub in (check, evaluate):
+        sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from peftune.config.load import load
+    from peftune.parallel.launcher import choose_launch
+    from peftune.parallel.launcher import run as launch
+
+    load([parsed.config, *parsed.overrides])  # a fault in the config is said before any process starts
+    line = choose_launch(parsed.strategy, parsed.processes, [parsed.config, *parsed.overrides])
+    print(line, file=sys.stderr, flush=True)
+    return launch(line)
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from peftune.config.load import load
+
+    faults: list[Fault] = []
+    counts: dict[str, Any] = {}
+    try:
+        config = load([parsed.config, *parsed.overrides])
+    except PeftuneError as error:
+        faults += error.faults
+    else:
+        from dataclasses import asdict
+
+        from peftune.build import check
+
+        found, prepared = check(config)
+        faults += found
+        counts = {name: asdict(split) for name, split in prepared.counts.items()} if prepared else {}
+    errors = [fault for fault in faults if fault.severity == "error"]
+    if parsed.json:
+        print(json.dumps({"faults": [fault.as_json() for fault in faults], "data": counts}, ensure_ascii=False))
+    elif errors:
+        raise PeftuneError(faults)
+    else:
+        print(f"{parsed.config}: no fault found")
+        for name, split in counts.items():
+            print(f"  {name}: " + ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in split.items()))
+    return EXIT_MENDABLE if errors else EXIT_DONE
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from peftune.loop.finish import prediction_lines
+    from peftune.loop.publish import write_text
+    from peftune.observe.display import Display
+    from peftune.parallel.world import close_world, open_world
+    from peftune.reopen import open_trained, score
+    from peftune.report import show_metrics
+
+    world = open_world()
+    try:
+        display = Display(quiet=not world.is_main, stream=sys.stderr if parsed.json else None)
+        trained = open_trained(parsed.model, parsed.config, world, display)
+        scored = score(trained, parsed.split)
+        if world.is_main:
+            if parsed.output:
+                _writable(lambda: write_text(Path(parsed.output), prediction_lines(scored.records)), parsed.output)
+            if parsed.json:
+                print(json.dumps({parsed.split: scored.metrics}, ensure_ascii=False))
+            else:
+                show_metrics(display, parsed.split, scored.metrics)
+    finally:
+        close_world()
+    return EXIT_DONE
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    from peftune.loop.finish import prediction_lines
+    from peftune.loop.publish import write_text
+    from peftune.observe.display import Display
+    from peftune.parallel.world import close_world, open_world
+    from peftune.reopen import open_trained, predict_file
+
+    world = open_world()
+    try:
+        display = Display(quiet=not world.is_main)
+        trained = open_trained(parsed.model, parsed.config, world, display)
+        records = predict_file(trained, parsed.input)
+        if world.is_main:
+            _writable(lambda: write_text(Path(parsed.output), prediction_lines(records)), parsed.output)
+            display.say(f"{len(records):,} predictions in {parsed.output}")
+    finally:
+        close_world()
+    return EXIT_DONE
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from peftune.report import write_report
+
+    page = write_report(Path(parsed.run), Path(parsed.to) if parsed.to else None)
+    print(page)
+    return EXIT_DONE
+
+
+def _schema(parsed: argparse.Namespace) -> int:
+    from peftune.config.schema import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
+    return EXIT_DONE
+
+
+def _writable(write: Callable[[], None], name: str) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise MachineError(Fault(kind="environment", file=name, message=f"cannot be written: {error.strerror}",
+                                 mend="give another --output")) from None
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""Settings as frozen values: schema, reading, rules. Imports no tensor library."""

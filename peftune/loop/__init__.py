@@ -1,0 +1,1 @@
+"""The one loop, the step, the one evaluation harness, checkpoints."""

@@ -1,0 +1,1 @@
+"""Models, heads, adapters, precision, saving. The only room that imports peft and bitsandbytes."""

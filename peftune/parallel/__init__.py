@@ -1,0 +1,1 @@
+"""Processes and strategies. The only room that imports torch.distributed and deepspeed."""

@@ -1,0 +1,129 @@
+"""Finished runs and bare models become objects again, to be scored or used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftune.config.load import load
+from peftune.config.schema import ModelConfig, RunConfig
+from peftune.data.examples import Example
+from peftune.data.prepare import RowFault, Targets, open_prepared, prepare
+from peftune.data.sources import read_records
+from peftune.data.store import MemorySplit
+from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
+from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
+from peftune.model.load import PROBLEM_TYPES
+from peftune.model.precision import autocast, weight_dtype
+from peftune.model.save import ADAPTER, load_trained
+from peftune.observe.display import Display
+from peftune.parallel.world import World
+from peftune.tasks import TASKS
+from peftune.tasks.task import Record
+from peftune.tasks.text import Text, open_text, quiet_libraries
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A model with everything that scoring and predicting need."""
+
+    config: RunConfig
+    model: nn.Module
+    text: Text
+    evaluator: Evaluator
+
+
+def open_trained(path: str, config_path: str | None, world: World, display: Display) -> Trained:
+    """Open a run folder (its final/), a folder of weights inside one (best/), or a bare model with a config.
+
+    Raises:
+        RunFolderError: a run that has no final/ yet.
+        ConfigError: a bare model without a config.
+        ModelError: weights that cannot be loaded, or a classifier without classes.
+    """
+    quiet_libraries()
+    folder, config = _folder_and_config(Path(path), path, config_path)
+    task = TASKS[config.task]
+    with display.phase("model") as notes:
+        text = open_text(task, ModelConfig(**{**config.model.model_dump(), "name_or_path": str(folder)}), config.data)
+        adapted = (Path(text.source) / ADAPTER).is_file()
+        model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
+                             dtype=weight_dtype(config.model, adapted=adapted),
+                             trust_remote_code=config.model.trust_remote_code).to(world.device).eval()
+        notes.append(str(folder))
+    evaluator = Evaluator(task, _targets(text, config.task), text.tokenizer, world,
+                          autocast(config.model, world.device), config.evaluation.max_new_tokens, display.evaluation)
+    return Trained(config, model, text, evaluator)
+
+
+def score(trained: Trained, split: str) -> Scored:
+    """Metrics with intervals on a split that the config names.
+
+    Raises:
+        ConfigError: the config names no such split.
+        DataError: faults in its rows.
+    """
+    config = trained.config
+    if getattr(config.data, split) is None:  # the split's name is the user's word, checked by the door
+        raise ConfigError(Fault(kind="config", message=f"the config has no data.{split}",
+                                mend=f"--split validation, or --config with data.{split}"))
+    path = trained.evaluator.world.on_main(lambda: prepare(
+        config.data, trained.text.encoder, seed=config.seed, identity=trained.text.identity(),
+        targets=trained.evaluator.targets, only=(split,)))
+    return evaluate(trained.evaluator, trained.model, open_prepared(path).splits[split], name=split, intervals=True,
+                    generate=True)
+
+
+def predict_file(trained: Trained, path: str) -> list[Record]:
+    """Predictions for the records of a JSON Lines file, in its order, with each record's own `id` or its row number.
+
+    Raises:
+        DataError: records that cannot be predicted from, with their lines.
+    """
+    examples: list[Example] = []
+    faults: list[Fault] = []
+    columns = trained.config.data.columns
+    for number, raw in enumerate(read_records(path)):
+        values = {**raw.values, **{want: raw.values[given] for want, given in columns.items() if given in raw.values}}
+        try:
+            example = trained.evaluator.task.encode_prompt(values, trained.text.encoder.text)
+        except RowFault as error:
+            faults.append(Fault(kind="data", file=raw.file, line=raw.line, message=error.message, mend=error.mend))
+            continue
+        record = {"id": values.get("id", str(number)), **example.record}
+        examples.append(Example(example.input_ids, [0], 0, example.full_length, record, example.segment_ids))
+    if faults:
+        raise DataError(faults)
+    return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
+
+
+def _folder_and_config(path: Path, name: str, config_path: str | None) -> tuple[str, RunConfig]:
+    for run, weights in ((path, path / "final"), (path.parent, path)):
+        if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
+            if not (weights / "config.json").is_file():
+                raise RunFolderError(Fault(kind="run_folder", file=str(run), message="no trained weights in final/",
+                                           mend="let the run finish: start it again and it continues"))
+            return str(weights), load([config_path or str(run / "config.yaml")])
+    if config_path is None:
+        raise ConfigError(Fault(kind="config", message=f"{name} is no run folder; a bare model needs a config",
+                                mend="--config CONFIG.yaml, with the task and the data"))
+    return name, load([config_path])
+
+
+def _targets(text: Text, task: str) -> Targets:
+    """Classes and kind of label, from the trained model's own config."""
+    if task != "sequence_classification":
+        return Targets("next_token")
+    names = tuple(text.config.id2label[k] for k in sorted(text.config.id2label))
+    problems = {theirs: ours for ours, theirs in PROBLEM_TYPES.items()}
+    problem = problems.get(text.config.problem_type or "", "single_label" if len(names) > 1 else "regression")
+    architectures: list[Any] = text.config.architectures or []
+    if not any("SequenceClassification" in str(name) for name in architectures):
+        raise ModelError(Fault(kind="model", file=text.source, message="has no trained classification head",
+                               mend="train it first, or give a classifier"))
+    if problem == "regression":
+        return Targets(problem, kind="values")
+    return Targets(problem, names, "class" if problem == "single_label" else "values")

@@ -1,0 +1,88 @@
+"""A model's text side: its config and tokenizer, and how a task makes tokens with them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from peftune.config.schema import DataConfig, ModelConfig
+from peftune.data.chat import choose_template
+from peftune.data.prepare import Prepared
+from peftune.model.load import longest_input
+from peftune.model.resolve import load_model_config, load_tokenizer, resolve
+from peftune.tasks.task import BoundEncoder, Task, TextEncoder
+
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What is known of a model before its weights are loaded."""
+
+    source: str
+    """Local folder or hub id."""
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    """Which chat template is in use, for a person; none where the task has no conversations."""
+    encoder: BoundEncoder
+
+    def identity(self) -> dict[str, Any]:
+        """What the tokens of a row depend on besides the data section: tokenizer, template, task, and our code."""
+        tokenizer = self.tokenizer
+        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else self.source
+        code = hashlib.sha256()
+        package = Path(__file__).parents[1]
+        for file in sorted([*package.glob("data/*.py"), *package.glob("tasks/*.py")]):
+            code.update(file.read_bytes())
+        return {"task": self.encoder.task.name, "limit": self.encoder.text.max_length,
+                "template": tokenizer.chat_template, "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+                "eos": tokenizer.eos_token, "pad": tokenizer.pad_token, "code": code.hexdigest()}
+
+
+def open_text(task: Task, model: ModelConfig, data: DataConfig) -> Text:
+    """Find the model, read its config and tokenizer, choose the chat template.
+
+    Raises:
+        ModelError, MachineError: the model or its tokenizer cannot be had.
+        ConfigError: no such chat template.
+    """
+    source = resolve(model)
+    config = load_model_config(model, source)
+    tokenizer = load_tokenizer(model, source, generates=task.generates)
+    template = choose_template(tokenizer, data.chat_template) if task.generates else "none"
+    limit = longest_input(config, data.max_length)
+    encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, data.train_on == "all"))
+    return Text(source, config, tokenizer, template, encoder)
+
+
+def quiet_libraries() -> None:
+    """Their load reports and progress bars would drown ours; what matters of them is said by us."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # peft 0.21 asks for a name that transformers 5 renames; delete this with the first peft that asks for the new one
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+
+
+def data_notes(data: Prepared, text: Text, config: DataConfig) -> list[str]:
+    """What was found and done, for a person."""
+    notes = [" + ".join(f"{counts.kept:,} {name}" for name, counts in data.counts.items()) + " rows"]
+    notes.append("format " + ", ".join(sorted(set(data.formats.values()))))
+    if data.targets.names:
+        notes.append(f"{len(data.targets.names)} classes ({data.targets.problem})")
+    if text.template != "none" and CHAT_FORMATS & set(data.formats.values()):
+        notes.append(f"chat template: {text.template}")
+    for name, counts in data.counts.items():
+        for what in ("truncated", "dropped_too_long", "dropped_no_target"):
+            number = asdict(counts)[what]
+            if number:
+                notes.append(f"{number:,} of {counts.rows:,} {name} rows {what.replace('_', ' ')}")
+    if text.encoder.text.max_length < config.max_length:
+        notes.append(f"the model reads at most {text.encoder.text.max_length} tokens")
+    return notes
