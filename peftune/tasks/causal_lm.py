@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from peftune.data.examples import Batch, Example
 from peftune.data.formats import PROMPT_COLUMNS, prompt_messages
 from peftune.data.prepare import RowFault, Targets
 from peftune.data.rows import Row
+from peftune.numerics import scores
+from peftune.numerics.intervals import bootstrap_of_sums
 from peftune.numerics.losses import IGNORE, next_token_nats
-from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, with_interval
+from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put
 
 NEXT_TOKEN = Targets("next_token")
 
@@ -129,28 +132,29 @@ def losses(logits_BTV: Tensor, batch: Batch, targets: Targets) -> Tensor:
 
 def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
     """Loss in nats a token and perplexity; exact match and ROUGE-L (F) where text was generated."""
-    nats = np.array([record["loss_sum"] for record in records])
-    counts = np.array([record["num_targets"] for record in records])
-    result: Metrics = {"loss": mean_loss(records)}
-    with_interval(result, "perplexity", lambda at: _exp(nats[at].sum() / max(1, counts[at].sum())),
-                  len(records), intervals)
-    result["perplexity"] = _finite(_exp(result["loss"]))
+    result: Metrics = {}
+    loss = mean_loss(records)
+    sums_N2 = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
+    bounds = bootstrap_of_sums(sums_N2, scores.ratio) if intervals else None
+    put(result, "loss", loss, (lambda: bounds) if bounds else None)
+    put(result, "perplexity", _exp(loss), (lambda: (_exp(bounds[0]), _exp(bounds[1]))) if bounds else None)
     answered = [r for r in records if r.get("prediction") is not None and r.get("reference") is not None]
     if answered:
         scorer = rouge_scorer.RougeScorer(["rougeL"])
-        exact = np.array([float(r["prediction"].strip() == r["reference"]) for r in answered])
-        rouge = np.array([scorer.score(r["reference"], r["prediction"])["rougeL"].fmeasure for r in answered])
-        with_interval(result, "exact_match", lambda at: float(exact[at].mean()), len(answered), intervals)
-        with_interval(result, "rouge_l", lambda at: float(rouge[at].mean()), len(answered), intervals)
+        for name, values in (
+            ("exact_match", [float(r["prediction"].strip() == r["reference"]) for r in answered]),
+            ("rouge_l", [scorer.score(r["reference"], r["prediction"])["rougeL"].fmeasure for r in answered]),
+        ):
+            put(result, name, float(np.mean(values)), partial(_mean_interval, values) if intervals else None)
     return result
+
+
+def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    return bootstrap_of_sums(np.column_stack([values, np.ones(len(values))]), scores.ratio)
 
 
 def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 CAUSAL_LM = Task(

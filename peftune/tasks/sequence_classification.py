@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
-from sklearn import metrics as scores
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -18,8 +18,10 @@ from peftune.data.examples import Batch, Example
 from peftune.data.prepare import RowFault, Targets
 from peftune.data.rows import Row
 from peftune.errors import DataError, Fault
+from peftune.numerics import scores
+from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
 from peftune.numerics.losses import class_nats, label_nats, squared_error
-from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, with_interval
+from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put
 
 METRIC_NAMES = {
     "single_label": ("accuracy", "macro_f1", "mcc", "loss"),
@@ -131,34 +133,51 @@ def predictions(logits_BK: Tensor, targets: Targets) -> list[Record]:
 def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
     """scikit-learn's and scipy's scores over the records; undefined ones are None."""
     result: Metrics = {"loss": mean_loss(records)}
-    if targets.problem == "single_label":
-        index = {name: k for k, name in enumerate(targets.names)}
-        want, got = (np.array([index[r[side]] for r in records]) for side in ("reference", "prediction"))
-        named = {
-            "accuracy": lambda at: float(scores.accuracy_score(want[at], got[at])),
-            "macro_f1": lambda at: float(scores.f1_score(want[at], got[at], average="macro", zero_division=0)),
-            "mcc": lambda at: float(scores.matthews_corrcoef(want[at], got[at])),
-        }
-    elif targets.problem == "multi_label":
-        want, got = (np.array([[n in r[side] for n in targets.names] for r in records], dtype=int)
-                     for side in ("reference", "prediction"))
-        named = {
-            "micro_f1": lambda at: float(scores.f1_score(want[at], got[at], average="micro", zero_division=0)),
-            "macro_f1": lambda at: float(scores.f1_score(want[at], got[at], average="macro", zero_division=0)),
-            "exact_match": lambda at: float(scores.accuracy_score(want[at], got[at])),
-        }
-    else:
-        want, got = (np.array([r[side] for r in records], dtype=float) for side in ("reference", "prediction"))
-        named = {
-            "pearson": lambda at: float(stats.pearsonr(want[at], got[at]).statistic) if len(at) > 1 else float("nan"),
-            "spearman": lambda at: float(stats.spearmanr(want[at], got[at]).statistic),
-            "rmse": lambda at: float(scores.root_mean_squared_error(want[at], got[at])),
-        }
+    measure = _regression_scores if targets.problem == "regression" else _class_scores
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant inputs make a correlation undefined: said as None, not as a warning
-        for name, statistic in named.items():
-            with_interval(result, name, statistic, len(records), intervals)
+        for name, value, interval in measure(records, targets):
+            put(result, name, value, interval if intervals else None)
     return result
+
+
+Score = tuple[str, float, Callable[[], tuple[float, float]]]
+"""Name, value, and how to get its interval."""
+
+
+def _class_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score]:
+    several = targets.problem == "multi_label"
+    want_NK, got_NK = (np.array([[name in r[side] if several else name == r[side] for name in targets.names]
+                                 for r in records], dtype=int) for side in ("reference", "prediction"))
+    counts_NF = np.concatenate([want_NK * got_NK, got_NK, want_NK], axis=1)
+    right_N2 = np.column_stack([(want_NK == got_NK).all(axis=1), np.ones(len(records))])
+    if several:
+        yield "micro_f1", _f1(want_NK, got_NK, "micro"), lambda: bootstrap_of_sums(counts_NF, scores.micro_f1)
+        yield "macro_f1", _f1(want_NK, got_NK, "macro"), lambda: bootstrap_of_sums(counts_NF, scores.macro_f1_of_all)
+        yield "exact_match", float(accuracy_score(want_NK, got_NK)), lambda: bootstrap_of_sums(right_N2, scores.ratio)
+    else:
+        want, got = want_NK.argmax(axis=1), got_NK.argmax(axis=1)
+        yield "accuracy", float(accuracy_score(want, got)), lambda: bootstrap_of_sums(right_N2, scores.ratio)
+        yield "macro_f1", _f1(want, got, "macro"), lambda: bootstrap_of_sums(counts_NF, scores.macro_f1)
+        yield "mcc", float(matthews_corrcoef(want, got)), lambda: bootstrap_of_sums(counts_NF, scores.matthews)
+
+
+def _f1(want: np.ndarray, got: np.ndarray, average: str) -> float:
+    return float(f1_score(want, got, average=average, zero_division=0))
+
+
+def _regression_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score]:
+    want, got = (np.array([r[side] for r in records], dtype=float) for side in ("reference", "prediction"))
+    x, y = want - want.mean(), got - got.mean()
+    products = np.column_stack([np.ones_like(x), x, y, x * y, x * x, y * y])
+    several = len(records) > 1
+    yield ("pearson", float(stats.pearsonr(want, got).statistic) if several else float("nan"),
+           lambda: bootstrap_of_sums(products, scores.pearson))
+    yield ("spearman", float(stats.spearmanr(want, got).statistic) if several else float("nan"),
+           lambda: bootstrap_of_positions(lambda at: float(stats.spearmanr(want[at], got[at]).statistic), len(want)))
+    errors = np.column_stack([np.square(want - got), np.ones_like(want)])
+    yield ("rmse", float(root_mean_squared_error(want, got)),
+           lambda: bootstrap_of_sums(errors, lambda sums: np.sqrt(scores.ratio(sums))))
 
 
 def majority(train: Sequence[Record], scored: Sequence[Record], targets: Targets) -> list[Record]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +14,6 @@ from peftune.config.schema import DataConfig
 from peftune.data.examples import Batch, Example
 from peftune.data.prepare import Targets
 from peftune.data.rows import Row
-from peftune.numerics.intervals import bootstrap_interval
 
 Record = dict[str, Any]
 """One evaluated example: position, id, prediction, reference, loss_sum, num_targets, and what the task adds."""
@@ -89,14 +87,11 @@ def mean_loss(records: Sequence[Record]) -> float:
     return math.fsum(r["loss_sum"] for r in records) / max(1, sum(r["num_targets"] for r in records))
 
 
-def with_interval(
-    metrics: Metrics, name: str, statistic: Callable[[np.ndarray], float], examples: int, intervals: bool
-) -> None:
-    """Add metric `name`, as `statistic` of all positions, and its bootstrap interval if asked for."""
-    value = statistic(np.arange(examples))
+def put(metrics: Metrics, name: str, value: float, interval: Callable[[], tuple[float, float]] | None) -> None:
+    """Add a metric, None where it is undefined, and its interval if one is asked for."""
     metrics[name] = value if math.isfinite(value) else None
-    if intervals:
-        low, high = bootstrap_interval(statistic, examples)
+    if interval is not None:
+        low, high = interval()
         metrics[f"{name}_interval"] = [low, high] if math.isfinite(low + high) else None
 
 

@@ -1,0 +1,83 @@
+"""Tiny real models and made-up rows for the tests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NOUNS = ("printer", "password", "invoice", "laptop", "badge", "mailbox", "screen", "licence", "router", "meeting")
+GOOD = ("works again", "is fine now", "was replaced, thank you", "looks great", "is faster than ever")
+BAD = ("is broken", "fails every morning", "was lost", "makes a terrible noise", "keeps asking me to wait")
+
+
+def intent_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts of very unequal length with a label that a small model can learn."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        good = rng.random() < 0.5
+        parts = [f"the {rng.choice(NOUNS)} {rng.choice(GOOD if good else BAD)}" for _ in range(rng.randint(1, 5))]
+        rows.append({"text": f"ticket {number}: " + " and ".join(parts), "label": "praise" if good else "complaint"})
+    return rows
+
+
+def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations of one to three questions; answers of 1 to 30 words."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        messages = [{"role": "system", "content": "Answer briefly."}] if rng.random() < 0.3 else []
+        for _ in range(rng.randint(1, 3)):
+            words = rng.randint(1, 4) if rng.random() < 0.6 else rng.randint(15, 30)
+            messages += [{"role": "user", "content": f"question {number} about the {rng.choice(NOUNS)}?"},
+                         {"role": "assistant", "content": " ".join(rng.choice(NOUNS) for _ in range(words))}]
+        rows.append({"messages": messages})
+    return rows
+
+
+def _corpus() -> list[str]:
+    texts = [row["text"] for row in intent_rows(200, seed=1)]
+    return texts + [turn["content"] for row in chat_rows(100, seed=1) for turn in row["messages"]]
+
+
+def save_decoder(folder: Path, **changes: Any) -> str:
+    """A byte-level BPE tokenizer whose padding token is its end-of-text token, and a Llama of two layers."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(_corpus(), trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, **changes}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1,
+                                 **settings)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_encoder(folder: Path) -> str:
+    """A WordPiece tokenizer and a BERT of two layers, with dropout in its config as real ones have it."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(_corpus(), trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, pad_token_id=0,
+    )).save_pretrained(folder)
+    return str(folder)

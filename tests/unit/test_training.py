@@ -1,0 +1,34 @@
+"""What a run leaves behind, by task and method."""
+
+import json
+
+import pytest
+
+from tests.conftest import metric_rows, summary
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, request, train):
+    settings = request.getfixturevalue(task)
+    settings = {**settings, "adapter": adapter, "model": {**settings["model"], "dtype": dtype}}
+    settings["train"] = {**settings["train"], "max_steps": 30, "learning_rate": 0.01}
+    folder = train(settings)
+    result = summary(folder)
+    assert result["steps"] == 30 and result["exit"] == "done"
+    assert result["metrics"]["validation"]["loss"] < result["baseline"]["validation"]["loss"]
+    assert result["reload_deviation"] < 1e-3
+    for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html",
+                 "predictions/validation.jsonl", "best/config.json", "final/config.json", "final/tokenizer.json",
+                 "final/README.md", "checkpoints/step-000030/manifest.json"):
+        assert (folder / name).is_file(), name
+    weights = "model.safetensors" if adapter is None else "adapter_model.safetensors"
+    assert (folder / "final" / weights).is_file() and (folder / "best" / weights).is_file()
+    rows = metric_rows(folder, "train")
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    keys = {"step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
+            "tokens_per_second", "peak_memory_bytes", "seconds"}
+    assert keys <= rows[0].keys()
+    records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
+    assert all({"id", "prediction", "reference"} <= record.keys() for record in records)
