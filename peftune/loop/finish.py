@@ -62,6 +62,7 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     if state.best_step not in (None, state.step):
         run.restore(run.strategy.unwrap(run.model), run.folder / "best")
         best = {name: _score(run, name).metrics for name in metrics}
+        run.restore(run.strategy.unwrap(run.model), run.folder / "final")
     summary = _summary(run, state, metrics, best, deviation)
     if run.strategy.world.is_main:
         write_json(run.folder / "summary.json", summary)

@@ -11,8 +11,8 @@ import numpy as np
 
 def ratio(sums_R2: np.ndarray) -> np.ndarray:
     """First sum over second: accuracy from (right, examples), loss from (nats, targets)."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sums_R2[:, 0] / sums_R2[:, 1]
+    above_R, below_R = sums_R2.T
+    return np.where(below_R > 0, above_R / np.where(below_R > 0, below_R, 1), np.nan)
 
 
 def split_counts(sums_RF: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -85,12 +85,12 @@ def _tokenise(
             if after > begin and first < end and after > first and not ended:
                 supervised[position] = True
                 ended = ids[position] == eos
-    last = max((i for i, on in enumerate(supervised) if on), default=-1)
-    if last >= 0 and ids[last] != eos:
-        if last + 1 < len(ids) and ids[last + 1] == eos:
-            supervised[last + 1] = True
-        else:
-            ids, supervised = ids[: last + 1] + [eos], supervised[: last + 1] + [True]
+    end = max((i for i, on in enumerate(supervised) if on), default=-1) + 1
+    if end == 0:
+        return ids, supervised
+    ids, supervised = ids[:end], supervised[:end]  # nothing is learned from what follows the last target
+    if ids[-1] != eos:
+        ids, supervised = [*ids, eos], [*supervised, True]
     return ids, supervised
 
 

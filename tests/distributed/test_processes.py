@@ -1,0 +1,79 @@
+"""Real launches of one and of two processes train and score the same."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT, free_port, metric_rows, summary, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def trained(launch, settings, tmp_path, name, processes, tokens):
+    folder = tmp_path / name
+    config = write_config({**settings, "output_dir": str(folder)}, tmp_path / f"configs-{name}")
+    done = launch(config, f"train.tokens_per_micro_batch={tokens}", processes=processes)
+    assert done.returncode == 0, done.stderr
+    result = summary(folder)
+    assert (result["world_size"], result["strategy"]) == (processes, "ddp" if processes > 1 else "single")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+def test_two_processes_train_and_score_as_one(task, adapter, request, launch, tmp_path):
+    settings = {**request.getfixturevalue(task), "adapter": adapter}
+    settings["train"] = {**settings["train"], "batch_size": 7}
+    one = trained(launch, settings, tmp_path, "one", 1, 200)
+    for name, tokens in (("two-ones", 1), ("two-all", 100_000)):
+        two = trained(launch, settings, tmp_path, name, 2, tokens)
+        mine, theirs = (metric_rows(folder, "train") for folder in (one, two))
+        assert len(mine) == len(theirs) == 6
+        for row, other in zip(mine, theirs, strict=True):
+            assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+            assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+            assert (other["tokens"], other["supervised_tokens"]) == (row["tokens"], row["supervised_tokens"])
+        before, again = (metric_rows(folder, "validation")[0] for folder in (one, two))
+        assert {k: v for k, v in before.items() if "memory" not in k} == {
+            k: v for k, v in again.items() if "memory" not in k}, "the untrained model's scores, to the last digit"
+        scores, other_scores = (summary(folder)["metrics"]["validation"] for folder in (one, two))
+        for metric, value in scores.items():
+            rounding = metric.removesuffix("_interval") in ("loss", "perplexity")
+            assert other_scores[metric] == (pytest.approx(value, rel=1e-5) if rounding else value), metric
+        ids = [json.loads(line)["id"] for line in (two / "predictions" / "validation.jsonl").read_text().splitlines()]
+        assert len(ids) == len(set(ids)) == (9 if task == "classify" else 5)
+
+
+def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(command, classify, tmp_path):
+    config = write_config(classify, tmp_path / "c")
+    done = command("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2",
+                   ROOT / "peftune" / "train.py", config)
+    assert "started one plain process" in done.stderr and "ddp-cpu.yaml" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_peftune_train_chooses_the_launcher_and_prints_its_line(command, classify, tmp_path):
+    config = write_config(classify, tmp_path / "c")
+    done = command("-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert "accelerate launch --config_file" in done.stderr and "--num_processes 2" in done.stderr
+    assert summary(tmp_path / "run")["world_size"] == 2
+
+
+def test_a_fault_in_two_processes_is_one_message_and_exit_2(command, classify, tmp_path):
+    settings = {**classify, "adapter": {"target_modules": ["nothing_has_this_name"]}}
+    config = write_config(settings, tmp_path / "c")
+    done = command("-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2")
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_harness_gives_the_same_scores_on_two_processes(command, classify, train):
+    folder = train(classify)
+    done = command("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+                   ROOT / "launch" / "accelerate" / "ddp-cpu.yaml", "--main_process_port", free_port(),
+                   "--module", "peftune.cli", "evaluate", folder, "--split", "validation", "--json",
+                   env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["validation"] == summary(folder)["metrics"]["validation"]

@@ -1,0 +1,138 @@
+"""Two roads, one number."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import metric_rows, summary
+
+LOSSES_RELATIVE = 1e-5
+"""Float32: sums of a step are taken in another order."""
+
+
+def losses(folder, split="train"):
+    return [row["loss"] for row in metric_rows(folder, split)]
+
+
+def scores(folder):
+    found = summary(folder)["metrics"]["validation"]
+    return {name: value for name, value in found.items() if not name.endswith("_interval")}
+
+
+@pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+def test_micro_batches_of_one_of_three_and_of_all_train_the_same(task, adapter, request, train):
+    settings = {**request.getfixturevalue(task), "adapter": adapter}
+    one = train(settings, "train.tokens_per_micro_batch=1", name="one")
+    three = train(settings, "train.tokens_per_micro_batch=180", name="three")
+    every = train(settings, "train.tokens_per_micro_batch=100000", name="all")
+    for other in (three, every):
+        assert losses(other) == pytest.approx(losses(one), rel=LOSSES_RELATIVE)
+        ours, theirs = scores(one), scores(other)
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            tolerance = LOSSES_RELATIVE if name in ("loss", "perplexity") else 0
+            assert theirs[name] == pytest.approx(value, rel=tolerance, abs=0), name
+
+
+def test_gradient_checkpointing_trains_the_same(converse, train):
+    plain = train(converse, name="plain")
+    recomputed = train({**converse, "model": {**converse["model"], "gradient_checkpointing": True}}, name="recomputed")
+    assert losses(recomputed) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_a_run_from_its_resolved_config_is_the_same_run(classify, train, tmp_path):
+    from peftune.train import main
+
+    first = train(classify, name="first")
+    assert main([str(first / "config.yaml"), f"output_dir={tmp_path / 'second'}"]) == 0
+    assert losses(tmp_path / "second") == losses(first)
+
+
+LOAD_ADAPTER = """
+import json, sys, torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+folder, kind, text = sys.argv[1:]
+auto = {"classify": AutoModelForSequenceClassification, "converse": AutoModelForCausalLM}[kind]
+base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+model = PeftModel.from_pretrained(auto.from_pretrained(base, config=AutoConfig.from_pretrained(folder)), folder).eval()
+inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+print(json.dumps(model(**inputs).logits.tolist()))
+"""
+LOAD_WHOLE = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+folder, kind, text = sys.argv[1:]
+auto = {"classify": AutoModelForSequenceClassification, "converse": AutoModelForCausalLM}[kind]
+model = auto.from_pretrained(folder).eval()
+print(json.dumps(model(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits.tolist()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+def test_final_loads_elsewhere_without_peftune_to_the_same_logits(task, adapter, request, tmp_path):
+    import yaml
+
+    settings = {**request.getfixturevalue(task), "adapter": adapter}
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    text = "the printer is broken"
+    ours = live_logits(config, text)
+    code = LOAD_WHOLE if adapter is None else LOAD_ADAPTER
+    theirs = subprocess.run([sys.executable, "-c", code, str(Path(settings["output_dir"]) / "final"), task, text],
+                            capture_output=True, text=True, check=True, cwd="/")
+    flat_ours, flat_theirs = flat(ours), flat(json.loads(theirs.stdout))
+    assert flat_theirs == pytest.approx(flat_ours, abs=1e-5)
+
+
+def live_logits(config: Path, text: str):
+    """Train, and ask the model in memory before it is gone."""
+    import torch
+
+    from peftune.build import build
+    from peftune.config.load import load
+    from peftune.loop.finish import finish
+    from peftune.loop.fit import fit
+
+    with build(load([str(config)])) as built:
+        finish(built.run, fit(built.run, built.state))
+        model = built.run.strategy.unwrap(built.run.model).eval()
+        with torch.no_grad():
+            return model(**built.run.evaluator.tokenizer(text, return_tensors="pt")).logits.tolist()
+
+
+def flat(values):
+    return [values] if not isinstance(values, list) else [x for value in values for x in flat(value)]
+
+
+def test_the_harness_gives_a_finished_run_the_scores_of_its_summary(classify, train, capsys):
+    from peftune.cli import main
+
+    folder = train(classify)
+    capsys.readouterr()
+    assert main(["evaluate", str(folder), "--split", "validation", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["validation"]
+    assert again == summary(folder)["metrics"]["validation"]
+
+
+@pytest.mark.parametrize("task", ["classify", "converse"])
+def test_predict_gives_the_predictions_of_the_run(task, request, train, tmp_path):
+    from peftune.cli import main
+
+    settings = request.getfixturevalue(task)
+    settings = {**settings, "data": {**settings["data"], "max_length": 250}}
+    folder = train(settings)
+    output = tmp_path / "out.jsonl"
+    assert main(["predict", str(folder), "--input", settings["data"]["validation"], "--output", str(output)]) == 0
+    made, known = (
+        [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+        for path in (output, folder / "predictions" / "validation.jsonl"))
+    assert made == known and None not in made
+
+

@@ -1,0 +1,174 @@
+"""The config: what is said of a wrong one, and that a right one is frozen and complete."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from peftune.config.document import Document
+from peftune.config.load import dump, load, validate
+from peftune.config.names import FAMILIAR, key_paths, right_spelling
+from peftune.config.rules import METRICS, RULES
+from peftune.config.schema import RunConfig
+from peftune.errors import ConfigError
+
+MINIMAL = "task: causal_lm\nmodel: {name_or_path: m}\ndata: {train: t.jsonl}\n"
+
+
+def config(tmp_path, text=MINIMAL, name="c.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def faults_of(*arguments):
+    with pytest.raises(ConfigError) as caught:
+        load(list(arguments))
+    return caught.value.faults
+
+
+def test_a_minimal_config_gets_every_default(tmp_path):
+    loaded = load([config(tmp_path)])
+    assert loaded.train.batch_size == 32
+    assert loaded.adapter.fields == {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    assert loaded.data.validation == 0.1
+
+
+def test_a_loaded_config_is_frozen(tmp_path):
+    with pytest.raises(ValidationError):
+        load([config(tmp_path)]).train.batch_size = 1
+
+
+def test_the_dumped_config_loads_to_an_equal_one(tmp_path):
+    first = load([config(tmp_path), "adapter.method=ia3", "data.validation=v.jsonl", "train.learning_rate=3e-5"])
+    again = load([config(tmp_path, dump(first), "again.yaml")])
+    assert again == first
+
+
+def test_all_faults_are_said_at_once_with_their_lines(tmp_path):
+    text = "task: causal_lm\nmodel:\n  name_or_path: m\n  dtype: float16\ndata: {train: t}\ntrain:\n  lerning_rate: 1\n"
+    faults = faults_of(config(tmp_path, text), "seed=-1")
+    assert {(fault.line, fault.message.split(" ")[0]) for fault in faults} == {
+        (4, "model.dtype"), (7, "unknown"), (None, "seed")}
+    assert all(fault.mend for fault in faults)
+
+
+@pytest.mark.parametrize(("key", "right"), [
+    ("train.lerning_rate=1", "train.learning_rate"),
+    ("trian.learning_rate=1", "did you mean train?"),
+    ("learning_rate=1", "train.learning_rate"),
+    ("per_device_train_batch_size=1", "train.batch_size"),
+    ("train.gradient_accumulation_steps=1", "train.batch_size"),
+    ("lora_r=8", "adapter.r"),
+    ("adapter.lora_r=8", "adapter.r"),
+    ("model.load_in_4bit=true", "model.quantization=nf4"),
+    ("data.max_seq_length=8", "data.max_length"),
+])
+def test_a_wrong_key_gets_the_right_spelling(tmp_path, key, right):
+    assert any(right in fault.mend for fault in faults_of(config(tmp_path), key))
+
+
+def test_every_familiar_name_points_to_a_key_that_exists():
+    known = set(key_paths()) | {"adapter.r", "adapter.lora_alpha", "adapter.target_modules"}
+    for name, text in FAMILIAR.items():
+        assert text.startswith("nothing") or any(key in text for key in known), name
+        assert right_spelling(name).startswith("write"), name
+
+
+def test_a_base_is_inherited_and_overridden_and_an_override_wins(tmp_path):
+    config(tmp_path, MINIMAL + "seed: 1\ntrain: {batch_size: 4, num_epochs: 9}\n", "base.yaml")
+    child = config(tmp_path, "base: base.yaml\ntrain: {batch_size: 8}\n", "child.yaml")
+    loaded = load([child, "seed=5"])
+    assert (loaded.train.batch_size, loaded.train.num_epochs, loaded.seed) == (8, 9.0, 5)
+
+
+def test_a_base_that_leads_back_to_itself_is_a_fault(tmp_path):
+    config(tmp_path, "base: b.yaml\n", "a.yaml")
+    config(tmp_path, "base: a.yaml\n", "b.yaml")
+    assert "leads back" in faults_of(str(tmp_path / "a.yaml"))[0].message
+
+
+def test_another_adapter_method_does_not_inherit_the_fields_of_lora(tmp_path):
+    config(tmp_path, MINIMAL + "adapter: {r: 4, lora_alpha: 8}\n", "base.yaml")
+    loaded = load([config(tmp_path, "base: base.yaml\n", "child.yaml"), "adapter.method=ia3"])
+    assert loaded.adapter.fields == {}
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("task: [", "YAML"), ("", "empty"), ("- 1\n", "mapping"), ("task: a\ntask: b\n", "twice"), ("a: &x [*x]\n", "YAML"),
+    ("x: !!python/object/apply:os.system ['true']\n", "YAML"),
+])
+def test_a_broken_file_is_one_clear_fault(tmp_path, text, said):
+    assert said in faults_of(config(tmp_path, text))[0].message
+
+
+def test_a_missing_file_names_those_that_are_there(tmp_path):
+    config(tmp_path)
+    assert "c.yaml" in faults_of(str(tmp_path / "d.yaml"))[0].mend
+
+
+def test_a_number_with_an_exponent_is_a_number(tmp_path):
+    assert load([config(tmp_path), "train.learning_rate=2e-4"]).train.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{'.'.join(rule.key)}: {rule.why[:30]}")
+def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
+    breaking = [
+        ["task=question_answering"], ["model.quantization=nf4"], ["train.optimizer=adamw_8bit"],
+        ["data.layout=packed"], ["data.format=ner"], ["task=sequence_classification", "data.format=text"],
+        ["data.format=classification"], ["model.pure_bf16=true", "model.dtype=float32"], ["data.validation=1.5"],
+        ["data.validation=null", "evaluation.patience=1"], ["evaluation.metric=foo"],
+        ["evaluation.metric=rouge_l", "evaluation.max_new_tokens=0"],
+    ]
+    said = [fault for overrides in breaking for fault in faults_of(config(tmp_path), *overrides)]
+    assert any(rule.why in fault.message and fault.mend == rule.mend for fault in said)
+
+
+def test_the_metrics_named_in_the_rules_are_those_the_tasks_give():
+    from peftune.data.prepare import Targets
+    from peftune.tasks import TASKS
+
+    for name, task in TASKS.items():
+        problems = ["next_token"] if name == "causal_lm" else ["single_label", "multi_label", "regression"]
+        given = {metric for problem in problems for metric in task.metric_names(Targets(problem))}
+        assert given == set(METRICS[name])
+
+
+def test_the_schema_describes_every_key():
+    schema = RunConfig.model_json_schema()
+    for section in [schema, *schema["$defs"].values()]:
+        assert all("description" in value or "$ref" in str(value) for value in section["properties"].values())
+
+
+def test_reading_a_config_imports_no_torch():
+    code = "import sys, peftune.config.load, peftune.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+keys = st.sampled_from([*key_paths(), "foo", "lr", "", "0"])
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+                      max_leaves=5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(keys, values, max_size=6))
+def test_no_config_whatever_makes_a_traceback(entries):
+    tree = yaml.safe_load(MINIMAL)
+    for path, value in entries.items():
+        node = tree
+        *parents, leaf = path.split(".")
+        for part in parents:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[leaf] = value
+    try:
+        validate(Document(tree))
+    except ConfigError as error:
+        assert str(error)

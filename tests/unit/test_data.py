@@ -1,0 +1,195 @@
+"""Files to rows to examples: what is read, what is refused, what a step sees."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from peftune.config.schema import DataConfig, Source
+from peftune.data.batches import BatchPlan, evaluation_batches
+from peftune.data.examples import Example
+from peftune.data.formats import Found, canonical_rows
+from peftune.data.prepare import read_rows
+from peftune.data.rows import Row
+from peftune.data.sources import read
+from peftune.data.splits import split_off
+from peftune.data.store import Split, write
+from peftune.errors import DataError
+
+CAUSAL = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+
+
+def rows_of(path, **more):
+    return [dict(row.values) for row in read(Source(path=str(path), **more))]
+
+
+def canonical(values, accepts=CAUSAL, **options):
+    found = Found()
+    raw = list(read_values(values))
+    rows = list(canonical_rows(raw, format="auto", accepts=accepts, columns=options.get("columns", {}), source=0,
+                               found=found))
+    return rows, found
+
+
+def read_values(values):
+    from peftune.data.rows import RawRow
+
+    return (RawRow(value, "f.jsonl", line) for line, value in enumerate(values, start=1))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt"])
+def test_every_kind_of_file_gives_its_rows_and_their_lines(tmp_path, kind):
+    rows = [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "csv":
+        path.write_text('text,label\n"a, b",x\nc,y\n')
+    elif kind == "tsv":
+        path.write_text("text\tlabel\na, b\tx\nc\ty\n")
+    elif kind == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("a, b\nc\n")
+        rows = [{"text": "a, b"}, {"text": "c"}]
+    assert rows_of(path) == rows
+
+
+def test_a_folder_and_a_glob_give_the_rows_of_their_files_in_order(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    assert rows_of(tmp_path) == rows_of(tmp_path / "*.jsonl") == [{"text": "a"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize(("content", "line", "said"), [
+    (b'{"text": "a"}\n{"text": \n', 2, "broken JSON"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', 2, "UTF-8"),
+    (b'{"text": "a"}\n\n[1]\n', 3, "not a record"),
+    (b'{"text": NaN}\n', 1, "NaN"),
+    (b"", None, "no rows"),
+])
+def test_a_bad_line_is_named(tmp_path, content, line, said):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        rows_of(path)
+    fault = caught.value.faults[0]
+    assert fault.line == line and said in fault.message and fault.file == str(path)
+
+
+def test_a_missing_file_is_said_with_what_is_there(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="no such file") as caught:
+        rows_of(tmp_path / "trian.jsonl")
+    assert "train.jsonl" in caught.value.faults[0].mend
+
+
+@pytest.mark.parametrize(("values", "format", "fields"), [
+    ({"text": "t"}, "text", {"text": "t"}),
+    ({"prompt": "p", "completion": "c"}, "prompt_completion", {"prompt": "p", "completion": "c"}),
+    ({"instruction": "i", "input": "x", "output": "o"}, "alpaca",
+     {"messages": [{"role": "user", "content": "i\n\nx"}, {"role": "assistant", "content": "o"}]}),
+    ({"instruction": "i", "input": "", "output": "o"}, "alpaca",
+     {"messages": [{"role": "user", "content": "i"}, {"role": "assistant", "content": "o"}]}),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "sharegpt",
+     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "messages",
+     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+])
+def test_formats_are_found_from_the_columns(values, format, fields):
+    rows, found = canonical([values])
+    assert not found.faults and found.formats == {"f.jsonl": format} and rows[0].fields == fields
+
+
+@pytest.mark.parametrize("values", [
+    {"instruction": "i", "output": ""}, {"instruction": "i", "output": 3}, {"prompt": "p", "completion": None},
+    {"messages": []}, {"messages": [{"role": "user", "content": "q"}]}, {"text": "half \ud800"},
+    {"messages": [{"role": "king", "content": "q"}]}, {"conversations": [{"from": "gpt"}]}, {"text": ["a"]},
+])
+def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
+    rows, found = canonical([values])
+    assert not rows and found.faults[0].line == 1 and found.faults[0].mend
+
+
+def test_columns_are_renamed_and_a_likely_rename_is_suggested():
+    rows, _ = canonical([{"sentence": "s", "intent": "i"}], ("classification",),
+                        columns={"text": "sentence", "label": "intent"})
+    assert rows[0].fields["text"] == "s" and rows[0].fields["label"] == "i"
+    with pytest.raises(DataError) as caught:
+        canonical([{"sentence": "s", "intent": "i"}], ("classification",))
+    assert "data.columns={text: sentence}" in caught.value.faults[0].mend
+
+
+def test_every_fault_of_every_file_is_said_at_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "l"}\n{"text": ""\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "", "label": "l"}\n{"text": "y", "label": null}\n')
+    with pytest.raises(DataError) as caught:
+        read_rows(DataConfig(train=str(tmp_path / "a.jsonl"), validation=str(tmp_path / "b.jsonl")),
+                  ("classification",), 0)
+    assert [(fault.file[-7:], fault.line) for fault in caught.value.faults] == [
+        ("a.jsonl", 2), ("b.jsonl", 1), ("b.jsonl", 2)]
+
+
+def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():
+    rows = [Row({"text": str(number % 30)}, "f", number, str(number)) for number in range(60)]
+    kept, held_out = split_off(rows, 0.2, seed=3)
+    assert len(kept) + len(held_out) == 60 and 12 <= len(held_out) <= 14
+    assert not {row.fields["text"] for row in kept} & {row.fields["text"] for row in held_out}
+    assert {row.id for row in split_off(rows[::-1], 0.2, seed=3)[1]} == {row.id for row in held_out}
+    assert {row.id for row in split_off(rows, 0.2, seed=4)[1]} != {row.id for row in held_out}
+
+
+def test_a_stored_example_comes_back_equal(tmp_path):
+    examples = [Example([1, 2, 3], [-100, 2, 3], 2, 9, {"id": "7", "reference": "é"}, None, 1),
+                Example([4], [-100], 0, 1, {}, [0], 0)] * 700
+    assert write(tmp_path / "x.arrow", examples, "token") == 1400
+    split = Split(tmp_path / "x.arrow")
+    for position in (0, 1, 1023, 1024, 1399):
+        back, wanted = split[position], examples[position]
+        assert list(back.input_ids) == wanted.input_ids and list(back.targets) == wanted.targets
+        assert (back.num_targets, back.full_length, back.record, back.source) == (
+            wanted.num_targets, wanted.full_length, wanted.record, wanted.source)
+    assert split.lengths.sum() == 2800 and split.num_targets.sum() == 1400
+
+
+plans = st.builds(
+    lambda lengths, batch, seed: BatchPlan(np.array(lengths), np.zeros(len(lengths), int), (1.0,), batch, seed),
+    st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 9))
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans, st.integers(1, 5), st.integers(1, 500))
+def test_an_epoch_uses_each_example_once_whatever_the_ranks_and_the_budget(plan, ranks, budget):
+    for epoch in range(2):
+        seen = [i for step in range(plan.steps_per_epoch) for rank in range(ranks)
+                for group in plan.micro_batches(epoch * plan.steps_per_epoch + step, rank=rank, ranks=ranks,
+                                                budget_tokens=budget) for i in group]
+        assert sorted(seen) == list(range(len(plan.lengths)))
+
+
+def test_a_step_sees_the_same_examples_in_any_order_of_asking():
+    plan = BatchPlan(np.ones(50, int), np.zeros(50, int), (1.0,), 8, 1)
+    forward = [plan.step(step).tolist() for step in range(20)]
+    assert [plan.step(step).tolist() for step in reversed(range(20))] == forward[::-1]
+    assert forward[0] != forward[7]
+
+
+def test_weights_repeat_or_thin_out_a_source():
+    source = np.array([0] * 10 + [1] * 10)
+    plan = BatchPlan(np.ones(20, int), source, (2.5, 0.3), 7, 0)
+    counts = np.bincount(plan.epoch_order(0), minlength=20)
+    assert plan.examples_per_epoch == 28 and set(counts[:10]) == {2, 3} and counts[10:].sum() == 3
+    assert plan.epoch_order(0).tolist() != plan.epoch_order(1).tolist()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5))
+def test_evaluation_batches_are_the_same_whatever_the_ranks(lengths, ranks):
+    dealt = [batch for rank in range(ranks) for batch in evaluation_batches(lengths, rank=rank, ranks=ranks,
+                                                                            budget_tokens=100)]
+    assert sorted(dealt) == sorted(evaluation_batches(lengths, rank=0, ranks=1, budget_tokens=100))

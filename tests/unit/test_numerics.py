@@ -1,0 +1,125 @@
+"""Pure functions against naive or library references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from peftune.numerics import scores
+from peftune.numerics.dealing import deal, padded_groups, rank_groups
+from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
+from peftune.numerics.losses import IGNORE, class_nats, label_nats, next_token_nats, squared_error
+from peftune.numerics.schedules import learning_rate_factor
+
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+def test_next_token_nats_equal_a_naive_sum_in_float64():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 7, 11, dtype=torch.float64), torch.randint(0, 11, (3, 7))
+    targets[0, :5] = IGNORE
+    targets[1, 1] = IGNORE
+    naive = [sum(-torch.log_softmax(logits[b, t - 1], 0)[targets[b, t]] for t in range(1, 7) if targets[b, t] >= 0)
+             for b in range(3)]
+    torch.testing.assert_close(next_token_nats(logits, targets).double(), torch.stack(naive), rtol=1e-6, atol=1e-6)
+
+
+def test_an_example_without_targets_has_no_loss_and_a_zero_gradient():
+    logits = torch.randn(1, 4, 5, requires_grad=True)
+    loss = next_token_nats(logits, torch.full((1, 4), IGNORE)).sum()
+    loss.backward()
+    assert loss.item() == 0.0 and not logits.grad.any()
+    scores_ = torch.randn(1, 3, requires_grad=True)
+    empty = (class_nats(scores_, torch.tensor([IGNORE])), label_nats(scores_, torch.full((1, 3), float("nan"))),
+             squared_error(scores_, torch.full((1, 3), float("nan"))))
+    sum(part.sum() for part in empty).backward()
+    assert not scores_.grad.any()
+
+
+def test_class_label_and_squared_losses_equal_the_textbook():
+    logits = torch.tensor([[2.0, -1.0], [0.5, 0.25]], dtype=torch.float64)
+    chances = logits.exp() / logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(class_nats(logits, torch.tensor([1, 0])).double(),
+                               -torch.stack([chances[0, 1], chances[1, 0]]).log(), rtol=1e-6, atol=1e-6)
+    wanted = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    naive = [-sum(math.log(p if w else 1 - p) for p, w in zip(torch.sigmoid(row).tolist(), want, strict=True))
+             for row, want in zip(logits, wanted.tolist(), strict=True)]
+    torch.testing.assert_close(label_nats(logits, wanted), torch.tensor(naive))
+    torch.testing.assert_close(squared_error(logits, wanted), ((logits - wanted) ** 2).sum(1).float())
+
+
+@pytest.mark.parametrize(("shape", "theirs"), [
+    ("linear", transformers.get_linear_schedule_with_warmup),
+    ("cosine", transformers.get_cosine_schedule_with_warmup)])
+def test_schedules_equal_those_of_transformers_but_for_the_first_zero_step(shape, theirs):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = theirs(optimizer, 10, 100)
+    factors = []
+    for _ in range(100):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    ours = [learning_rate_factor(shape, step, 100, 0.1) for step in range(100)]
+    assert ours[10:] == pytest.approx(factors[10:])
+    assert ours[:10] == pytest.approx([factor + 0.1 for factor in factors[:10]])
+    assert min(ours) > 0
+
+
+@given(lengths, st.integers(1, 6))
+def test_dealing_gives_each_example_to_one_rank_within_four_thirds_of_the_best(lengths, ranks):
+    hands = deal(lengths, ranks)
+    assert sorted(i for hand in hands for i in hand) == list(range(len(lengths)))
+    bound = max(max(lengths), sum(lengths) / ranks)
+    assert max(sum(lengths[i] for i in hand) for hand in hands) <= 4 / 3 * bound + max(lengths)
+
+
+@given(lengths, st.integers(1, 400))
+def test_a_padded_group_fits_the_budget_unless_one_example_alone_does_not(lengths, budget):
+    groups = padded_groups(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+
+
+@given(lengths, st.integers(1, 6), st.integers(1, 400))
+def test_every_rank_has_as_many_micro_batches(lengths, ranks, budget):
+    dealt = rank_groups(lengths, ranks, budget)
+    assert len({len(groups) for groups in dealt}) == 1
+    assert sorted(i for groups in dealt for group in groups for i in group) == list(range(len(lengths)))
+
+
+def test_scores_of_sums_equal_scikit_learn_on_every_resample():
+    rng = np.random.default_rng(0)
+    want, got = rng.integers(0, 4, 60), rng.integers(0, 4, 60)
+    got[:40] = want[:40]
+    one = np.eye(5, dtype=int)  # class 4 never occurs
+    features = np.concatenate([one[want] * one[got], one[got], one[want]], axis=1)
+    for _ in range(50):
+        at = rng.integers(0, 60, 60)
+        sums = features[at].sum(0, keepdims=True).astype(float)
+        assert scores.macro_f1(sums)[0] == pytest.approx(f1_score(want[at], got[at], average="macro"))
+        assert scores.matthews(sums)[0] == pytest.approx(matthews_corrcoef(want[at], got[at]))
+        many_want, many_got = one[want[at]] | one[(want[at] + 1) % 4], one[got[at]]
+        label = np.concatenate([many_want * many_got, many_got, many_want], axis=1).sum(0, keepdims=True).astype(float)
+        for average, ours in (("micro", scores.micro_f1), ("macro", scores.macro_f1_of_all)):
+            assert ours(label)[0] == pytest.approx(f1_score(many_want, many_got, average=average, zero_division=0))
+
+
+def test_pearson_of_sums_equals_numpy():
+    x, y = np.random.default_rng(0).normal(size=(2, 50))
+    sums = np.column_stack([np.ones(50), x, y, x * y, x * x, y * y]).sum(0, keepdims=True)
+    assert scores.pearson(sums)[0] == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+def test_the_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_examples():
+    values = np.random.default_rng(0).normal(5.0, 2.0, 4000)
+    low, high = bootstrap_of_sums(np.column_stack([values, np.ones(4000)]), scores.ratio)
+    half = 1.96 * values.std() / math.sqrt(4000)
+    assert low == pytest.approx(values.mean() - half, abs=0.01) and high == pytest.approx(values.mean() + half, abs=0.01)
+    again = bootstrap_of_positions(lambda at: float(values[at].mean()), 4000)
+    assert again == pytest.approx((low, high), abs=0.02)

@@ -1,0 +1,121 @@
+"""Labels to targets, logits to records, records to metrics."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics as sk
+from transformers import AutoTokenizer
+
+from peftune.config.schema import DataConfig
+from peftune.data.prepare import RowFault, Targets
+from peftune.data.rows import Row
+from peftune.errors import DataError
+from peftune.tasks.causal_lm import metrics as text_metrics
+from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
+from peftune.tasks.task import TextEncoder, better
+
+
+def rows(labels):
+    return [Row({"text": "a", "text_pair": None, "label": label}, "f", n, str(n)) for n, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(("labels", "problem", "names"), [
+    (["b", "a", "b"], "single_label", ("a", "b")),
+    ([10, 9, 10], "single_label", ("9", "10")),
+    ([1.0, 0.0], "single_label", ("0", "1")),
+    ([True, False], "single_label", ("false", "true")),
+    ([0.5, 3], "regression", ()),
+    ([["x", "y"], [], ["x"]], "multi_label", ("x", "y")),
+])
+def test_the_kind_of_label_is_found(labels, problem, names):
+    targets = learn_targets(rows(labels), DataConfig(train="x"))
+    assert (targets.problem, targets.names) == (problem, names)
+
+
+def test_the_kind_of_label_can_be_set():
+    targets = learn_targets(rows([1, 2, 3]), DataConfig(train="x", problem_type="regression"))
+    assert targets.problem == "regression" and targets.width == 1
+
+
+def test_a_single_class_is_no_task():
+    with pytest.raises(DataError, match="1 class"):
+        learn_targets(rows(["a", "a"]), DataConfig(train="x"))
+
+
+@pytest.mark.parametrize(("targets", "label"), [
+    (Targets("single_label", ("a", "b"), "class"), "c"), (Targets("single_label", ("a", "b"), "class"), ["a"]),
+    (Targets("regression", (), "values"), "many"), (Targets("multi_label", ("a",), "values"), ["a", "z"]),
+])
+def test_a_label_outside_the_set_is_a_row_fault(encoder, targets, label):
+    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32)
+    with pytest.raises(RowFault) as caught:
+        encode(rows([label])[0], targets, text)
+    assert caught.value.mend
+
+
+def test_a_pair_of_texts_is_told_apart_by_segments(encoder):
+    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32)
+    row = Row({"text": "the printer", "text_pair": "is broken", "label": "a"}, "f", 1, "0")
+    example = encode(row, Targets("single_label", ("a", "b"), "class"), text)
+    assert set(example.segment_ids) == {0, 1} and len(example.segment_ids) == len(example.input_ids)
+
+
+def test_single_label_metrics_are_those_of_scikit_learn():
+    torch.manual_seed(0)
+    targets = Targets("single_label", ("a", "b", "c"), "class")
+    logits, want = torch.randn(40, 3), [targets.names[k] for k in np.random.default_rng(0).integers(0, 3, 40)]
+    records = [{**record, "reference": w, "loss_sum": 1.0, "num_targets": 1}
+               for record, w in zip(predictions(logits, targets), want, strict=True)]
+    got = [record["prediction"] for record in records]
+    assert got == [targets.names[k] for k in logits.argmax(1).tolist()]
+    result = metrics(records, targets, True)
+    assert result["accuracy"] == sk.accuracy_score(want, got)
+    assert result["macro_f1"] == pytest.approx(sk.f1_score(want, got, average="macro"))
+    assert result["mcc"] == pytest.approx(sk.matthews_corrcoef(want, got))
+    for name in ("accuracy", "macro_f1", "mcc"):
+        low, high = result[f"{name}_interval"]
+        assert low <= result[name] <= high and high - low > 0.05
+
+
+def test_regression_metrics_are_those_of_scipy_and_undefined_ones_are_none():
+    rng = np.random.default_rng(0)
+    want, got = rng.normal(size=30), rng.normal(size=30)
+    targets = Targets("regression", (), "values")
+    records = [{"prediction": g, "reference": w, "loss_sum": 0.0, "num_targets": 1}
+               for g, w in zip(got, want, strict=True)]
+    result = metrics(records, targets, True)
+    assert result["pearson"] == pytest.approx(stats.pearsonr(want, got).statistic)
+    assert result["spearman"] == pytest.approx(stats.spearmanr(want, got).statistic)
+    assert result["rmse"] == pytest.approx(np.sqrt(np.mean((want - got) ** 2)))
+    constant = [{**record, "prediction": 1.0} for record in records]
+    assert metrics(constant, targets, True)["pearson"] is None
+
+
+def test_multi_label_metrics_count_labels_and_whole_rows():
+    targets = Targets("multi_label", ("a", "b"), "values")
+    records = [{"prediction": ["a"], "reference": ["a"], "loss_sum": 1, "num_targets": 2},
+               {"prediction": ["a", "b"], "reference": ["b"], "loss_sum": 1, "num_targets": 2}]
+    result = metrics(records, targets, False)
+    assert result["exact_match"] == 0.5 and result["micro_f1"] == pytest.approx(0.8) and result["loss"] == 0.5
+
+
+def test_the_majority_guess_is_the_commonest_training_class():
+    targets = Targets("single_label", ("a", "b"), "class")
+    guessed = majority([{"reference": "b"}, {"reference": "b"}, {"reference": "a"}], [{"reference": "a"}], targets)
+    assert guessed == [{"reference": "a", "prediction": "b"}]
+
+
+def test_text_metrics_score_generations_and_perplexity():
+    records = [{"loss_sum": 2.0, "num_targets": 2, "prediction": "the cat", "reference": "the cat"},
+               {"loss_sum": 0.0, "num_targets": 2, "prediction": "a dog", "reference": "the dog"},
+               {"loss_sum": 2.0, "num_targets": 0, "reference": None}]
+    result = text_metrics(records, Targets("next_token"), True)
+    assert result["loss"] == 1.0 and result["perplexity"] == pytest.approx(np.e)
+    assert result["exact_match"] == 0.5 and result["rouge_l"] == pytest.approx(0.75)
+
+
+def test_better_knows_which_way_a_metric_improves_and_never_prefers_an_undefined_value():
+    assert better("accuracy", 0.9, 0.8) and not better("accuracy", 0.8, 0.8)
+    assert better("loss", 0.1, 0.2) and not better("perplexity", 3.0, 2.0)
+    assert not better("loss", None, 0.2) and better("loss", 1.0, None)
