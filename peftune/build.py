@@ -77,6 +77,7 @@ def build(config: RunConfig) -> Iterator[Built]:
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}")
         text, data = _data(config, world, display)
+        metric = _metric(config, data.targets)
         folder = Path(config.output_dir)
         start = world.on_main(lambda: find_start(folder, dump(config), config.resume, data.fingerprints))
         for note in start.notes:
@@ -84,7 +85,7 @@ def build(config: RunConfig) -> Iterator[Built]:
         if start.summary is not None:
             yield Built(None, TrainState(), display, start.summary)
             return
-        run, state = _run(config, world, strategy, display, text, data, start)
+        run, state = _run(config, world, strategy, display, text, data, start, metric)
         try:
             yield Built(run, state, display)
         finally:
@@ -141,8 +142,8 @@ def _metric(config: RunConfig, targets: Targets) -> str:
 
 def _run(
     config: RunConfig, world: World, strategy: Strategy, display: Display, text: Text, data: Prepared, start: Start,
+    metric: str,
 ) -> tuple[Run, TrainState]:
-    metric = _metric(config, data.targets)
     task, targets = TASKS[config.task], data.targets
     with display.phase("model") as notes:
         adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,

@@ -67,7 +67,7 @@ def score(trained: Trained, split: str) -> Scored:
         DataError: faults in its rows.
     """
     config = trained.config
-    if getattr(config.data, split) is None:  # the split's name is the user's word, checked by the door
+    if config.data.model_dump()[split] is None:
         raise ConfigError(Fault(kind="config", message=f"the config has no data.{split}",
                                 mend=f"--split validation, or --config with data.{split}"))
     path = trained.evaluator.world.on_main(lambda: prepare(

@@ -45,13 +45,13 @@ def _corpus() -> list[str]:
     return texts + [turn["content"] for row in chat_rows(100, seed=1) for turn in row["messages"]]
 
 
-def save_decoder(folder: Path, **changes: Any) -> str:
+def save_decoder(folder: Path, *, texts: list[str] | None = None, vocab_size: int = 400, **changes: Any) -> str:
     """A byte-level BPE tokenizer whose padding token is its end-of-text token, and a Llama of two layers."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(_corpus(), trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    backend.train_from_iterator(texts or _corpus(), trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     tokenizer.save_pretrained(folder)

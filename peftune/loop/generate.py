@@ -52,8 +52,7 @@ def generate_texts(
 
 
 def _settings(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    own = getattr(model, "generation_config", None)  # models made without one have none
-    stops = getattr(own, "eos_token_id", None)
+    stops = model.generation_config.eos_token_id
     several = stops if isinstance(stops, list) else [] if stops is None else [stops]
     return GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.config.schema import ModelConfig
@@ -105,10 +104,10 @@ def _in_body(model: PreTrainedModel, key: str) -> bool:
     return key.startswith(model.base_model_prefix + ".") and "pooler" not in key
 
 
-def _owner(model: nn.Module, key: str) -> str:
+def _owner(model: PreTrainedModel, key: str) -> str:
     """The module to train for a fresh weight: the whole head, or the layer inside the body."""
     head = key.split(".")[0]
-    return key.rpartition(".")[0] if head == getattr(model, "base_model_prefix", None) else head
+    return key.rpartition(".")[0] if head == model.base_model_prefix else head
 
 
 def longest_input(model_config: PreTrainedConfig, wanted: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -69,9 +68,7 @@ def _in_package(name: str) -> str:
 
 def _on_hub(name: str, revision: str | None) -> str:
     near = _near(Path(name))
-    offline = constants.is_offline_mode() if callable(getattr(constants, "is_offline_mode", None)) else (
-        os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"))
-    if offline:
+    if constants.HF_HUB_OFFLINE:
         raise _error(f"{name} is no folder here, is not cached, and the hub is switched off (HF_HUB_OFFLINE)", near)
     try:
         HfApi().model_info(name, revision=revision, timeout=PROBE_TIMEOUT_S)

@@ -115,6 +115,7 @@ def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, 
     try:
         model.set_adapter(CHECK_NAME)
         _load_wide(model, folder, CHECK_NAME)
+        model.eval()  # the new adapter's dropout begins in training mode
         return model(**inputs).logits.float()
     finally:
         model.set_adapter(name)

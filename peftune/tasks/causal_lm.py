@@ -21,7 +21,7 @@ from peftune.data.rows import Row
 from peftune.numerics import scores
 from peftune.numerics.intervals import bootstrap_of_sums
 from peftune.numerics.losses import IGNORE, next_token_nats
-from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put
+from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
 NEXT_TOKEN = Targets("next_token")
 
@@ -135,9 +135,9 @@ def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Met
     result: Metrics = {}
     loss = mean_loss(records)
     sums_N2 = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
-    bounds = bootstrap_of_sums(sums_N2, scores.ratio) if intervals else None
-    put(result, "loss", loss, (lambda: bounds) if bounds else None)
-    put(result, "perplexity", _exp(loss), (lambda: (_exp(bounds[0]), _exp(bounds[1]))) if bounds else None)
+    low, high = map(rounded, bootstrap_of_sums(sums_N2, scores.ratio)) if intervals else (loss, loss)
+    put(result, "loss", loss, (lambda: (low, high)) if intervals else None)
+    put(result, "perplexity", _exp(loss), (lambda: (_exp(low), _exp(high))) if intervals else None)
     answered = [r for r in records if r.get("prediction") is not None and r.get("reference") is not None]
     if answered:
         scorer = rouge_scorer.RougeScorer(["rougeL"])
@@ -154,7 +154,7 @@ def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+    return rounded(math.exp(nats)) if nats < 700 else math.inf
 
 
 CAUSAL_LM = Task(

@@ -21,7 +21,7 @@ from peftune.errors import DataError, Fault
 from peftune.numerics import scores
 from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
 from peftune.numerics.losses import class_nats, label_nats, squared_error
-from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put
+from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
 METRIC_NAMES = {
     "single_label": ("accuracy", "macro_f1", "mcc", "loss"),
@@ -171,12 +171,12 @@ def _regression_scores(records: Sequence[Record], targets: Targets) -> Iterator[
     x, y = want - want.mean(), got - got.mean()
     products = np.column_stack([np.ones_like(x), x, y, x * y, x * x, y * y])
     several = len(records) > 1
-    yield ("pearson", float(stats.pearsonr(want, got).statistic) if several else float("nan"),
+    yield ("pearson", rounded(stats.pearsonr(want, got).statistic) if several else float("nan"),
            lambda: bootstrap_of_sums(products, scores.pearson))
     yield ("spearman", float(stats.spearmanr(want, got).statistic) if several else float("nan"),
            lambda: bootstrap_of_positions(lambda at: float(stats.spearmanr(want[at], got[at]).statistic), len(want)))
     errors = np.column_stack([np.square(want - got), np.ones_like(want)])
-    yield ("rmse", float(root_mean_squared_error(want, got)),
+    yield ("rmse", rounded(root_mean_squared_error(want, got)),
            lambda: bootstrap_of_sums(errors, lambda sums: np.sqrt(scores.ratio(sums))))
 
 

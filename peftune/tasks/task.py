@@ -83,8 +83,13 @@ class BoundEncoder:
 
 
 def mean_loss(records: Sequence[Record]) -> float:
-    """Sum of losses over sum of targets, in an order-free exact sum, so that it is the same for any sharding."""
-    return math.fsum(r["loss_sum"] for r in records) / max(1, sum(r["num_targets"] for r in records))
+    """Sum of losses over sum of targets, rounded; the sum is exact, so the same for any sharding."""
+    return rounded(math.fsum(r["loss_sum"] for r in records) / max(1, sum(r["num_targets"] for r in records)))
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: beyond them, sums of float32 differ between thread counts and mean nothing."""
+    return float(f"{value:.6g}")
 
 
 def put(metrics: Metrics, name: str, value: float, interval: Callable[[], tuple[float, float]] | None) -> None:

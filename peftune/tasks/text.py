@@ -66,8 +66,8 @@ def quiet_libraries() -> None:
     """Their load reports and progress bars would drown ours; what matters of them is said by us."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # transformers 5 renames gradient to activation checkpointing, peft 0.21 and transformers 5.17 know the old name only:
-    # use the new one and delete this once both do
+    # transformers 5 renames gradient to activation checkpointing; peft 0.21 and transformers 5.17 know the old name
+    # only. Delete this, and use the new name, once both know it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
 
 

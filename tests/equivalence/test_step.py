@@ -42,7 +42,7 @@ def step_once(model, examples, groups):
     live = copy.deepcopy(model)
     batches = [padded([examples[i] for i in group], group, pad_id=1, kind="token", width=0, device=WORLD.device)
                for group in groups]
-    work = StepWork(batches, len(batches), 8, 0, sum(e.num_targets for e in examples), lambda: [])
+    work = StepWork(batches, len(batches), 8, 0, sum(e.num_targets for e in examples), list)
     task = TASKS["causal_lm"]
     optimizer = torch.optim.SGD(live.parameters(), lr=1.0)
     stats = train_step(
@@ -52,7 +52,8 @@ def step_once(model, examples, groups):
 
 
 @pytest.mark.parametrize("groups", [
-    [[0, 1, 2, 3], [4, 5, 6, 7]], [[i] for i in range(8)], [[0, 1, 2], [3, 4, 5], [6, 7]], [[7, 0], [], [1, 2, 3, 4, 5, 6]],
+    [[0, 1, 2, 3], [4, 5, 6, 7]], [[i] for i in range(8)], [[0, 1, 2], [3, 4, 5], [6, 7]],
+    [[7, 0], [], [1, 2, 3, 4, 5, 6]],
 ], ids=["halves", "ones", "threes", "with-an-empty-one"])
 def test_a_step_over_micro_batches_is_the_step_over_one_batch(model, examples, groups):
     whole, whole_weights = step_once(model, examples, [list(range(8))])

@@ -64,11 +64,13 @@ def test_a_fault_exits_2_says_where_and_the_mend_and_leaves_the_folder_alone(
     before = snapshot(folder)
     capsys.readouterr()
     settings, words = broken(classify, intents, fault)
-    code = guarded(main, [str(write_config(settings, tmp_path / "faulty"))])
+    config = str(write_config(settings, tmp_path / "faulty"))
+    assert guarded(main, [config]) == 2, "in the folder of the earlier run"
+    capsys.readouterr()
+    assert guarded(main, [config, f"output_dir={tmp_path / 'new'}"]) == 2, "in a new folder"
     said = capsys.readouterr().err
-    assert code == 2
     assert all(word in said for word in words) and "mend: " in said and "Traceback" not in said
-    assert snapshot(folder) == before
+    assert snapshot(folder) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ LLAMA3 = (
 )
 GEMMA = (
     "{{ '<s>' }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 THINKING = (  # like Qwen3: the last answer is rendered with an empty thinking block, earlier ones are not
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

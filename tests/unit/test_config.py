@@ -151,9 +151,9 @@ def test_reading_a_config_imports_no_torch():
 
 
 keys = st.sampled_from([*key_paths(), "foo", "lr", "", "0"])
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-                      max_leaves=5)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
 
 
 @settings(max_examples=300, deadline=None)

@@ -14,10 +14,11 @@ def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, reque
     settings = request.getfixturevalue(task)
     settings = {**settings, "adapter": adapter, "model": {**settings["model"], "dtype": dtype}}
     settings["train"] = {**settings["train"], "max_steps": 30, "learning_rate": 0.01}
+    settings["evaluation"] = {**settings["evaluation"], "metric": "loss"}
     folder = train(settings)
     result = summary(folder)
     assert result["steps"] == 30 and result["exit"] == "done"
-    assert result["metrics"]["validation"]["loss"] < result["baseline"]["validation"]["loss"]
+    assert result["best"]["validation"]["loss"] < result["baseline"]["validation"]["loss"]
     assert result["reload_deviation"] < 1e-3
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html",
                  "predictions/validation.jsonl", "best/config.json", "final/config.json", "final/tokenizer.json",
@@ -27,6 +28,7 @@ def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, reque
     assert (folder / "final" / weights).is_file() and (folder / "best" / weights).is_file()
     rows = metric_rows(folder, "train")
     assert [row["step"] for row in rows] == list(range(1, 31))
+    assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5])
     keys = {"step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
             "tokens_per_second", "peak_memory_bytes", "seconds"}
     assert keys <= rows[0].keys()
