@@ -16,8 +16,8 @@ from peftune.config.load import dump
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
-from peftune.data.prepare import Prepared, Targets, open_prepared, prepare
-from peftune.errors import ConfigError, Fault, PeftuneError
+from peftune.data.prepare import Prepared, Targets, open_prepared, prepare, read_rows
+from peftune.errors import ConfigError, Fault, faults_of
 from peftune.loop.checkpoint import load_checkpoint
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.finish import measure_baseline
@@ -25,7 +25,9 @@ from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text
 from peftune.loop.resume import Start, find_start
 from peftune.loop.run import Every, Run
+from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
+from peftune.model.adapters import peft_config
 from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
 from peftune.model.load import adjust_config, local_source
@@ -95,24 +97,28 @@ def build(config: RunConfig) -> Iterator[Built]:
 
 
 def check(config: RunConfig) -> tuple[list[Fault], Prepared | None]:
-    """Every fault of model name, tokenizer, trackers and data, without loading weights."""
+    """Every fault of trackers, adapter fields, model name, tokenizer and data, without loading weights.
+
+    Where the tokenizer cannot be had, the rows are still read and their faults said.
+    """
     quiet_libraries()
-    faults: list[Fault] = []
-    for look in (lambda: check_trackers(config.log.trackers),):
-        try:
-            look()
-        except PeftuneError as error:
-            faults += error.faults
-    try:
-        text = open_text(TASKS[config.task], config.model, config.data)
-        prepared = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=text.identity()))
-    except PeftuneError as error:
-        return faults + list(error.faults), None
-    try:
-        _metric(config, prepared.targets)
-    except PeftuneError as error:
-        faults += error.faults
-    return faults, prepared
+    task = TASKS[config.task]
+    faults = faults_of(lambda: check_trackers(config.log.trackers))
+    if config.adapter is not None:
+        adapter = config.adapter
+        faults += faults_of(lambda: peft_config(adapter, config.task, ()))
+    prepared: list[Prepared] = []
+
+    def prepare_data() -> None:
+        text = open_text(task, config.model, config.data)
+        prepared.append(open_prepared(
+            prepare(config.data, text.encoder, seed=config.seed, identity=text.identity())))
+        _metric(config, prepared[0].targets)
+
+    found = faults_of(prepare_data)
+    if any(fault.kind != "data" for fault in found) and not prepared:
+        found += faults_of(lambda: read_rows(config.data, task.formats, config.seed))
+    return faults + found, prepared[0] if prepared else None
 
 
 def _method(config: RunConfig) -> str:
@@ -127,6 +133,8 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
         if not (path / "meta.json").exists():  # another node, without the main one's disk
             path = work()
         data = open_prepared(path)
+        if text.encoder.task.generates:
+            check_end_of_text(data.splits["train"], text.tokenizer.eos_token_id)
         notes += data_notes(data, text, config.data)
     return text, data
 
@@ -177,7 +185,7 @@ def _run(
              "new_modules": list(loaded.new_modules), **asdict(memory)}
     world.on_main(lambda: _open_folder(config, folder, world, strategy, data, text, facts))
     journal = Journal(
-        folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, from_step=state.step,
+        folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, display.evaluation)

@@ -79,6 +79,15 @@ class SelfCheckError(PeftuneError):
     """The run found that it does not do what it says: it stops before more time is lost."""
 
 
+def faults_of(look: Callable[[], object]) -> list[Fault]:
+    """Do something for its faults alone."""
+    try:
+        look()
+    except PeftuneError as error:
+        return list(error.faults)
+    return []
+
+
 def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a door; turn what the user can mend into a message and its exit code. Anything else keeps its traceback.
 

@@ -71,24 +71,24 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
 
 def publish_final(run: Run) -> float:
     """Write final/ and prove that it reloads; return the largest deviation of its logits."""
-    world, model = run.strategy.world, run.strategy.unwrap(run.model)
-    deviation = 0.0
-    if world.is_main:
-        split = run.data.splits.get("validation", run.data.splits["train"])
-        positions = list(range(min(CHECKED_EXAMPLES, len(split))))
-        batch = padded([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
-                       kind=run.data.targets.kind, width=run.data.targets.width, device=world.device)
-        with published(run.folder / "final") as draft:
-            run.publish(model, draft)
-            deviation = run.reload_deviation(model, draft, batch.inputs)
-            if not deviation <= run.reload_tolerance:
-                raise SelfCheckError(Fault(
-                    kind="self_check", message=f"what was saved does not reload: logits differ by {deviation:.3g} "
-                    f"(tolerance {run.reload_tolerance:.1g}); final/ was not published",
-                    mend="the last checkpoint holds the training; report this with the config",
-                ))
-    world.barrier()
-    return world.same(deviation)
+    return run.strategy.world.on_main(lambda: _publish_and_reload(run))
+
+
+def _publish_and_reload(run: Run) -> float:
+    model, split = run.strategy.unwrap(run.model), run.data.splits.get("validation", run.data.splits["train"])
+    positions = list(range(min(CHECKED_EXAMPLES, len(split))))
+    batch = padded([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
+                   kind=run.data.targets.kind, width=run.data.targets.width, device=run.strategy.world.device)
+    with published(run.folder / "final") as draft:
+        run.publish(model, draft)
+        deviation = run.reload_deviation(model, draft, batch.inputs)
+        if not deviation <= run.reload_tolerance:
+            raise SelfCheckError(Fault(
+                kind="self_check", message=f"what was saved does not reload: logits differ by {deviation:.3g} "
+                f"(tolerance {run.reload_tolerance:.1g}); final/ was not published",
+                mend="the last checkpoint holds the training; report this with the config",
+            ))
+    return deviation
 
 
 def write_predictions(path: Path, records: Sequence[Record], run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from peftune.loop.checkpoint import save_checkpoint
 from peftune.loop.judge import evaluate_and_judge
@@ -42,5 +43,5 @@ def fit(run: Run, state: TrainState) -> TrainState:
 
 def save(run: Run, state: TrainState) -> None:
     """Checkpoint `state`; does nothing if this step is on disk already."""
-    save_checkpoint(run.folder, state, run.strategy.unwrap(run.model), run.optimizer, run.strategy.world,
+    save_checkpoint(run.folder, replace(state, rows=run.journal.rows), run.strategy.unwrap(run.model), run.optimizer, run.strategy.world,
                     config_yaml=run.config_yaml, keep=run.keep_checkpoints)

@@ -40,7 +40,7 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     if folder.exists() and not folder.is_dir():
         raise _error(folder, "output_dir is a file", "choose another output_dir")
     if resume not in ("auto", "never"):
-        return _named_checkpoint(Path(resume), config)
+        return _named_checkpoint(Path(resume), folder, config)
     if not (folder / "config.yaml").is_file():
         others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         if others:
@@ -61,9 +61,14 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     return Start(newest, notes=tuple(wrong))
 
 
-def _named_checkpoint(checkpoint: Path, config: dict[str, Any]) -> Start:
+def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Start:
+    """A checkpoint of this run or another, into a new folder, or into its own if it is the newest there."""
     if not checkpoint.is_dir():
         raise _error(checkpoint, "resume: no such checkpoint folder", "resume=auto, or runs/x/checkpoints/step-000100")
+    own = [path.resolve() for path in all_checkpoints(folder)]
+    if folder.is_dir() and any(folder.iterdir()) and own[-1:] != [checkpoint.resolve()]:
+        raise _error(folder, "holds files that continuing from this checkpoint would write over",
+                     "choose another output_dir, or resume=auto for the newest checkpoint here")
     verify(checkpoint)
     _same_run(checkpoint / "config.yaml", config)
     return Start(checkpoint)

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftune.data.store import Split
 from peftune.errors import Fault, SelfCheckError
 
 STEPS = 2
 """LoRA's B starts at zero, so A has a zero gradient in the first step: the second decides."""
+
+
+LOOKED_AT = 100
+"""Examples whose targets are looked at before training."""
 
 
 class SelfCheck:
@@ -75,6 +80,19 @@ class SelfCheck:
         """Whether a step of the learning rate's size is larger than the rounding of the weight's type."""
         rate = self._optimizer.param_groups[0]["lr"]
         return rate > torch.finfo(parameter.dtype).eps * parameter.detach().abs().max().item()
+
+
+def check_end_of_text(split: Split, eos: int) -> None:
+    """Look whether answers end in the loss: a model that never learns to stop is the commonest silent fault.
+
+    Raises:
+        SelfCheckError: no example among the first that were not cut has the end-of-text token as a target.
+    """
+    whole = [example for example in map(split.__getitem__, range(min(LOOKED_AT, len(split))))
+             if example.full_length <= len(example.input_ids)]
+    if whole and not any(eos in example.targets for example in whole):
+        raise _failed("the end-of-text token is no target of any example", [str(whole[0].record["source"])],
+                      "this is a fault of peftune: report it with the chat template")
 
 
 @torch.no_grad()

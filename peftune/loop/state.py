@@ -28,6 +28,8 @@ class TrainState:
     window_loss_sum: float = 0.0
     """Loss over the steps since the last log row, not yet written."""
     window_targets: int = 0
+    rows: int = 0
+    """Rows of metrics.jsonl when the checkpoint was written: what comes after them is done again."""
     baseline: dict[str, Any] = field(default_factory=dict)
     """Metrics of the untrained model by split, and of the majority guess."""
 

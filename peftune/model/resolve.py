@@ -36,9 +36,11 @@ def resolve(config: ModelConfig) -> str:
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise _error(f"no such folder: {name}", _near(Path(name)))
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=config.revision), str):
-        return name
-    return _on_hub(name, config.revision)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+    except HFValidationError:
+        raise _error(f"{name!r} is neither a folder here nor a valid hub id", _near(Path(name))) from None
+    return name if isinstance(cached, str) else _on_hub(name, config.revision)
 
 
 def _error(message: str, mend: str) -> ModelError:
@@ -76,8 +78,6 @@ def _on_hub(name: str, revision: str | None) -> str:
         raise _error(f"{name} is gated", "ask for access on its page, then log in: hf auth login") from None
     except RepositoryNotFoundError:
         raise _error(f"the hub has no model {name}, or it is private", "check the spelling, or hf auth login") from None
-    except HFValidationError:
-        raise _error(f"{name!r} is neither a folder here nor a valid hub id", near) from None
     except HfHubHTTPError as error:
         raise _error(f"the hub answers {error.response.status_code} for {name}", "check model.revision") from None
     except Exception as error:  # noqa: BLE001 the transport below the hub client has its own error types; all mean: no connection

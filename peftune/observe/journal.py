@@ -32,12 +32,12 @@ class Journal:
 
     def __init__(
         self, path: Path, *, device: torch.device, is_main: bool, display: Display, trackers: Sequence[GeneralTracker],
-        from_step: int,
+        keep_rows: int,
     ) -> None:
         self._path, self._device, self._display, self._is_main = path, device, display, is_main
         self._trackers = list(trackers) if is_main else []
-        if is_main:
-            _keep_rows_up_to(path, from_step)
+        self.rows = _keep_rows(path, keep_rows) if is_main else 0
+        """Rows written so far."""
 
     def training_row(
         self, state: Progressed, *, epoch: float, loss: float, learning_rate: float, grad_norm: float
@@ -76,6 +76,7 @@ class Journal:
             return
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self.rows += 1
         self._display.row(row)
         numbers = {f"{row['split']}/{key}": value for key, value in row.items()
                    if isinstance(value, int | float) and key != "step"}
@@ -83,20 +84,8 @@ class Journal:
             tracker.log(numbers, step=row["step"])
 
 
-def _keep_rows_up_to(path: Path, step: int) -> None:
-    """Drop the rows of steps that a resumed run does again, and a row that a stop cut in half.
-
-    A fresh run begins with an empty file; at the checkpoint's own step its rows are on disk already.
-    """
-    if not path.exists() or step == 0:
-        path.write_text("", encoding="utf-8")
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["step"] <= step and not (row["split"] == "test" and row["step"] > 0):
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+def _keep_rows(path: Path, rows: int) -> int:
+    """Drop the rows that a resumed run writes again, and a row that a stop cut in half; return how many stay."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows] if path.exists() else []
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)

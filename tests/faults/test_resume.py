@@ -84,6 +84,24 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before_it(classi
     assert summary(folder)["steps"] == 6
 
 
+def test_a_stop_after_the_last_step_repeats_no_row(classify, train):
+    folder = train(classify)
+    before, result = told(folder), summary(folder)
+    (folder / "summary.json").unlink()
+    train(classify)
+    assert told(folder) == before and summary(folder)["metrics"] == result["metrics"]
+
+
+def test_a_checkpoint_that_is_not_the_newest_does_not_write_over_later_ones(classify, train, tmp_path, capsys):
+    from peftune.errors import guarded
+    from peftune.train import main
+
+    folder = train(classify)
+    config = str(write_config(classify, tmp_path / "again"))
+    assert guarded(main, [config, f"resume={folder / 'checkpoints' / 'step-000004'}"]) == 2
+    assert "would write over" in capsys.readouterr().err and summary(folder)["steps"] == 6
+
+
 def test_only_the_newest_checkpoints_are_kept(classify, train):
     folder = train(classify)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000004", "step-000006"]

@@ -1,0 +1,72 @@
+"""A run that does not do what it says stops."""
+
+import pytest
+import torch
+
+from peftune.data.examples import Example
+from peftune.data.store import Split, write
+from peftune.errors import SelfCheckError
+from peftune.loop.self_check import SelfCheck, check_end_of_text
+
+
+def watch(model, optimizer, steps=2, before_step=lambda step: None):
+    check = SelfCheck(model, optimizer)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        check.gradients(model)
+        before_step(step)
+        optimizer.step()
+        check.after_step()
+
+
+def model_of(*layers):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(*layers)
+
+
+def test_a_model_that_trains_passes():
+    model = model_of(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    watch(model, torch.optim.AdamW(model[1].parameters(), lr=0.1))
+
+
+def test_a_trainable_tensor_outside_the_loss_is_found():
+    class Aside(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.unused = torch.nn.Parameter(torch.ones(1))
+
+    model = model_of(Aside())
+    with pytest.raises(SelfCheckError, match=r"take no part in the loss.*unused"):
+        watch(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_frozen_tensor_that_changes_is_found():
+    model = model_of(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    with pytest.raises(SelfCheckError, match="frozen tensors changed"):
+        watch(model, torch.optim.SGD(model[1].parameters(), lr=0.1),
+              before_step=lambda step: model[0].weight.data.add_(1.0))
+
+
+def test_a_tensor_that_the_optimizer_forgot_is_found():
+    model = model_of(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    with pytest.raises(SelfCheckError, match="did not move"):
+        watch(model, torch.optim.SGD(model[1].parameters(), lr=0.1))
+
+
+def test_a_rate_too_small_for_the_type_is_no_fault():
+    model = model_of(torch.nn.Linear(3, 2))
+    watch(model, torch.optim.SGD(model.parameters(), lr=1e-12))
+
+
+@pytest.mark.parametrize(("targets", "passes"), [([-100, 5, 1], True), ([-100, 5, 7], False)])
+def test_answers_that_do_not_end_are_found(tmp_path, targets, passes):
+    write(tmp_path / "x.arrow", [Example([3, 5, targets[-1]], targets, 2, 3, {"source": "f:1"})], "token")
+    split = Split(tmp_path / "x.arrow")
+    if passes:
+        check_end_of_text(split, 1)
+    else:
+        with pytest.raises(SelfCheckError, match="end-of-text"):
+            check_end_of_text(split, 1)
