@@ -43,5 +43,5 @@ def fit(run: Run, state: TrainState) -> TrainState:
 
 def save(run: Run, state: TrainState) -> None:
     """Checkpoint `state`; does nothing if this step is on disk already."""
-    save_checkpoint(run.folder, replace(state, rows=run.journal.rows), run.strategy.unwrap(run.model), run.optimizer, run.strategy.world,
-                    config_yaml=run.config_yaml, keep=run.keep_checkpoints)
+    save_checkpoint(run.folder, replace(state, rows=run.journal.rows), run.strategy.unwrap(run.model), run.optimizer,
+                    run.strategy.world, config_yaml=run.config_yaml, keep=run.keep_checkpoints)
