@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 EXIT_DONE = 0
 EXIT_OUR_FAULT = 1
@@ -94,18 +95,34 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
     Under `peftune train` the code goes into a file and the process ends with 0: launchers know of crashes only,
     and would bury the message under a trace of their own.
     """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = door(arguments)
     except PeftuneError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_OUR_FAULT
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        _end_process(EXIT_OUR_FAULT)
     report = os.environ.get(EXIT_CODE_FILE)
-    if report is None:
-        return code
-    if os.environ.get("RANK", "0") == "0":
-        Path(report).write_text(str(code))
-    return EXIT_DONE
+    if report is not None:
+        if _is_main():
+            Path(report).write_text(str(code))
+        code = EXIT_DONE
+    if several:
+        _end_process(code)
+    return code
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _end_process(code: int) -> NoReturn:
+    """End without freeing communication groups: their destructors can wait for each other for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -15,6 +15,12 @@ from peftune.parallel.single import clip_local
 from peftune.parallel.world import World
 
 
+_KEPT_UNTIL_EXIT: list[DistributedDataParallel] = []
+"""torch 2.13: freeing DDP's reducer ends its gloo group while holding the interpreter's lock, and waits there for a
+thread that wants the lock to free its last work: about one run in ten never ended. Delete this with a torch that
+releases the lock; until then the processes end without freeing it (`errors.guarded`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ddp:
     """gloo between CPUs, NCCL between GPUs; only trainable weights are exchanged."""
@@ -28,6 +34,7 @@ class Ddp:
             model.to(device), device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
         )
         wrapped.register_comm_hook(None, _sum_gradients)
+        _KEPT_UNTIL_EXIT.append(wrapped)
         return wrapped
 
     def unwrap(self, model: nn.Module) -> nn.Module:
