@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from peftune.parallel.single import clip_local
 from peftune.parallel.world import World
 
-
 _KEPT_UNTIL_EXIT: list[DistributedDataParallel] = []
 """torch 2.13: freeing DDP's reducer ends its gloo group while holding the interpreter's lock, and waits there for a
 thread that wants the lock to free its last work: about one run in ten never ended. Delete this with a torch that
