@@ -59,10 +59,12 @@ def load_trained(
         if not (Path(folder) / ADAPTER).is_file():
             return auto_class.from_pretrained(
                 str(folder), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        base_name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        adapter = PeftConfig.from_pretrained(str(folder))
+        base_name = adapter.base_model_name_or_path
         base = auto_class.from_pretrained(
             base_name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
-        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True, autocast_adapter_dtype=False)
+        adapted = PeftModel.from_pretrained(
+            base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
@@ -72,7 +74,10 @@ def load_trained(
 
 
 def _load_wide(model: PeftModel, folder: Path, name: str) -> None:
-    """Load an adapter's weights in the type they were saved in: PEFT would round them to the base model's."""
+    """Load an adapter's weights in the type they were saved in: PEFT would round them to the base model's.
+
+    Only trainable ones are widened, so all of an adapter but learned prompts, which PEFT refuses to load as such.
+    """
     state = load_file(folder / "adapter_model.safetensors")
     dtype = next(iter(state.values())).dtype
     for parameter in model.parameters():
@@ -111,7 +116,8 @@ def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, 
     name, trainable = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    model.load_adapter(str(folder), CHECK_NAME, is_trainable=True, autocast_adapter_dtype=False)
+    model.load_adapter(str(folder), CHECK_NAME, is_trainable=not model.peft_config[name].is_prompt_learning,
+                       autocast_adapter_dtype=False)
     try:
         model.set_adapter(CHECK_NAME)
         _load_wide(model, folder, CHECK_NAME)

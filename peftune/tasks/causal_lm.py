@@ -126,8 +126,11 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> Example:
 
 
 def losses(logits_BTV: Tensor, batch: Batch, targets: Targets) -> Tensor:
-    """[B] float32: nats of each example, summed over its supervised tokens."""
-    return next_token_nats(logits_BTV, batch.targets)
+    """[B] float32: nats of each example, summed over its supervised tokens.
+
+    Prompt-learning methods put logits of their virtual tokens before those of the text.
+    """
+    return next_token_nats(logits_BTV[:, -batch.targets.shape[1]:], batch.targets)
 
 
 def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:

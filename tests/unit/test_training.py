@@ -34,3 +34,17 @@ def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, reque
     assert keys <= rows[0].keys()
     records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
     assert all({"id", "prediction", "reference"} <= record.keys() for record in records)
+
+
+@pytest.mark.parametrize("adapter", [
+    {"method": "lora", "r": 4, "use_dora": True}, {"method": "lora", "r": 4, "use_rslora": True, "lora_dropout": 0.2},
+    {"method": "ia3", "target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    {"method": "vera", "r": 8, "target_modules": ["q_proj", "o_proj"]},
+    {"method": "oft", "r": 0, "oft_block_size": 8, "target_modules": ["q_proj"]},
+    {"method": "prompt_tuning", "num_virtual_tokens": 4}, {"method": "prefix_tuning", "num_virtual_tokens": 4},
+], ids=lambda adapter: "-".join(map(str, adapter.values()))[:24])
+def test_other_methods_train_and_reload_too(adapter, converse, train):
+    folder = train({**converse, "adapter": adapter})
+    result = summary(folder)
+    assert result["trainable_parameters"] < result["total_parameters"] / 2
+    assert result["reload_deviation"] <= 1e-4
