@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 50, 8, 8, 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def line_chart(curves: Sequence[Curve]) -> str:
         value = y_low + share * (y_high - y_low)
         y = place(x_low, value)[1]
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
+                     f'<text x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{_label(value)}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 6}">{x_low:g}</text>'
                  f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">step {x_high:g}</text>')
     for number, curve in enumerate(drawn):
@@ -48,6 +48,13 @@ def line_chart(curves: Sequence[Curve]) -> str:
                   "</title></circle>" for px, py, x, y in placed]
         parts.append("</g>")
         if len(drawn) > 1:
-            parts.append(f'<text class="c{number % 3}" stroke="none" x="{WIDTH - RIGHT}" y="{TOP + 12 * (number + 1)}" '
+            parts.append(f'<text class="c{number % 3}" style="stroke: none" x="{WIDTH - RIGHT}" y="{TOP + 12 * (number + 1)}" '
                          f'text-anchor="end">{html.escape(curve.name)}</text>')
     return "".join(parts) + "</svg>"
+
+
+def _label(value: float) -> str:
+    """At most seven characters."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 100_000 else f"{value:.0e}"
+    return f"{value:.3g}" if abs(value) >= 0.001 or value == 0 else f"{value:.0e}"
