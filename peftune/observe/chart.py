@@ -48,8 +48,8 @@ def line_chart(curves: Sequence[Curve]) -> str:
                   "</title></circle>" for px, py, x, y in placed]
         parts.append("</g>")
         if len(drawn) > 1:
-            parts.append(f'<text class="c{number % 3}" style="stroke: none" x="{WIDTH - RIGHT}" y="{TOP + 12 * (number + 1)}" '
-                         f'text-anchor="end">{html.escape(curve.name)}</text>')
+            parts.append(f'<text class="c{number % 3}" style="stroke: none" x="{WIDTH - RIGHT}" '
+                         f'y="{TOP + 12 * (number + 1)}" text-anchor="end">{html.escape(curve.name)}</text>')
     return "".join(parts) + "</svg>"
 
 
