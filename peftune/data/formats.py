@@ -52,7 +52,7 @@ class Found:
 
 def canonical_rows(
     raw_rows: Iterable[RawRow], *, format: str, accepts: tuple[str, ...], columns: Mapping[str, str], source: int,
-    found: Found,
+    first_id: int, found: Found,
 ) -> Iterator[Row]:
     """Yield the canonical form of each row; what does not fit goes to `found.faults`.
 
@@ -62,12 +62,13 @@ def canonical_rows(
         accepts: formats that the task can learn from.
         columns: renames, {expected name: name in the file}.
         source: position of the source, kept with the row.
+        first_id: number of the first row, where rows have no `id` of their own.
         found: receives the format of each file and the faults.
 
     Raises:
         DataError: no accepted format has its columns in a file.
     """
-    for number, raw in enumerate(raw_rows):
+    for number, raw in enumerate(raw_rows, start=first_id):
         values = _renamed(raw, columns)
         if raw.file not in found.formats:
             found.formats[raw.file] = _format_of(raw, values, format, accepts)

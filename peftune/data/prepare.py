@@ -85,12 +85,15 @@ class Prepared:
     weights: tuple[float, ...]
 
 
-def split_sources(config: DataConfig) -> dict[str, tuple[Source, ...]]:
-    """The sources of each split that has files of its own."""
-    sources = {"train": as_sources(config.train)}
-    if config.validation is not None and not isinstance(config.validation, float):
+def needed_sources(config: DataConfig, only: Sequence[str]) -> dict[str, tuple[Source, ...]]:
+    """The sources that must be read for the splits `only`, by the split whose files they are."""
+    holds_validation = isinstance(config.validation, float) and "validation" in only
+    sources = {}
+    if "train" in only or holds_validation:
+        sources["train"] = as_sources(config.train)
+    if "validation" in only and config.validation is not None and not isinstance(config.validation, float):
         sources["validation"] = as_sources(config.validation)
-    if config.test is not None:
+    if "test" in only and config.test is not None:
         sources["test"] = as_sources(config.test)
     return sources
 
@@ -105,15 +108,13 @@ def read_rows(
     """
     rows: dict[str, list[Row]] = {}
     found = Found()
-    for name, sources in split_sources(config).items():
-        holds_validation = name == "train" and isinstance(config.validation, float) and "validation" in only
-        if name not in only and not holds_validation:
-            continue
+    for name, sources in needed_sources(config, only).items():
         rows[name] = []
         for number, source in enumerate(sources):
             try:
-                rows[name] += canonical_rows(read(source), format=config.format, accepts=formats,
-                                             columns=config.columns, source=number, found=found)
+                rows[name] += list(canonical_rows(
+                    read(source), format=config.format, accepts=formats, columns=config.columns, source=number,
+                    first_id=len(rows[name]), found=found))
             except DataError as error:
                 found.faults += error.faults
     if found.faults:
@@ -144,8 +145,12 @@ def prepare(
         DataError: every fault found.
         MachineError: the cache folder cannot be written.
     """
-    fingerprints = {name: [fingerprint(source) for source in sources]
-                    for name, sources in split_sources(config).items()}
+    try:
+        fingerprints = {name: [fingerprint(source) for source in sources]
+                        for name, sources in needed_sources(config, only).items()}
+    except DataError:
+        read_rows(config, encoder.formats, seed, only)  # says this fault and those of the other files, all at once
+        raise
     decides = {"data": config.model_dump(mode="json", exclude={"layout"}), "seed": seed, "identity": dict(identity),
                "content": fingerprints, "targets": targets and asdict(targets), "only": list(only)}
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

@@ -22,6 +22,8 @@ class Display:
         target = stream or sys.stdout
         terminal = target.isatty()
         self._console = Console(file=target, quiet=quiet, width=None if terminal else LOG_WIDTH, highlight=False)
+        self._one_line = not terminal
+        """A log keeps a message on one line; a terminal breaks it between words."""
         self._moving = terminal and not quiet
         self._progress: Progress | None = None
         self._training: TaskID | None = None
@@ -30,11 +32,11 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, soft_wrap=self._one_line)
 
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
-        self._console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=True)
+        self._console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=self._one_line)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[list[str]]:

@@ -31,7 +31,7 @@ def canonical(values, accepts=CAUSAL, **options):
     found = Found()
     raw = list(read_values(values))
     rows = list(canonical_rows(raw, format="auto", accepts=accepts, columns=options.get("columns", {}), source=0,
-                               found=found))
+                               first_id=0, found=found))
     return rows, found
 
 
@@ -134,6 +134,19 @@ def test_every_fault_of_every_file_is_said_at_once(tmp_path):
                   ("classification",), 0)
     assert [(fault.file[-7:], fault.line) for fault in caught.value.faults] == [
         ("a.jsonl", 2), ("b.jsonl", 1), ("b.jsonl", 2)]
+
+
+def test_a_missing_file_does_not_hide_the_faults_of_the_others(tmp_path):
+    from peftune.data.prepare import prepare
+    from peftune.tasks import TASKS
+    from peftune.tasks.task import BoundEncoder, TextEncoder
+
+    (tmp_path / "a.jsonl").write_text('{"text": ""\n')
+    config = DataConfig(train=str(tmp_path / "a.jsonl"), validation=str(tmp_path / "none.jsonl"))
+    encoder = BoundEncoder(TASKS["sequence_classification"], TextEncoder(None, 9))
+    with pytest.raises(DataError) as caught:
+        prepare(config, encoder, seed=0, identity={})
+    assert [fault.line for fault in caught.value.faults] == [1, None]
 
 
 def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():
