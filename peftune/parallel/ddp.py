@@ -16,7 +16,7 @@ from peftune.parallel.world import World
 
 _KEPT_UNTIL_EXIT: list[DistributedDataParallel] = []
 """torch 2.13: freeing DDP's reducer ends its gloo group while holding the interpreter's lock, and waits there for a
-thread that wants the lock to free its last work: about one run in ten never ended. Delete this with a torch that
+thread that wants the lock to free its last work: now and then a run never ended. Delete this with a torch that
 releases the lock; until then the processes end without freeing it (`errors.guarded`)."""
 
 

@@ -47,7 +47,7 @@ def step_once(model, examples, groups):
     optimizer = torch.optim.SGD(live.parameters(), lr=1.0)
     stats = train_step(
         live, work, optimizer, Single(WORLD), max_grad_norm=None, autocast=contextlib.nullcontext,
-        losses=lambda m, b: task.losses(m(**b.inputs).logits.double(), b, Targets("next_token")))
+        losses=lambda m, b: task.losses(m(**b.inputs).logits, b, Targets("next_token")))
     return stats, torch.cat([p.detach().flatten() for p in live.parameters()])
 
 
@@ -58,11 +58,10 @@ def step_once(model, examples, groups):
 def test_a_step_over_micro_batches_is_the_step_over_one_batch(model, examples, groups):
     whole, whole_weights = step_once(model, examples, [list(range(8))])
     split, split_weights = step_once(model, examples, groups)
-    # the losses are widened to float32 only, so gradients agree to its rounding, not to float64's
-    torch.testing.assert_close(split_weights, whole_weights, rtol=0, atol=2e-7)
-    assert split.loss_sum == pytest.approx(whole.loss_sum, rel=1e-6)
+    torch.testing.assert_close(split_weights, whole_weights, rtol=0, atol=1e-13)
+    assert split.loss_sum == pytest.approx(whole.loss_sum, rel=1e-13)
     assert split.targets == whole.targets == 105
-    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-6)
+    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-12)
 
 
 def test_the_step_is_the_mean_over_targets_and_not_the_mean_of_means(model, examples):
@@ -78,4 +77,4 @@ def test_the_step_is_the_mean_over_targets_and_not_the_mean_of_means(model, exam
                 targets += 1
     (nats / targets).backward()
     naive = torch.cat([(p.detach() - p.grad).flatten() for p in live.parameters()])
-    torch.testing.assert_close(ours, naive, rtol=0, atol=2e-7)
+    torch.testing.assert_close(ours, naive, rtol=0, atol=1e-13)

@@ -26,7 +26,7 @@ def test_next_token_nats_equal_a_naive_sum_in_float64():
     targets[1, 1] = IGNORE
     naive = [sum(-torch.log_softmax(logits[b, t - 1], 0)[targets[b, t]] for t in range(1, 7) if targets[b, t] >= 0)
              for b in range(3)]
-    torch.testing.assert_close(next_token_nats(logits, targets).double(), torch.stack(naive), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(next_token_nats(logits, targets), torch.stack(naive), rtol=0, atol=1e-12)
 
 
 def test_an_example_without_targets_has_no_loss_and_a_zero_gradient():
@@ -44,13 +44,13 @@ def test_an_example_without_targets_has_no_loss_and_a_zero_gradient():
 def test_class_label_and_squared_losses_equal_the_textbook():
     logits = torch.tensor([[2.0, -1.0], [0.5, 0.25]], dtype=torch.float64)
     chances = logits.exp() / logits.exp().sum(1, keepdim=True)
-    torch.testing.assert_close(class_nats(logits, torch.tensor([1, 0])).double(),
-                               -torch.stack([chances[0, 1], chances[1, 0]]).log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(class_nats(logits, torch.tensor([1, 0])),
+                               -torch.stack([chances[0, 1], chances[1, 0]]).log(), rtol=0, atol=1e-12)
     wanted = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     naive = [-sum(math.log(p if w else 1 - p) for p, w in zip(torch.sigmoid(row).tolist(), want, strict=True))
              for row, want in zip(logits, wanted.tolist(), strict=True)]
-    torch.testing.assert_close(label_nats(logits, wanted), torch.tensor(naive))
-    torch.testing.assert_close(squared_error(logits, wanted), ((logits - wanted) ** 2).sum(1).float())
+    torch.testing.assert_close(label_nats(logits, wanted), torch.tensor(naive, dtype=torch.float64))
+    torch.testing.assert_close(squared_error(logits, wanted), ((logits - wanted) ** 2).sum(1))
 
 
 @pytest.mark.parametrize(("shape", "theirs"), [

@@ -48,3 +48,26 @@ def test_other_methods_train_and_reload_too(adapter, converse, train):
     result = summary(folder)
     assert result["trainable_parameters"] < result["total_parameters"] / 2
     assert result["reload_deviation"] <= 1e-4
+
+
+def test_a_decoder_classifies_where_padding_is_its_end_of_text(classify, decoder, train):
+    settings = {**classify, "model": {"name_or_path": decoder, "dtype": "float32"},
+                "evaluation": {"every_steps": 10, "metric": "loss"}}
+    settings["train"] = {**settings["train"], "max_steps": 40, "learning_rate": 0.01}
+    result = summary(train(settings))
+    assert result["best"]["validation"]["loss"] < result["baseline"]["validation"]["loss"]
+
+
+def test_a_run_without_held_out_data_trains_and_publishes(classify, train):
+    folder = train({**classify, "data": {**classify["data"], "validation": None}})
+    result = summary(folder)
+    assert result["metrics"] == {} and result["best_step"] is None
+    assert (folder / "final" / "adapter_model.safetensors").is_file() and (folder / "report.html").is_file()
+
+
+def test_plain_text_is_learned_whole(converse, train, write_rows):
+    rows = [{"text": f"the printer number {i % 7} is broken again"} for i in range(40)]
+    settings = {**converse, "data": {"train": write_rows("text.jsonl", rows), "validation": 0.2}}
+    folder = train({**settings, "train": {**settings["train"], "learning_rate": 0.01, "max_steps": 20}})
+    scores, before = (summary(folder)[key]["validation"] for key in ("metrics", "baseline"))
+    assert scores["perplexity"] < 0.75 * before["perplexity"] and "exact_match" not in scores

@@ -1,0 +1,64 @@
+"""Does LoRA reach full fine-tuning? MiniLM on classification sets, through the true command.
+
+    python benchmarks/lora_vs_full.py DATA_FOLDER [DATA_FOLDER ...] [--epochs 2] [--to results.json]
+
+A folder holds train.jsonl and validation.jsonl with text and label. Two runs a folder, LoRA and all weights, equal but
+for the adapter and the learning rate; the scores are those of summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from peftune.observe.manifest import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"lora": ("train.learning_rate=1e-3",), "full": ("adapter=null", "train.learning_rate=1e-4")}
+
+
+def main() -> None:
+    """Run every folder with every method and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--to", type=Path)
+    arguments = parser.parse_args()
+    results = {}
+    for folder in arguments.folders:
+        for method in METHODS:
+            results[f"{folder.name}/{method}"] = one_run(folder, method, arguments.epochs)
+            print(folder.name, method, json.dumps(results[f"{folder.name}/{method}"]), flush=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = json.dumps({**environment(device), "epochs": arguments.epochs, "methods": METHODS, "results": results},
+                      indent=2) + "\n"
+    if arguments.to:
+        arguments.to.parent.mkdir(parents=True, exist_ok=True)
+        arguments.to.write_text(text)
+
+
+def one_run(data: Path, method: str, epochs: float) -> dict[str, object]:
+    """Train and return the validation scores of the last weights, with speed and memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", str(ROOT / "peftune" / "train.py"),
+             str(ROOT / "configs" / "quickstart.yaml"), f"output_dir={run}", f"data.train={data / 'train.jsonl'}",
+             f"data.validation={data / 'validation.jsonl'}", "data.test=null", "data.max_length=64",
+             f"train.num_epochs={epochs}", "log.trackers=[]", *METHODS[method]],
+            cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        summary = json.loads((run / "summary.json").read_text())
+    kept = ("steps", "seconds", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+    return {**{key: summary[key] for key in kept}, **summary["metrics"]["validation"],
+            "untrained_accuracy": summary["baseline"]["validation"]["accuracy"],
+            "majority_accuracy": summary["majority"]["validation"]["accuracy"]}
+
+
+if __name__ == "__main__":
+    main()
