@@ -54,7 +54,10 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
         recover(folder / name)
     summary = folder / "summary.json"
     if summary.is_file():
-        return Start(summary=json.loads(summary.read_text(encoding="utf-8")))
+        try:
+            return Start(summary=json.loads(summary.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise _error(summary, f"cannot be read: {error}", "delete it, and the run's end is done again") from None
     newest, wrong = newest_whole(folder)
     if newest is None and all_checkpoints(folder):
         raise _error(folder, "every checkpoint is damaged: " + "; ".join(wrong), "choose another output_dir")
@@ -89,8 +92,11 @@ def _same_data(manifest: Path, data: dict[str, Any]) -> None:
     """A changed file would change the batches, and the run would be neither the old one nor a new one."""
     if not manifest.is_file():
         return
-    other = json.loads(manifest.read_text(encoding="utf-8")).get("data", {}).get("fingerprints", {})
-    changed = [name for name in other if other[name] != data.get(name)]
+    try:
+        other = json.loads(manifest.read_text(encoding="utf-8"))["data"]["fingerprints"]
+        changed = [name for name in other if other[name] != data.get(name)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _error(manifest, f"cannot be read: {error}", "choose another output_dir") from None
     if changed:
         raise _error(manifest.parent, f"holds a run on other data: the files of {', '.join(changed)} have changed",
                      "choose another output_dir, or put the files back")
