@@ -105,7 +105,7 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
     except Exception:
         if not several:
             raise
-        traceback.print_exc()
+        traceback.print_exc()  # what python itself would do next, had the process not to end below
         _end_process(EXIT_OUR_FAULT)
     report = os.environ.get(EXIT_CODE_FILE)
     if report is not None:
