@@ -16,22 +16,23 @@ from peftune.config.load import dump
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
-from peftune.data.prepare import Prepared, Targets, open_prepared, prepare, read_rows
-from peftune.errors import ConfigError, Fault, faults_of
+from peftune.data.layouts import Layout
+from peftune.data.prepare import Prepared, open_prepared, prepare
 from peftune.loop.checkpoint import load_checkpoint
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.finish import measure_baseline
+from peftune.loop.layout import choose_layout
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text
 from peftune.loop.resume import Start, find_start
 from peftune.loop.run import Every, Run
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
-from peftune.model.adapters import peft_config
 from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
 from peftune.model.load import adjust_config, local_source
-from peftune.model.precision import autocast, enable_gradient_checkpointing
+from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing
+from peftune.model.reference import reference_of
 from peftune.model.save import load_published, reload_deviation, save_model
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
@@ -43,9 +44,12 @@ from peftune.parallel.single import Single
 from peftune.parallel.strategy import Strategy
 from peftune.parallel.world import World, close_world, open_world
 from peftune.plan import choose_memory
-from peftune.tasks import TASKS
-from peftune.tasks.text import Text, data_notes, open_text, quiet_libraries
+from peftune.tasks import TASKS, generated
+from peftune.tasks.task import chosen_metric
+from peftune.tasks.text import Text, data_notes, data_warnings, open_text, quiet_libraries
 
+SHOWN_PLACES = 20
+"""Rows of a finding that the manifest names; `peftune check` names more."""
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
 code, so this is only room for kernels that sum in varying order."""
@@ -79,7 +83,7 @@ def build(config: RunConfig) -> Iterator[Built]:
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}")
         text, data = _data(config, world, display)
-        metric = _metric(config, data.targets)
+        metric = chosen_metric(text.encoder.task, data.targets, config.evaluation.metric)
         folder = Path(config.output_dir)
         start = world.on_main(lambda: find_start(folder, dump(config), config.resume, data.fingerprints))
         for note in start.notes:
@@ -96,72 +100,40 @@ def build(config: RunConfig) -> Iterator[Built]:
         close_world()
 
 
-def check(config: RunConfig) -> tuple[list[Fault], Prepared | None]:
-    """Every fault of trackers, adapter fields, model name, tokenizer and data, without loading weights.
-
-    Where the tokenizer cannot be had, the rows are still read and their faults said.
-    """
-    quiet_libraries()
-    task = TASKS[config.task]
-    faults = faults_of(lambda: check_trackers(config.log.trackers))
-    if config.adapter is not None:
-        adapter = config.adapter
-        faults += faults_of(lambda: peft_config(adapter, config.task, ()))
-    prepared: list[Prepared] = []
-
-    def prepare_data() -> None:
-        text = open_text(task, config.model, config.data)
-        prepared.append(open_prepared(
-            prepare(config.data, text.encoder, seed=config.seed, identity=text.identity())))
-        _metric(config, prepared[0].targets)
-
-    found = faults_of(prepare_data)
-    if any(fault.kind != "data" for fault in found) and not prepared:
-        found += faults_of(lambda: read_rows(config.data, task.formats, config.seed))
-    return faults + found, prepared[0] if prepared else None
-
-
 def _method(config: RunConfig) -> str:
     return "full fine-tuning" if config.adapter is None else config.adapter.method
 
 
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
     with display.phase("data") as notes:
-        text = open_text(TASKS[config.task], config.model, config.data)
+        text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity())
         path = world.on_main(work)
         if not (path / "meta.json").exists():  # another node, without the main one's disk
             path = work()
         data = open_prepared(path)
-        if text.encoder.task.generates:
+        if text.encoder.task.converses and config.data.too_long != "split":
             check_end_of_text(data.splits["train"], text.tokenizer.eos_token_id)
         notes += data_notes(data, text, config.data)
+    for warning in data_warnings(data):
+        display.warn(warning)
     return text, data
-
-
-def _metric(config: RunConfig, targets: Targets) -> str:
-    names = TASKS[config.task].metric_names(targets)
-    metric = config.evaluation.metric or names[0]
-    if metric not in names:
-        raise ConfigError(Fault(kind="config", mend=f"evaluation.metric=null, or one of {', '.join(names)}",
-                                message=f"evaluation.metric = {metric!r}: no metric of {targets.problem} labels"))
-    return metric
 
 
 def _run(
     config: RunConfig, world: World, strategy: Strategy, display: Display, text: Text, data: Prepared, start: Start,
     metric: str,
 ) -> tuple[Run, TrainState]:
-    task, targets = TASKS[config.task], data.targets
+    task, targets = text.encoder.task, data.targets
     with display.phase("model") as notes:
         adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
                       tokenizer=text.tokenizer)
         source = local_source(text.source)
         model, loaded = assemble(config.model, config.adapter, source, text.config, task.auto_class,
-                                 task=config.task, seed=config.seed)
+                                 task=config.task, new_head=task.new_head, seed=config.seed)
         counts = count(model)
         memory = world.same(choose_memory(
-            text.config, device=world.device, longest=int(data.splits["train"].lengths.max()),
+            text.config, device=world.device, longest=int(data.splits["train"].padded_lengths.max()),
             bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
             tokens=_given(config.train.tokens_per_micro_batch),
             checkpointing=_given(config.model.gradient_checkpointing)))
@@ -170,10 +142,15 @@ def _run(
         if config.model.compile:
             model.compile(dynamic=True)
         wrapped = strategy.prepare(model)
+        layout, why = choose_layout(
+            config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
+            pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
+            autocast=autocast(config.model, world.device))
+        reference = reference_of(model, DTYPES[config.model.dtype]) if task.needs_reference else None
         notes.append(f"{counts.trainable:,} of {counts.total:,} weights train")
         if loaded.new_modules:
             notes.append(f"new: {', '.join(loaded.new_modules)}")
-        notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch"
+        notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
     torch.manual_seed(config.seed + world.rank)
     optimizer = build_optimizer(model, config.train)
@@ -182,14 +159,14 @@ def _run(
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
     folder = Path(config.output_dir)
     facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
-             "new_modules": list(loaded.new_modules), **asdict(memory)}
+             "new_modules": list(loaded.new_modules), "layout": layout.name, **asdict(memory)}
     world.on_main(lambda: _open_folder(config, folder, world, strategy, data, text, facts))
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
-                          config.evaluation.max_new_tokens, display.evaluation)
-    run = _assembled_run(config, wrapped, strategy, optimizer, data, evaluator, journal, metric, facts)
+                          config.evaluation.max_new_tokens, reference, display.evaluation)
+    run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if state.step == 0:
         state = replace(state, baseline=measure_baseline(run))
     return run, state
@@ -208,22 +185,27 @@ def _open_folder(
         "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template, **facts},
         "data": {"fingerprints": data.fingerprints, "formats": data.formats, "classes": list(data.targets.names),
                  "problem": data.targets.problem,
-                 "counts": {name: asdict(counts) for name, counts in data.counts.items()}},
+                 "counts": {name: asdict(counts) for name, counts in data.counts.items()},
+                 "bad_rows": [str(fault) for fault in data.faults],
+                 "findings": [{**asdict(finding), "places": [f"{place.file}:{place.line}: {place.message}"
+                                                             for place in finding.places[:SHOWN_PLACES]]}
+                              for finding in data.findings]},
     })
     write_text(folder / "config.yaml", dump(config))
 
 
 def _assembled_run(
     config: RunConfig, model: nn.Module, strategy: Strategy, optimizer: torch.optim.Optimizer, data: Prepared,
-    evaluator: Evaluator, journal: Journal, metric: str, facts: dict[str, Any],
+    layout: Layout, evaluator: Evaluator, journal: Journal, metric: str, facts: dict[str, Any],
 ) -> Run:
     train, task, targets = config.train, evaluator.task, evaluator.targets
     split = data.splits["train"]
-    plan = BatchPlan(split.lengths, split.source, data.weights, train.batch_size, config.seed)
+    lengths = split.padded_lengths if layout.kind == "padded" else split.lengths
+    plan = BatchPlan(lengths, split.source, data.weights, train.batch_size, config.seed)
     steps = train.max_steps or max(1, round(train.num_epochs * plan.steps_per_epoch))
 
     def losses(live: nn.Module, batch: Batch) -> Tensor:
-        return task.losses(live(**batch.inputs).logits, batch, targets)
+        return task.losses(task.forward(live, batch, evaluator.reference), batch, targets)
 
     def publish(live: nn.Module, folder: Path) -> None:
         save_model(live, evaluator.tokenizer, folder)
@@ -233,14 +215,14 @@ def _assembled_run(
         folder=Path(config.output_dir), config_yaml=dump(config), model=model, strategy=strategy, optimizer=optimizer,
         learning_rate=lambda step: train.learning_rate * learning_rate_factor(
             train.lr_scheduler, step, steps, train.warmup_ratio),
-        losses=losses, autocast=evaluator.autocast, data=data, plan=plan, evaluator=evaluator, journal=journal,
-        publish=publish,
+        losses=losses, autocast=evaluator.autocast, data=data, plan=plan, layout=layout, evaluator=evaluator,
+        journal=journal, publish=publish,
         reload_deviation=functools.partial(
             reload_deviation, auto_class=task.auto_class, autocast=evaluator.autocast,
             trust_remote_code=config.model.trust_remote_code),
         reload_tolerance=RELOAD_TOLERANCE[config.model.dtype], restore=load_published,
         steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm, metric=metric,
-        patience=config.evaluation.patience, generate_every_time=metric in ("exact_match", "rouge_l"),
+        patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,
         log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
         checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),
         keep_checkpoints=config.checkpoint.keep, facts=facts,

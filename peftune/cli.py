@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from peftune import __version__
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, Fault, MachineError, PeftuneError, guarded
@@ -47,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     check = add("check", _check, "find every fault of config, model name and data, without loading weights",
                 overrides=True)
     check.add_argument("config", metavar="CONFIG")
+    check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
+    check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
     evaluate = add("evaluate", _evaluate, "score a finished run, or a bare model with --config")
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, its best/, or a model")
     evaluate.add_argument("--config", help="task and data, instead of the run's own")
@@ -80,30 +81,25 @@ def _train(parsed: argparse.Namespace) -> int:
 def _check(parsed: argparse.Namespace) -> int:
     from peftune.config.load import load
 
-    faults: list[Fault] = []
-    counts: dict[str, Any] = {}
     try:
         config = load([parsed.config, *parsed.overrides])
     except PeftuneError as error:
-        faults += error.faults
-    else:
-        from dataclasses import asdict
+        if not parsed.json:
+            raise
+        print(json.dumps({"faults": [fault.as_json() for fault in error.faults]}, ensure_ascii=False))
+        return EXIT_MENDABLE
+    from peftune.data_check import as_json, check, show, show_examples
+    from peftune.observe.display import Display
 
-        from peftune.build import check
-
-        found, prepared = check(config)
-        faults += found
-        counts = {name: asdict(split) for name, split in prepared.counts.items()} if prepared else {}
-    errors = [fault for fault in faults if fault.severity == "error"]
+    checked = check(config)
     if parsed.json:
-        print(json.dumps({"faults": [fault.as_json() for fault in faults], "data": counts}, ensure_ascii=False))
-    elif errors:
-        raise PeftuneError(faults)
+        print(json.dumps(as_json(checked), ensure_ascii=False))
     else:
-        print(f"{parsed.config}: no fault found")
-        for name, split in counts.items():
-            print(f"  {name}: " + ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in split.items()))
-    return EXIT_MENDABLE if errors else EXIT_DONE
+        display = Display()
+        show(checked, display, parsed.config, config.data.max_length)
+        show_examples(checked, display, parsed.show)
+    bad = any(fault.severity == "error" or parsed.strict for fault in checked.faults)
+    return EXIT_MENDABLE if bad else EXIT_DONE
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:

@@ -26,7 +26,8 @@ EXIT_CODE_FILE = "PEFTUNE_EXIT_CODE_FILE"
 class Fault:
     """One thing to mend. `line` counts from 1; `file` is as the user wrote it."""
 
-    kind: Literal["config", "data", "model", "environment", "run_folder", "self_check"]
+    kind: str
+    """config | data | model | environment | run_folder | self_check, or the kind of a finding in data."""
     message: str
     mend: str = ""
     file: str | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,24 @@ from torch import nn
 from peftune.config.load import load
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.examples import Example
-from peftune.data.prepare import RowFault, Targets, open_prepared, prepare
+from peftune.data.prepare import open_prepared, prepare
 from peftune.data.sources import read_records
 from peftune.data.store import MemorySplit
+from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
+from peftune.model.adapters import has_adapter
 from peftune.model.load import PROBLEM_TYPES
-from peftune.model.precision import autocast, weight_dtype
+from peftune.model.precision import DTYPES, autocast, weight_dtype
+from peftune.model.reference import Reference, reference_of
+from peftune.model.resolve import resolve
 from peftune.model.save import ADAPTER, load_trained
 from peftune.observe.display import Display
 from peftune.parallel.world import World
 from peftune.tasks import TASKS
-from peftune.tasks.task import Record
+from peftune.tasks.task import Record, Task
 from peftune.tasks.text import Text, open_text, quiet_libraries
+from peftune.tasks.token_classification import scheme_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
     """
     quiet_libraries()
     folder, config = _folder_and_config(Path(path), path, config_path)
-    task = TASKS[config.task]
+    task = TASKS[config.task](config.train, config.evaluation)
     with display.phase("model") as notes:
         text = open_text(task, ModelConfig(**{**config.model.model_dump(), "name_or_path": str(folder)}), config.data)
         adapted = (Path(text.source) / ADAPTER).is_file()
@@ -54,8 +60,10 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
                              dtype=weight_dtype(config.model, adapted=adapted),
                              trust_remote_code=config.model.trust_remote_code).to(world.device).eval()
         notes.append(str(folder))
-    evaluator = Evaluator(task, _targets(text, config.task), text.tokenizer, world,
-                          autocast(config.model, world.device), config.evaluation.max_new_tokens, display.evaluation)
+    reference = _reference(config, model, task, world) if task.needs_reference else None
+    evaluator = Evaluator(
+        task, _targets(text, config.task, Path(folder)), text.tokenizer, world, autocast(config.model, world.device),
+        config.evaluation.max_new_tokens, reference, display.evaluation)
     return Trained(config, model, text, evaluator)
 
 
@@ -89,12 +97,12 @@ def predict_file(trained: Trained, path: str) -> list[Record]:
     for number, raw in enumerate(read_records(path)):
         values = {**raw.values, **{want: raw.values[given] for want, given in columns.items() if given in raw.values}}
         try:
-            example = trained.evaluator.task.encode_prompt(values, trained.text.encoder.text)
+            found = trained.evaluator.task.encode_prompt(values, trained.text.encoder.text)
         except RowFault as error:
             faults.append(Fault(kind="data", file=raw.file, line=raw.line, message=error.message, mend=error.mend))
             continue
-        record = {"id": values.get("id", str(number)), **example.record}
-        examples.append(Example(example.input_ids, [0], 0, example.full_length, record, example.segment_ids))
+        examples += [replace(example, targets=example.targets or [0], record={
+            **example.record, "id": values.get("id", str(number))}) for example in found]
     if faults:
         raise DataError(faults)
     return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
@@ -113,17 +121,36 @@ def _folder_and_config(path: Path, name: str, config_path: str | None) -> tuple[
     return name, load([config_path])
 
 
-def _targets(text: Text, task: str) -> Targets:
-    """Classes and kind of label, from the trained model's own config."""
-    if task != "sequence_classification":
+def _reference(config: RunConfig, model: nn.Module, task: Task, world: World) -> Reference:
+    """What a preference run compares with: its adapter off, or the model it began from."""
+    if has_adapter(model):
+        return reference_of(model, weight_dtype(config.model, adapted=True))
+    base = load_trained(resolve(config.model), task.auto_class, dtype=DTYPES[config.model.dtype],
+                        trust_remote_code=config.model.trust_remote_code)
+    return reference_of(base.to(world.device), DTYPES[config.model.dtype])
+
+
+def _targets(text: Text, task: str, folder: Path) -> Targets:
+    """Classes and kind of label, from the trained model's own config; what that cannot say from the run's manifest."""
+    if task == "causal_lm":
         return Targets("next_token")
+    if task == "preference":
+        return Targets("preference", kind="pair")
+    head = {"sequence_classification": "SequenceClassification", "token_classification": "TokenClassification",
+            "question_answering": "QuestionAnswering"}[task]
+    architectures: list[Any] = text.config.architectures or []
+    if not any(head in str(name) for name in architectures):
+        raise ModelError(Fault(kind="model", file=text.source, message=f"has no trained output layer for {task}",
+                               mend="train it first, or give a model that has one"))
+    if task == "question_answering":
+        manifest = folder.parent / "manifest.json"
+        known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        return Targets(known.get("data", {}).get("problem", "answer_or_none"))
     names = tuple(text.config.id2label[k] for k in sorted(text.config.id2label))
+    if task == "token_classification":
+        return Targets(scheme_of(names), names)
     problems = {theirs: ours for ours, theirs in PROBLEM_TYPES.items()}
     problem = problems.get(text.config.problem_type or "", "single_label" if len(names) > 1 else "regression")
-    architectures: list[Any] = text.config.architectures or []
-    if not any("SequenceClassification" in str(name) for name in architectures):
-        raise ModelError(Fault(kind="model", file=text.source, message="has no trained classification head",
-                               mend="train it first, or give a classifier"))
     if problem == "regression":
         return Targets(problem, kind="values")
     return Targets(problem, names, "class" if problem == "single_label" else "values")

@@ -83,6 +83,36 @@ def converse(classify: dict[str, Any], decoder: str, chats: dict[str, str]) -> d
             "data": {**chats, "max_length": 128}, "evaluation": {"every_steps": 3, "max_new_tokens": 4}}
 
 
+def _settings_of(base: dict[str, Any], task: str, model: str, rows: list[Any], train: int,
+                 write_rows: Callable[..., str], max_length: int) -> dict[str, Any]:
+    data = {"train": write_rows(f"{task}-train.jsonl", rows[:train]), "max_length": max_length,
+            "validation": write_rows(f"{task}-validation.jsonl", rows[train:])}
+    return {**base, "task": task, "model": {"name_or_path": model, "dtype": "float32"}, "data": data}
+
+
+@pytest.fixture
+def tag(classify: dict[str, Any], encoder: str, write_rows: Callable[..., str]) -> dict[str, Any]:
+    """Settings of a short float32 token_classification run."""
+    return _settings_of(classify, "token_classification", encoder, tiny.tagged_rows(49), 40, write_rows, 64)
+
+
+@pytest.fixture
+def answer(classify: dict[str, Any], encoder: str, write_rows: Callable[..., str]) -> dict[str, Any]:
+    """Settings of a short float32 question_answering run with contexts of several windows, some without an answer."""
+    settings = _settings_of(classify, "question_answering", encoder, tiny.question_rows(49, unanswerable=True), 40,
+                            write_rows, 48)
+    return {**settings, "data": {**settings["data"], "doc_stride": 16}}
+
+
+@pytest.fixture
+def prefer(classify: dict[str, Any], decoder: str, write_rows: Callable[..., str]) -> dict[str, Any]:
+    """Settings of a short float32 preference run."""
+    return _settings_of(classify, "preference", decoder, tiny.preference_rows(31), 24, write_rows, 128)
+
+
+EVERY_TASK = ("classify", "tag", "answer", "converse", "prefer")
+
+
 def write_config(settings: dict[str, Any], folder: Path) -> Path:
     path = folder / "config.yaml"
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,49 @@ def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def tagged_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Sentences of 3 to 40 words in which things and states of two words are entities."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words: list[str] = []
+        tags: list[str] = []
+        for _ in range(rng.randint(1, 8)):
+            thing = rng.choice(NOUNS)
+            words += ["the", thing] + (["is", "broken"] if rng.random() < 0.5 else ["works"])
+            tags += ["O", "B-thing"] + (["B-state", "I-state"] if words[-1] == "broken" else ["O"])
+        rows.append({"tokens": words, "ner_tags": tags})
+    return rows
+
+
+def question_rows(count: int, seed: int = 0, *, unanswerable: bool = False) -> list[dict[str, Any]]:
+    """Contexts of 8 to 60 words; the answer is what was said of the thing that is asked for."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        things = rng.sample(NOUNS, rng.randint(2, 9))
+        said = [rng.choice(GOOD + BAD) for _ in things]
+        context = " and ".join(f"the {thing} {state}" for thing, state in zip(things, said, strict=True))
+        asked = rng.randrange(len(things))
+        start = context.index(f"the {things[asked]} ") + len(things[asked]) + 5
+        answers = [{"text": said[asked], "answer_start": start}]
+        thing = things[asked]
+        if unanswerable and number % 3 == 2:
+            thing, answers = next(noun for noun in NOUNS if noun not in things), []
+        rows.append({"id": f"q{number}", "question": f"what about the {thing}?", "context": context,
+                     "answers": answers})
+    return rows
+
+
+def preference_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions whose chosen answer is friendly and whose rejected one is not; of unequal length."""
+    rng = random.Random(seed)
+    return [{"prompt": f"question {number} about the {rng.choice(NOUNS)}?",
+             "chosen": " " + " and ".join(rng.choice(GOOD) for _ in range(rng.randint(1, 4))),
+             "rejected": " " + " and ".join(rng.choice(BAD) for _ in range(rng.randint(1, 4)))}
+            for number in range(count)]
+
+
 def _corpus() -> list[str]:
     texts = [row["text"] for row in intent_rows(200, seed=1)]
     return texts + [turn["content"] for row in chat_rows(100, seed=1) for turn in row["messages"]]

@@ -6,19 +6,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peftune.config.document import Document, KeyPath
-from peftune.config.schema import RunConfig
+from peftune.config.schema import RunConfig, Source
 from peftune.errors import Fault
 
 METRICS: dict[str, tuple[str, ...]] = {
     "sequence_classification": (
         "loss", "accuracy", "macro_f1", "mcc", "micro_f1", "exact_match", "pearson", "spearman", "rmse"
     ),
-    "causal_lm": ("loss", "perplexity", "exact_match", "rouge_l"),
+    "token_classification": (
+        "f1", "precision", "recall", "strict_f1", "strict_precision", "strict_recall", "accuracy", "loss"
+    ),
+    "question_answering": (
+        "f1", "exact_match", "loss", "answerable_exact_match", "answerable_f1", "unanswerable_accuracy"
+    ),
+    "causal_lm": ("loss", "perplexity", "exact_match", "rouge_l", "bleu", "final_number"),
+    "preference": ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"),
 }
 """Names that `evaluation.metric` takes, by task."""
 
-GENERATION_METRICS = frozenset({"exact_match", "rouge_l"})
+GENERATION_METRICS = frozenset({"exact_match", "rouge_l", "bleu", "final_number"})
 """causal_lm metrics that need generated text."""
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "sequence_classification": ("classification",),
+    "token_classification": ("ner",),
+    "question_answering": ("squad",),
+    "causal_lm": ("messages", "sharegpt", "alpaca", "prompt_completion", "text"),
+    "preference": ("preference",),
+}
+"""Row formats by task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +49,6 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        ("task",),
-        lambda c: c.task not in METRICS,
-        "this version trains sequence_classification and causal_lm",
-        "task=sequence_classification or task=causal_lm",
-    ),
-    Rule(
         ("model", "quantization"),
         lambda c: c.model.quantization != "none",
         "this version does not load quantised weights",
@@ -52,27 +62,48 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("data", "layout"),
-        lambda c: c.data.layout == "packed",
-        "this version has the padded layout only",
-        "data.layout=padded",
+        lambda c: c.data.layout == "packed" and c.model.compile,
+        "packed rows have another shape each step, and model.compile needs equal ones",
+        "data.layout=padded, or model.compile=false",
+    ),
+    Rule(
+        ("data", "layout"),
+        lambda c: c.data.layout == "packed" and c.model.attention == "eager",
+        "eager attention reads across the borders of packed examples",
+        "model.attention=sdpa, or data.layout=padded",
     ),
     Rule(
         ("data", "format"),
-        lambda c: c.data.format in ("ner", "squad"),
-        "no task of this version reads this format",
-        "data.format=auto",
+        lambda c: c.data.format != "auto" and c.data.format not in FORMATS[c.task],
+        "not a format that this task can learn from",
+        "data.format=auto, or one of the task's own: "
+        + "; ".join(f"{task}: {', '.join(names)}" for task, names in FORMATS.items()),
     ),
     Rule(
-        ("data", "format"),
-        lambda c: c.task == "sequence_classification" and c.data.format not in ("auto", "classification"),
-        "sequence_classification learns a label from a text",
-        "data.format=classification, with columns text and label",
+        ("data", "too_long"),
+        lambda c: c.data.too_long == "split" and c.task != "causal_lm",
+        "only plain text goes on in further examples",
+        "data.too_long=truncate, or task=causal_lm; question_answering makes windows by itself",
     ),
     Rule(
-        ("data", "format"),
-        lambda c: c.task == "causal_lm" and c.data.format == "classification",
-        "causal_lm has no labels to learn",
-        "data.format=auto, or task=sequence_classification",
+        ("data", "train_on"),
+        lambda c: c.data.train_on != "completion" and c.task != "causal_lm",
+        "only causal_lm chooses between tokens of its text",
+        "data.train_on=completion",
+    ),
+    Rule(
+        ("data", "doc_stride"),
+        lambda c: c.task == "question_answering" and c.data.doc_stride >= c.data.max_length,
+        "neighbouring windows share fewer tokens than a window has",
+        "data.doc_stride=128 with data.max_length=384",
+    ),
+    Rule(
+        ("data", "train"),
+        lambda c: any(isinstance(s, Source) and s.shuffle_buffer is not None and not s.streaming
+                      for part in (c.data.train, c.data.validation, c.data.test) if isinstance(part, tuple)
+                      for s in part),
+        "shuffle_buffer is for streaming sources; others are shuffled whole, each epoch anew",
+        "streaming: true, or leave shuffle_buffer out",
     ),
     Rule(
         ("model", "pure_bf16"),

@@ -15,7 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-TaskName = Literal["sequence_classification", "token_classification", "question_answering", "causal_lm"]
+TaskName = Literal[
+    "sequence_classification", "token_classification", "question_answering", "causal_lm", "preference"
+]
 
 
 class Section(BaseModel):
@@ -83,6 +85,12 @@ class Source(Section):
     """Split of a hub data set; files have none."""
     weight: PositiveFloat = 1.0
     """How often each row is seen in an epoch: 2 is twice, 0.5 a random half (another half each epoch)."""
+    streaming: bool = False
+    """Hub data sets: read row by row, without keeping a copy of the set on disk."""
+    shuffle_buffer: PositiveInt | None = None
+    """Streaming: rows among which the next one is drawn before `max_rows` cuts; null keeps the set's order."""
+    max_rows: PositiveInt | None = None
+    """Read no more rows than this; null reads all."""
 
 
 Sources = str | tuple[str | Source, ...]
@@ -98,7 +106,8 @@ class DataConfig(Section):
     test: Sources | None = None
     """Data scored once, at the end."""
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "ner", "squad"
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification", "ner", "squad",
+        "preference",
     ] = "auto"
     """Shape of a row. auto: found from the columns, and said."""
     columns: dict[str, str] = {}
@@ -109,12 +118,19 @@ class DataConfig(Section):
     """Kind of label. auto: lists are multi_label, fractions are regression, all else single_label."""
     max_length: PositiveInt = 512
     """Tokens an example may have."""
-    too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a longer one. Counted and shown in every case."""
+    too_long: Literal["truncate", "drop", "error", "split"] = "truncate"
+    """What happens to a longer one. split: plain text goes on in further examples. Counted and shown in every case."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that is broken or does not fit its format: stop and say all of them, or leave them out and count them."""
+    doc_stride: PositiveInt = 128
+    """question_answering: tokens that neighbouring windows of a long context share."""
+    subtokens: Literal["first", "all"] = "first"
+    """token_classification: which sub-tokens of a word are in the loss."""
     layout: Literal["auto", "padded", "packed"] = "auto"
-    """How the examples of a step lie in memory. Never changes which examples a step sees."""
-    train_on: Literal["completion", "all"] = "completion"
-    """causal_lm: tokens in the loss: those of completions and assistant turns, or all."""
+    """How the examples of a step lie in memory. Never changes which examples a step sees. auto: packed where the
+    model's attention is proven, before the first step, to keep examples apart."""
+    train_on: Literal["completion", "last_turn", "all"] = "completion"
+    """causal_lm: tokens in the loss: those of completions and assistant turns, of the last such turn, or all."""
     chat_template: str | None = None
     """chatml, a Jinja file, or Jinja text. null: the tokenizer's own."""
 
@@ -142,6 +158,8 @@ class TrainConfig(Section):
     """Decoupled weight decay; never applied to biases and norms."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound on the global gradient norm; null clips nothing."""
+    dpo_beta: PositiveFloat = 0.1
+    """preference: strength of the tie to the reference model."""
 
 
 class EvaluationConfig(Section):
@@ -155,6 +173,12 @@ class EvaluationConfig(Section):
     """Evaluations without a better metric before training stops early."""
     max_new_tokens: NonNegativeInt = 128
     """causal_lm: tokens generated per example for generation metrics; 0 generates nothing."""
+    n_best: PositiveInt = 20
+    """question_answering: answers kept per question, with their scores."""
+    max_answer_tokens: PositiveInt = 30
+    """question_answering: longest answer that is looked for."""
+    no_answer_threshold: float = 0.0
+    """question_answering: no answer is given where its score exceeds the best span's by more than this."""
 
 
 class CheckpointConfig(Section):

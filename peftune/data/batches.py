@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from peftune.numerics.dealing import padded_groups, rank_groups
+from peftune.numerics.dealing import Grouping, padded_groups, rank_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,12 @@ class BatchPlan:
             self._orders[epoch] = self.epoch_order(epoch)
         return self._orders[epoch][within * self.batch_size : (within + 1) * self.batch_size]
 
-    def micro_batches(self, step: int, *, rank: int, ranks: int, budget_tokens: int) -> list[list[int]]:
+    def micro_batches(
+        self, step: int, *, rank: int, ranks: int, budget_tokens: int, grouping: Grouping = padded_groups
+    ) -> list[list[int]]:
         """Positions of each micro-batch of one rank. As many for each rank; a short rank's last ones are empty."""
         positions = self.step(step)
-        groups = rank_groups(self.lengths[positions].tolist(), ranks, budget_tokens)[rank]
+        groups = rank_groups(self.lengths[positions].tolist(), ranks, budget_tokens, grouping)[rank]
         return [[int(positions[i]) for i in group] for group in groups]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from peftune.errors import ConfigError, Fault
 
+Message = Mapping[str, Any]
 Span = tuple[int, int]
+STAND_IN = "\ue000stand-in\ue000"  # of the private use area: no template and no conversation holds it
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -19,7 +23,7 @@ CHATML = (
 )
 PLAIN = (
     "{% for m in messages %}### {{ m['role'] | capitalize }}:\n{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
 NAMED = {"chatml": CHATML, "plain": PLAIN}
@@ -58,7 +62,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> s
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, *,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None, *,
     generation_prompt: bool = False,
 ) -> str:
     """The conversation as the model reads it.
@@ -71,57 +75,113 @@ def render(
             list(messages), tools=list(tools) if tools else None, tokenize=False,
             add_generation_prompt=generation_prompt,
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise TemplateMismatch(f"the chat template refuses it: {error}") from None
 
 
 def assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
 ) -> tuple[str, list[Span]]:
     """Render a conversation and find what the assistant wrote, end-of-turn marks included.
 
     Needs no generation markers in the template. Turn i begins where the rendering of the turns before it,
     with the generation prompt, ends; and it ends where the rendering of the turns up to it ends.
-    Templates that render the last turn otherwise than earlier ones (Qwen3 adds an empty thinking block)
-    break the second rule; then the turn's own text is searched after its beginning.
+    Templates that render the last turn otherwise than earlier ones (Qwen3 adds an empty thinking block, and strips
+    thinking from turns that are not last) break the second rule; then a stand-in of known text takes the turn's place,
+    and shows what follows an answer there and how much of that is its end mark.
 
     Returns:
         The whole text, and [begin, end) character spans in it.
 
     Raises:
-        TemplateMismatch: a turn cannot be found in the whole text.
+        TemplateMismatch: a turn cannot be found in the whole text, or what the model would read before it when
+            generating is not what stands before it here.
     """
-    whole = render(tokenizer, messages, tools)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return _spans(tokenizer, messages, tools, turns)
+
+
+def last_assistant_span(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
+) -> tuple[str, list[Span]]:
+    """As `assistant_spans`, for the last assistant turn alone: earlier ones may be such as cannot be learned."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return _spans(tokenizer, messages, tools, turns[-1:])
+
+
+def _spans(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None, turns: Sequence[int]
+) -> tuple[str, list[Span]]:
+    show = partial(render, tokenizer, tools=tools)
+    whole, eos = show(messages), tokenizer.eos_token
     spans: list[Span] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        begin = _turn_begin(tokenizer, messages[:i], tools, whole) if i else max(0, whole.find(message["content"]))
-        upto = render(tokenizer, messages[: i + 1], tools)
-        if whole.startswith(upto) and len(upto) > begin:
-            spans.append((begin, len(upto)))
-        else:
-            spans.append((begin, _turn_end(whole, begin, upto, message["content"].strip(), i)))
+    for i in turns:
+        begin, end = _turn_begin(show, messages, whole, i), _turn_end(show, messages, whole, i)
+        if eos and whole.startswith(eos, end):  # a template that parts turns by their end mark: the last has none
+            end += len(eos)
+        if end <= begin:
+            raise TemplateMismatch(f"the chat template does not show turn {i + 1}")
+        spans.append((begin, end))
     return whole, spans
 
 
-def _turn_begin(
-    tokenizer: PreTrainedTokenizerBase, before: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, whole: str
-) -> int:
-    prompt = render(tokenizer, before, tools, generation_prompt=True)
+def _turn_begin(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int) -> int:
+    if i == 0:  # many templates refuse to render no turn at all
+        header = show(messages, generation_prompt=True).removeprefix(whole)
+        if header and header in whole:
+            return whole.index(header) + len(header)
+        raise TemplateMismatch("the chat template does not show where turn 1 begins")
+    prompt = show(messages[:i], generation_prompt=True)
     if whole.startswith(prompt):
         return len(prompt)
     raise TemplateMismatch(
-        f"the chat template renders the turns before turn {len(before) + 1} otherwise once more turns follow"
+        f"the chat template renders the turns before turn {i + 1} otherwise once more turns follow: "
+        "what the model would learn from is not what it reads when it answers"
     )
 
 
-def _turn_end(whole: str, begin: int, upto: str, content: str, turn: int) -> int:
-    at = whole.find(content, begin)
-    after = upto.rfind(content)
-    if content and at >= 0 and after >= 0:
-        mark = upto[after + len(content):]
-        end = at + len(content)
-        if whole.startswith(mark, end):
-            return end + len(mark)
-    raise TemplateMismatch(f"turn {turn + 1} cannot be found in what the chat template renders")
+def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int) -> int:
+    before, turn, after = messages[:i], messages[i], messages[i + 1:]
+    stand_in = {key: value for key, value in turn.items() if key != "tool_calls"} | {"content": STAND_IN}
+    if turn.get("tool_calls") and show([*before, stand_in]) == show([*before, {**turn, "content": STAND_IN}]):
+        raise TemplateMismatch(f"turn {i + 1} calls tools, and the chat template leaves that out")
+    upto = show([*before, turn])
+    if whole.startswith(upto):
+        return len(upto)
+    mark = show([*before, stand_in]).rpartition(STAND_IN)[2]
+    rest = show([*before, stand_in, *after]).rpartition(STAND_IN)[2]
+    if rest.startswith(mark) and whole.endswith(rest):
+        return len(whole) - len(rest) + len(mark)
+    raise TemplateMismatch(f"turn {i + 1} cannot be found in what the chat template renders")
+
+
+def round_trip_fault(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None, ids: Sequence[int]
+) -> str | None:
+    """Say which answer does not come back when the tokens are decoded; None where all do.
+
+    White space does not count, nor how an accent is encoded: tokenizers change both and lose nothing by it.
+
+    Args:
+        tokenizer: with its chat template.
+        messages: the conversation, in full.
+        tools: the tools it may call.
+        ids: its tokens up to the end of the last answer at least; not cut to a maximum length.
+
+    Raises:
+        TemplateMismatch: as `assistant_spans`.
+    """
+    whole, spans = assistant_spans(tokenizer, messages, tools)
+    back, at = _letters(tokenizer.decode(list(ids))), 0
+    for number, (begin, end) in enumerate(spans, start=1):
+        said = whole[begin:end].partition(tokenizer.eos_token)[0]
+        wanted = _letters(said)
+        found = back.find(wanted, at)
+        if found < 0:
+            return f"answer {number} does not come back from its tokens: {said.strip()!r:.60}"
+        at = found + len(wanted)
+    return None
+
+
+def _letters(text: str) -> str:
+    return "".join(unicodedata.normalize("NFC", text).split())

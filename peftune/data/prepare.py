@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -10,67 +11,24 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from peftune.config.schema import DataConfig, Source
-from peftune.data.examples import Example, TargetKind
-from peftune.data.formats import Found, canonical_rows
-from peftune.data.rows import Row
-from peftune.data.sources import MAX_FAULTS, as_sources, fingerprint, read
-from peftune.data.splits import split_off
-from peftune.data.store import Split, write
+from peftune.config.schema import DataConfig
+from peftune.data.findings import Finding, Place
+from peftune.data.formats import Found
+from peftune.data.rows import Faults, Row
+from peftune.data.sources import as_sources, fingerprint
+from peftune.data.spool import SPLITS, Spool, needed_sources, spool_rows
+from peftune.data.store import Split
+from peftune.data.survey import Survey
+from peftune.data.targets import Targets
+from peftune.data.tokenise import Counts, Outcome, RowEncoder, Work, tokenise
 from peftune.errors import DataError, Fault, MachineError
 
-SPLITS = ("train", "validation", "test")
-
-
-class RowFault(ValueError):
-    """A row that cannot become an example: what is wrong, and the mend."""
-
-    def __init__(self, message: str, mend: str) -> None:
-        super().__init__(message)
-        self.message, self.mend = message, mend
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What there is to predict: the kind of target, and the classes in the order of the model's outputs."""
-
-    problem: str
-    """single_label | multi_label | regression | next_token."""
-    names: tuple[str, ...] = ()
-    kind: TargetKind = "token"
-
-    @property
-    def width(self) -> int:
-        """K, the number of outputs of a classifier or regressor; 0 for token targets."""
-        return 1 if self.problem == "regression" else len(self.names)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What became of the rows of a split. rows = kept + dropped_too_long + dropped_no_target."""
-
-    rows: int = 0
-    kept: int = 0
-    truncated: int = 0
-    dropped_too_long: int = 0
-    dropped_no_target: int = 0
-    tokens: int = 0
-    supervised_targets: int = 0
-    longest: int = 0
-
-
-class RowEncoder(Protocol):
-    """A task's view of the data, as `tasks/` gives it."""
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """Row formats the task can learn from."""
-        ...
-
-    def targets(self, rows: Sequence[Row], config: DataConfig) -> Targets: ...
-    def encode(self, row: Row, targets: Targets) -> Example: ...
+LOOKED_AT = 200
+"""Rows of a split whose tokens are turned back into text."""
+MAY_DIFFER = {"layout", "on_bad_row"}
+"""Keys of the data section that change no example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,53 +41,15 @@ class Prepared:
     counts: dict[str, Counts]
     fingerprints: dict[str, list[dict[str, Any]]]
     weights: tuple[float, ...]
-
-
-def needed_sources(config: DataConfig, only: Sequence[str]) -> dict[str, tuple[Source, ...]]:
-    """The sources that must be read for the splits `only`, by the split whose files they are."""
-    holds_validation = isinstance(config.validation, float) and "validation" in only
-    sources = {}
-    if "train" in only or holds_validation:
-        sources["train"] = as_sources(config.train)
-    if "validation" in only and config.validation is not None and not isinstance(config.validation, float):
-        sources["validation"] = as_sources(config.validation)
-    if "test" in only and config.test is not None:
-        sources["test"] = as_sources(config.test)
-    return sources
-
-
-def read_rows(
-    config: DataConfig, formats: tuple[str, ...], seed: int, only: Sequence[str] = SPLITS
-) -> tuple[dict[str, list[Row]], Found]:
-    """All rows by split, held-out part included, and what the reader found.
-
-    Raises:
-        DataError: every fault of every file, with its line.
-    """
-    rows: dict[str, list[Row]] = {}
-    found = Found()
-    for name, sources in needed_sources(config, only).items():
-        rows[name] = []
-        for number, source in enumerate(sources):
-            try:
-                rows[name] += list(canonical_rows(
-                    read(source), format=config.format, accepts=formats, columns=config.columns, source=number,
-                    first_id=len(rows[name]), found=found))
-            except DataError as error:
-                found.faults += error.faults
-    if found.faults:
-        raise DataError(found.faults)
-    if isinstance(config.validation, float) and "train" in rows:
-        rows["train"], rows["validation"] = split_off(rows["train"], config.validation, seed)
-        if not rows["train"]:
-            raise DataError(Fault(kind="data", message="data.validation leaves no row to train on",
-                                  mend="use a smaller fraction or more rows"))
-    return {name: rows[name] for name in SPLITS if name in rows and name in only}, found
+    faults: tuple[Fault, ...]
+    """Bad rows that were left out; the first of them."""
+    findings: tuple[Finding, ...]
+    """What looks wrong in the good ones."""
 
 
 def prepare(
     config: DataConfig, encoder: RowEncoder, *, seed: int, identity: Mapping[str, Any], targets: Targets | None = None,
-    only: Sequence[str] = SPLITS,
+    only: Sequence[str] = SPLITS, inspect: bool = False,
 ) -> Path:
     """Read, check and tokenise the splits unless that was done before; return the folder that holds them.
 
@@ -140,35 +60,53 @@ def prepare(
         identity: what else the tokens depend on (task, tokenizer, template, code), as JSON values.
         targets: classes of a model that is already trained; None learns them from the training rows.
         only: the splits that are wanted.
+        inspect: go on past bad rows whatever `on_bad_row` says, so that all there is to say is found.
 
     Raises:
-        DataError: every fault found.
+        DataError: bad rows where they are errors; sources that cannot be read; a split without any good row.
         MachineError: the cache folder cannot be written.
     """
     try:
         fingerprints = {name: [fingerprint(source) for source in sources]
                         for name, sources in needed_sources(config, only).items()}
     except DataError:
-        read_rows(config, encoder.formats, seed, only)  # says this fault and those of the other files, all at once
+        row_faults(config, encoder.formats, seed, only)  # raises this fault along with those of the other files
         raise
-    decides = {"data": config.model_dump(mode="json", exclude={"layout"}), "seed": seed, "identity": dict(identity),
+    decides = {"data": config.model_dump(mode="json", exclude=MAY_DIFFER), "seed": seed, "identity": dict(identity),
                "content": fingerprints, "targets": targets and asdict(targets), "only": list(only)}
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root() / key
-    if (folder / "meta.json").exists():
-        return folder
-    rows, found = read_rows(config, encoder.formats, seed, only)
-    known = targets or encoder.targets(rows["train"], config)
-    return _publish(folder, lambda draft: _fill(draft, rows, encoder, known, config, found, fingerprints))
+    if not (folder / "meta.json").exists():
+        stops = config.on_bad_row == "error" and not inspect
+        _publish(folder, lambda draft: _fill(draft, config, encoder, seed, targets, only, fingerprints, stops))
+    if config.on_bad_row == "error" and not inspect:
+        faults = _meta(folder)["faults"]
+        if faults:
+            raise DataError([Fault(**fault) for fault in faults])
+    return folder
+
+
+def row_faults(config: DataConfig, formats: tuple[str, ...], seed: int, only: Sequence[str] = SPLITS) -> list[Fault]:
+    """Bad rows, as far as they can be told without a tokenizer. Raises DataError where a source cannot be read."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return spool_rows(config, formats, seed, only, Path(scratch))[1].faults.kept
 
 
 def open_prepared(folder: Path) -> Prepared:
     """Open what `prepare` left; the data stays on disk."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = _meta(folder)
     targets = Targets(meta["targets"]["problem"], tuple(meta["targets"]["names"]), meta["targets"]["kind"])
     counts = {name: Counts(**values) for name, values in meta["counts"].items()}
-    splits = {name: Split(folder / f"{name}.arrow") for name in counts}
-    return Prepared(splits, targets, meta["formats"], counts, meta["fingerprints"], tuple(meta["weights"]))
+    splits = {name: Split(sorted(folder.glob(f"{name}-*.arrow")), targets.kind) for name in counts}
+    findings = tuple(Finding(**{**finding, "places": tuple(Place(**place) for place in finding["places"])})
+                     for finding in meta["findings"])
+    return Prepared(splits, targets, meta["formats"], counts, meta["fingerprints"], tuple(meta["weights"]),
+                    tuple(Fault(**fault) for fault in meta["faults"]), findings)
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return meta
 
 
 def cache_root() -> Path:
@@ -178,7 +116,7 @@ def cache_root() -> Path:
     return Path(own) if own else Path(base) / "peftune"
 
 
-def _publish(folder: Path, fill: Callable[[Path], None]) -> Path:
+def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a draft beside `folder` and rename it: readers see all of it or nothing."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -199,61 +137,91 @@ def _publish(folder: Path, fill: Callable[[Path], None]) -> Path:
             ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
 
 
 def _fill(
-    draft: Path, rows: Mapping[str, Sequence[Row]], encoder: RowEncoder, targets: Targets, config: DataConfig,
-    found: Found, fingerprints: Mapping[str, Any],
+    draft: Path, config: DataConfig, encoder: RowEncoder, seed: int, targets: Targets | None, only: Sequence[str],
+    fingerprints: Mapping[str, Any], stops: bool,
 ) -> None:
-    faults: list[Fault] = []
-    counts = {}
-    for name, several in rows.items():
-        tally = dict.fromkeys(asdict(Counts()), 0)
-        write(draft / f"{name}.arrow", _encoded(several, encoder, targets, config, tally, faults), targets.kind)
-        counts[name] = tally
-        if not tally["kept"] and not faults:
-            place = several[0].file if several else name
-            faults.append(Fault(kind="data", file=place, message=f"no row of the {name} split is left to use",
-                                mend="raise data.max_length, or see what was dropped: " + json.dumps(tally)))
-    if faults:
-        raise DataError(faults)
-    meta = {"targets": asdict(targets), "formats": found.formats, "counts": counts, "fingerprints": fingerprints,
-            "weights": [source.weight for source in as_sources(config.train)]}
+    spools, found = spool_rows(config, encoder.formats, seed, only, draft)
+    if found.faults.count and stops:
+        raise DataError(found.faults.kept)
+    for name, spool in spools.items():
+        if not spool.rows:
+            raise DataError([_empty(name, "the split has no good row", spool), *found.faults.kept])
+    known = targets or encoder.targets(spools["train"].read(), config)
+    survey = Survey(encoder.surveyed_as)
+    doubts: list[Finding] = []
+
+    def look_over() -> None:
+        for name, spool in spools.items():
+            for row in spool.read():
+                survey.add(name, row)
+            doubts.extend(_doubts(name, spool, encoder))
+
+    works = [Work(name, spool, encoder, known, config, draft) for name, spool in spools.items()]
+    outcomes = tokenise(works, look_over if set(only) == set(SPLITS) else lambda: None)
+    faults = found.faults
+    for name, outcome in outcomes.items():
+        faults.add_all(outcome.faults.kept)
+        outcome.counts.rows += spools[name].bad
+        outcome.counts.bad += spools[name].bad
+        if not outcome.counts.kept and not faults.count:
+            raise DataError(_empty(name, f"no row is left to use: {_told(outcome.counts)}", spools[name]))
+        spools[name].path.unlink()
+    findings = [*survey.findings(), *doubts, *(finding for name, outcome in outcomes.items()
+                                      for finding in _length_findings(name, outcome, config))]
+    if any(not outcome.counts.kept for outcome in outcomes.values()):
+        raise DataError(faults.kept)
+    _write_meta(draft, known, found, faults, findings, outcomes, fingerprints, config)
+
+
+def _write_meta(
+    draft: Path, targets: Targets, found: Found, faults: Faults, findings: Sequence[Finding],
+    outcomes: Mapping[str, Outcome], fingerprints: Mapping[str, Any], config: DataConfig,
+) -> None:
+    meta = {
+        "targets": asdict(targets), "formats": found.formats, "fingerprints": fingerprints,
+        "counts": {name: asdict(outcome.counts) for name, outcome in outcomes.items()},
+        "weights": [source.weight for source in as_sources(config.train)],
+        "faults": [asdict(fault) for fault in faults.kept], "findings": [asdict(finding) for finding in findings],
+    }
     (draft / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
-def _encoded(
-    rows: Sequence[Row], encoder: RowEncoder, targets: Targets, config: DataConfig, tally: dict[str, int],
-    faults: list[Fault],
-) -> Iterator[Example]:
-    """Encode rows one by one; count what is cut or dropped, collect what is wrong."""
-    for row in rows:
-        tally["rows"] += 1
-        try:
-            example = encoder.encode(row, targets)
-        except RowFault as error:
-            faults.append(Fault(kind="data", file=row.file, line=row.line, message=error.message, mend=error.mend))
-            if len(faults) > MAX_FAULTS:
-                return
-            continue
-        tally["longest"] = max(tally["longest"], example.full_length)
-        if example.full_length > config.max_length:
-            if config.too_long == "error":
-                faults.append(Fault(
-                    kind="data", file=row.file, line=row.line,
-                    message=f"{example.full_length} tokens are more than data.max_length = {config.max_length}",
-                    mend=f"data.max_length={example.full_length}, or data.too_long=truncate or drop",
-                ))
-                continue
-            if config.too_long == "drop":
-                tally["dropped_too_long"] += 1
-                continue
-        if example.num_targets == 0:
-            tally["dropped_no_target"] += 1
-            continue
-        tally["truncated"] += example.full_length > config.max_length
-        tally["kept"] += 1
-        tally["tokens"] += len(example.input_ids)
-        tally["supervised_targets"] += example.num_targets
-        yield example
+def _doubts(name: str, spool: Spool, encoder: RowEncoder) -> Iterator[Finding]:
+    """Rows among the first whose text does not come back from its tokens: the same fault is in the others."""
+    found = [(row, encoder.doubt(row)) for row in itertools.islice(spool.read(), LOOKED_AT)]
+    places = tuple(Place(row.file, row.line, why) for row, why in found if why is not None)
+    if places:
+        yield Finding("round_trip", name, f"{len(places)} of the first {len(found)} rows of {name} do not come back "
+                      "from their tokens", "give the tokenizer's own chat template, or a tokenizer that knows these "
+                      "characters", len(places), places)
+
+
+def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterator[Finding]:
+    counts = outcome.counts
+    too_long = counts.truncated + counts.dropped_too_long
+    if too_long:
+        verb = "dropped" if config.too_long == "drop" else "cut"
+        yield Finding("too_long", name, f"{too_long:,} of {counts.rows:,} rows of {name} are too long and were {verb}",
+                      f"raise data.max_length (the longest has {counts.longest:,} tokens), or delete them", too_long,
+                      tuple(outcome.too_long))
+    if counts.dropped_no_target:
+        yield Finding("no_target", name, f"{counts.dropped_no_target:,} rows of {name} were dropped: nothing of them "
+                      "is to be learned", "raise data.max_length, or look at data.train_on", counts.dropped_no_target,
+                      tuple(outcome.no_target))
+
+
+def _empty(name: str, why: str, spool: Spool) -> Fault:
+    file = next((row.file for row in _first(spool)), name)
+    return Fault(kind="data", file=file, message=f"{name}: {why}",
+                 mend="mend or add rows, or raise data.max_length if they were dropped for their length")
+
+
+def _first(spool: Spool) -> Iterator[Row]:
+    return iter([next(spool.read())]) if spool.rows else iter(())
+
+
+def _told(counts: Counts) -> str:
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in asdict(counts).items() if number)

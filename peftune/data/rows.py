@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from peftune.errors import Fault
+
+KEPT_FAULTS = 1000
+"""Faults that are kept to be shown; all are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,8 @@ class Row:
     """One record in its canonical form.
 
     `fields` are, by format: classification: text, text_pair, label; text: text;
-    prompt_completion: prompt, completion; messages, sharegpt, alpaca: messages, tools.
+    prompt_completion: prompt, completion; messages, sharegpt, alpaca: messages, tools; ner: tokens, tags;
+    squad: question, context, answers of text and start; preference: prompt or messages, chosen, rejected.
     """
 
     fields: Mapping[str, Any]
@@ -30,3 +36,22 @@ class Row:
     id: str
     source: int = 0
     """Position of the row's source in `data.train`."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """Bad rows, counted, and the first of them kept: a file of another kind is wrong on every line."""
+
+    kept: list[Fault] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, fault: Fault) -> None:
+        """Count a fault, and keep it while there is room."""
+        self.count += 1
+        if len(self.kept) < KEPT_FAULTS:
+            self.kept.append(fault)
+
+    def add_all(self, faults: Iterable[Fault]) -> None:
+        """The same for several."""
+        for fault in faults:
+            self.add(fault)

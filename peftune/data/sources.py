@@ -5,18 +5,16 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
-import importlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import Source, Sources
-from peftune.data.rows import RawRow
-from peftune.errors import DataError, Fault, MachineError
-
-MAX_FAULTS = 200
-"""Reading stops after so many faults: a file of another kind would fault on every line."""
+from peftune.data.hub import hub_fingerprint, read_hub
+from peftune.data.rows import Faults, RawRow
+from peftune.errors import DataError, Fault
 
 
 def as_sources(sources: Sources) -> tuple[Source, ...]:
@@ -52,41 +50,45 @@ def files_of(source: Source) -> list[Path]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What identifies the content of a source: SHA-256 of each file, or the fingerprint of a hub data set."""
+    """What identifies the content of a source: SHA-256 of each file, the fingerprint of a hub data set, or the version
+    it gives itself where it is streamed."""
     files = files_of(source)
-    content = {str(file): _sha256(file) for file in files} if files else {source.path: _load_hub(source)._fingerprint}
-    return {"path": source.path, "split": source.split, "weight": source.weight, "content": content}
+    if files:
+        content = {str(file): _sha256(file) for file in files}
+    else:
+        content = {source.path: hub_fingerprint(source)}
+    return {**source.model_dump(mode="json"), "content": content}
 
 
-def read(source: Source) -> Iterator[RawRow]:
-    """All rows of a source, in file order.
+def read(source: Source, faults: Faults) -> Iterator[RawRow]:
+    """All rows of a source, in file order; lines that are no record go to `faults`.
 
     Raises:
-        DataError: with the place of every line that is not a record, once the source has been read.
+        DataError: nothing lies there, or it cannot be had.
     """
     files = files_of(source)
-    if not files:
-        yield from _read_hub(source)
-        return
-    faults: list[Fault] = []
-    for file in files:
-        rows = 0
-        for row in READERS[file.suffix.lower()](file, faults):
-            rows += 1
-            yield row
-        if rows == 0 and not faults:
-            faults.append(_fault(str(file), None, "the file holds no rows", "put one record a line into it"))
-        if len(faults) > MAX_FAULTS:
-            break
-    if faults:
-        raise DataError(faults)
+    rows = itertools.chain.from_iterable(_read_file(file, faults) for file in files) if files else read_hub(source)
+    return itertools.islice(rows, source.max_rows)
 
 
-def read_records(path: str) -> Iterator[RawRow]:
+def read_records(path: str) -> list[RawRow]:
     """All records of one file. Raises DataError: missing, empty or broken."""
     if not Path(path).is_file():
         raise DataError(_fault(path, None, "no such file", _mend_missing(Path(path))))
-    return read(Source(path=path))
+    faults = Faults()
+    records = list(read(Source(path=path), faults))
+    if faults.count:
+        raise DataError(faults.kept)
+    return records
+
+
+def _read_file(file: Path, faults: Faults) -> Iterator[RawRow]:
+    rows, before = 0, faults.count
+    for row in READERS[file.suffix.lower()](file, faults):
+        rows += 1
+        yield row
+    if rows == 0 and faults.count == before:
+        faults.add(_fault(str(file), None, "the file holds no rows", "put one record a line into it"))
 
 
 def _may_be_hub_id(path: str) -> bool:
@@ -112,11 +114,11 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _record(value: Any, file: Path, line: int, faults: list[Fault]) -> RawRow | None:
+def _record(value: Any, file: Path, line: int, faults: Faults) -> RawRow | None:
     if isinstance(value, dict):
         return RawRow(value, str(file), line)
     kind = type(value).__name__
-    faults.append(_fault(str(file), line, f"a {kind}, not a record", 'write {"key": value, ...}'))
+    faults.add(_fault(str(file), line, f"a {kind}, not a record", 'write {"key": value, ...}'))
     return None
 
 
@@ -124,65 +126,74 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read_jsonl(file: Path, faults: list[Fault]) -> Iterator[RawRow]:
+def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
     with file.open("rb") as stream:
         for line, content in enumerate(stream, start=1):
-            if len(faults) > MAX_FAULTS:
-                return
             if not content.strip():
                 continue
             try:
                 text = content.decode("utf-8-sig" if line == 1 else "utf-8")
                 value = json.loads(text, parse_constant=_no_constant)
             except UnicodeDecodeError as error:
-                faults.append(_fault(str(file), line, f"not UTF-8 at byte {error.start} of the line", "save as UTF-8"))
+                faults.add(_fault(str(file), line, f"not UTF-8 at byte {error.start} of the line", "save as UTF-8"))
             except (ValueError, RecursionError) as error:
-                faults.append(_fault(str(file), line, f"broken JSON: {error}", "mend or delete this line"))
+                faults.add(_fault(str(file), line, f"broken JSON: {error}", "mend or delete this line"))
             else:
                 row = _record(value, file, line, faults)
                 if row is not None:
                     yield row
 
 
-def _read_json(file: Path, faults: list[Fault]) -> Iterator[RawRow]:
+def _read_json(file: Path, faults: Faults) -> Iterator[RawRow]:
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         mend = "one record a line is JSON Lines: name the file .jsonl" if error.msg == "Extra data" else "mend the JSON"
-        faults.append(_fault(str(file), error.lineno, f"broken JSON: {error.msg}", mend))
+        faults.add(_fault(str(file), error.lineno, f"broken JSON: {error.msg}", mend))
         return
     except (ValueError, RecursionError) as error:
-        faults.append(_fault(str(file), None, f"broken JSON: {error}", "save valid JSON as UTF-8"))
+        faults.add(_fault(str(file), None, f"broken JSON: {error}", "save valid JSON as UTF-8"))
         return
     if isinstance(values, dict) and isinstance(values.get("data"), list):
         values = values["data"]
     if not isinstance(values, list):
-        faults.append(_fault(str(file), 1, "not a list of records", 'write [{"key": value, ...}, ...]'))
+        faults.add(_fault(str(file), 1, "not a list of records", 'write [{"key": value, ...}, ...]'))
         return
-    for number, value in enumerate(values, start=1):
+    for number, value in enumerate(_questions(values), start=1):
         row = _record(value, file, number, faults)
         if row is not None:
             yield row
 
 
-def _read_csv(file: Path, faults: list[Fault]) -> Iterator[RawRow]:
+def _questions(values: list[Any]) -> Iterator[Any]:
+    """SQuAD's articles of paragraphs of questions -> one record a question; other values as they are."""
+    for value in values:
+        if not isinstance(value, dict) or not isinstance(value.get("paragraphs"), list):
+            yield value
+            continue
+        for paragraph in value["paragraphs"]:
+            for question in paragraph.get("qas", ()) if isinstance(paragraph, dict) else ():
+                yield {**question, "context": paragraph.get("context"), "title": value.get("title")}
+
+
+def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
             for values in reader:
                 if None in values or None in values.values():
-                    faults.append(_fault(str(file), reader.line_num, "other columns than the header",
+                    faults.add(_fault(str(file), reader.line_num, "other columns than the header",
                                          f"give {len(reader.fieldnames or ())} columns, with quotes around delimiters"))
                 else:
                     yield RawRow(values, str(file), reader.line_num)
     except UnicodeDecodeError as error:
-        faults.append(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
+        faults.add(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
     except csv.Error as error:
-        faults.append(_fault(str(file), None, f"broken CSV: {error}", "quote fields that hold delimiters"))
+        faults.add(_fault(str(file), None, f"broken CSV: {error}", "quote fields that hold delimiters"))
 
 
-def _read_parquet(file: Path, faults: list[Fault]) -> Iterator[RawRow]:
+def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -194,20 +205,45 @@ def _read_parquet(file: Path, faults: list[Fault]) -> Iterator[RawRow]:
                 number += 1
                 yield RawRow(value, str(file), number)
     except (pyarrow.ArrowException, OSError) as error:
-        faults.append(_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
+        faults.add(_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
 
 
-def _read_text(file: Path, faults: list[Fault]) -> Iterator[RawRow]:
+def _read_text(file: Path, faults: Faults) -> Iterator[RawRow]:
     try:
         with file.open(encoding="utf-8-sig") as stream:
             for line, text in enumerate(stream, start=1):
                 if text.strip():
                     yield RawRow({"text": text.rstrip("\n")}, str(file), line)
     except UnicodeDecodeError as error:
-        faults.append(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
+        faults.add(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
 
 
-READERS: dict[str, Callable[[Path, list[Fault]], Iterator[RawRow]]] = {
+def _read_conll(file: Path, faults: Faults) -> Iterator[RawRow]:
+    """Columns files: a word a line, its tag in the last column, a blank line after each sentence."""
+    words: list[str] = []
+    tags: list[str] = []
+    first = 0
+    with file.open("rb") as stream:
+        for number, content in enumerate(itertools.chain(stream, [b""]), start=1):
+            try:
+                columns = content.decode("utf-8-sig" if number == 1 else "utf-8").split()
+            except UnicodeDecodeError as error:
+                faults.add(_fault(str(file), number, f"not UTF-8 at byte {error.start} of the line", "save as UTF-8"))
+                continue
+            if not columns or columns[0] == "-DOCSTART-":
+                if words:
+                    yield RawRow({"tokens": words, "ner_tags": tags}, str(file), first)
+                words, tags = [], []
+            elif len(columns) == 1:
+                faults.add(_fault(str(file), number, f"the word {columns[0]!r:.40} has no tag",
+                                  "write the word, blanks, and its tag in the last column"))
+            elif not (columns[0] == "#" and not words):
+                first = first if words else number
+                words.append(columns[0])
+                tags.append(columns[-1])
+
+
+READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
@@ -215,29 +251,8 @@ READERS: dict[str, Callable[[Path, list[Fault]], Iterator[RawRow]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
+    ".conll": _read_conll,
+    ".bio": _read_conll,
+    ".iob": _read_conll,
+    ".iob2": _read_conll,
 }
-
-
-def _read_hub(source: Source) -> Iterator[RawRow]:
-    for number, values in enumerate(_load_hub(source), start=1):
-        yield RawRow(values, source.path, number)
-
-
-def _load_hub(source: Source) -> Any:
-    """A `datasets.Dataset` for `org/name`, or `org/name:configuration`; later calls take it from the local cache."""
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise MachineError(
-            Fault(kind="environment", message=f"{source.path} is no file here; hub ids need the package datasets",
-                  mend="pip install datasets, or give the path of a file")
-        ) from None
-    name, _, configuration = source.path.partition(":")
-    try:
-        return datasets.load_dataset(name, configuration or None, split=source.split)
-    except Exception as error:  # the hub client raises many unrelated types; all mean: cannot be had
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise DataError(
-            _fault(source.path, None, f"neither a file here nor a data set that can be reached: {reason}",
-                   _mend_missing(Path(source.path)))
-        ) from error

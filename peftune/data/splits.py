@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from peftune.data.rows import Row
+import numpy as np
 
 
-def split_off(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Divide rows into (kept, held out) by the hash of their content.
+def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Which rows are held out, bool [n]: the ceil(fraction * n) with the lowest keys, and all rows of equal key.
 
-    The ceil(fraction * n) rows with the lowest hash are held out, and with them every row of equal
-    content: a duplicate never stands on both sides. Does not depend on the order of the rows.
+    So a duplicate never stands on both sides, and the order of the rows does not matter.
     """
-    keys = [_key(row, seed) for row in rows]
-    border = sorted(keys)[max(0, math.ceil(fraction * len(rows)) - 1)] if rows else ""
-    kept = [row for row, key in zip(rows, keys, strict=True) if key > border]
-    held_out = [row for row, key in zip(rows, keys, strict=True) if key <= border]
-    return kept, held_out
+    if not len(keys):
+        return np.zeros(0, dtype=bool)
+    last = max(0, math.ceil(fraction * len(keys)) - 1)
+    return keys <= np.partition(keys, last)[last]
 
 
-def _key(row: Row, seed: int) -> str:
-    content = json.dumps(dict(row.fields), sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(f"{seed}\n{content}".encode()).hexdigest()
+def split_key(fields: Mapping[str, Any], seed: int) -> int:
+    """A hash of a row's content, below 2 ** 64."""
+    content = json.dumps(dict(fields), sort_keys=True, ensure_ascii=True, default=str)
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{content}".encode()).digest()[:8], "big")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ def write(path: Path, examples: Iterable[Example], kind: TargetKind) -> int:
     schema = pa.schema([
         ("input_ids", pa.list_(pa.int32())), ("targets", pa.list_(target)), ("num_targets", pa.int32()),
         ("full_length", pa.int32()), ("segment_ids", pa.list_(pa.int8())), ("source", pa.int16()),
-        ("record", pa.string()),
+        ("first_part", pa.int32()), ("record", pa.string()),
     ])
     count = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -30,7 +30,7 @@ def write(path: Path, examples: Iterable[Example], kind: TargetKind) -> int:
             chunk.append({
                 "input_ids": example.input_ids, "targets": example.targets, "num_targets": example.num_targets,
                 "full_length": example.full_length, "segment_ids": example.segment_ids,
-                "source": example.source,
+                "source": example.source, "first_part": example.first_part,
                 "record": json.dumps(dict(example.record), ensure_ascii=False),
             })
             count += 1
@@ -45,17 +45,21 @@ def write(path: Path, examples: Iterable[Example], kind: TargetKind) -> int:
 class Split:
     """A split opened for reading. Examples are read from the map when asked for; only lengths are kept in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        chunks = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
-        self._chunks = chunks
-        self._starts = np.cumsum([0] + [chunk.num_rows for chunk in chunks])
+    def __init__(self, paths: Sequence[Path], kind: TargetKind) -> None:
+        files = [pa.ipc.open_file(pa.memory_map(str(path))) for path in paths]
+        self._chunks = [file.get_batch(i) for file in files for i in range(file.num_record_batches)]
+        self._starts = np.cumsum([0] + [chunk.num_rows for chunk in self._chunks])
         self.lengths = self._gather(lambda chunk: chunk["input_ids"].value_lengths())
         """Tokens of each example, int32 [n]."""
         self.num_targets = self._gather(lambda chunk: chunk["num_targets"])
         """Supervised targets of each example, int32 [n]."""
         self.source = self._gather(lambda chunk: chunk["source"])
         """Source of each example, int32 [n]."""
+        self.padded_lengths = self.lengths
+        """What an example takes of a padded batch, int32 [n]: its length, or twice the longer one of a pair."""
+        if kind == "pair":
+            first = self._gather(lambda chunk: chunk["first_part"])
+            self.padded_lengths = 2 * np.maximum(first, self.lengths - first)
 
     def _gather(self, column: Any) -> np.ndarray:
         parts = [column(chunk).to_numpy(zero_copy_only=False) for chunk in self._chunks]
@@ -76,11 +80,16 @@ class Split:
             record=json.loads(chunk["record"][row].as_py()),
             segment_ids=segments.values.to_numpy() if segments.is_valid else None,
             source=chunk["source"][row].as_py(),
+            first_part=chunk["first_part"][row].as_py(),
         )
 
-    def records(self) -> list[dict[str, Any]]:
+    def full_lengths(self) -> np.ndarray:
+        """Tokens of each example before it was cut, int32 [n]."""
+        return self._gather(lambda chunk: chunk["full_length"])
+
+    def records(self) -> Iterator[dict[str, Any]]:
         """The records of all examples, in order."""
-        return [json.loads(text) for chunk in self._chunks for text in chunk["record"].to_pylist()]
+        return (json.loads(text) for chunk in self._chunks for text in chunk["record"].to_pylist())
 
 
 class MemorySplit:
@@ -89,6 +98,9 @@ class MemorySplit:
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = list(examples)
         self.lengths = np.asarray([len(example.input_ids) for example in self._examples], dtype=np.int32)
+        self.padded_lengths = np.asarray(
+            [2 * max(e.first_part, len(e.input_ids) - e.first_part) if e.first_part else len(e.input_ids)
+             for e in self._examples], dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -100,7 +112,7 @@ class MemorySplit:
 class Readable(Protocol):
     """What an evaluation needs of a split."""
 
-    lengths: np.ndarray
+    padded_lengths: np.ndarray
 
     def __len__(self) -> int: ...
     def __getitem__(self, position: int) -> Example: ...

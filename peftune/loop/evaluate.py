@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peftune.data.batches import evaluation_batches
-from peftune.data.examples import Example, padded
-from peftune.data.prepare import Targets
+from peftune.data.examples import Example
+from peftune.data.layouts import lay_out
 from peftune.data.store import Readable
+from peftune.data.targets import Targets
 from peftune.loop.generate import generate_texts
+from peftune.model.reference import Reference
 from peftune.parallel.world import World
 from peftune.tasks.task import Metrics, Record, Task
 
@@ -32,6 +34,8 @@ class Evaluator:
     world: World
     autocast: Callable[[], AbstractContextManager[None]]
     max_new_tokens: int
+    reference: Reference | None = None
+    """The untrained model, for tasks that compare with it."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
@@ -68,7 +72,7 @@ def evaluate(
 def predict(
     evaluator: Evaluator, model: nn.Module, split: Readable, *, name: str, generate: bool, scored: bool = True
 ) -> list[Record]:
-    """One record an example, in order of position, on every rank. `scored`: the examples have targets."""
+    """One record a row, in order of position, on every rank. `scored`: the examples have targets."""
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -78,14 +82,14 @@ def predict(
     model.train(was_training)
     records = sorted(evaluator.world.gather(mine), key=lambda record: record["position"])
     assert [record["position"] for record in records] == list(range(len(split)))
-    return records
+    return evaluator.task.combine(records, evaluator.targets)
 
 
 def _forward_records(
     evaluator: Evaluator, model: nn.Module, split: Readable, name: str, scored: bool
 ) -> list[Record]:
     world, task = evaluator.world, evaluator.task
-    batches = evaluation_batches(split.lengths.tolist(), rank=world.rank, ranks=world.ranks,
+    batches = evaluation_batches(split.padded_lengths.tolist(), rank=world.rank, ranks=world.ranks,
                                  budget_tokens=BUDGET_TOKENS)
     records: list[Record] = []
     for number, positions in enumerate(batches, start=1):
@@ -93,12 +97,12 @@ def _forward_records(
         if task.generates and not scored:
             records += [_record(i, example) for i, example in zip(positions, examples, strict=True)]
             continue
-        batch = padded(examples, positions, pad_id=evaluator.tokenizer.pad_token_id, kind=evaluator.targets.kind,
-                       width=evaluator.targets.width, device=world.device)
+        batch = lay_out(examples, positions, pad_id=evaluator.tokenizer.pad_token_id, kind=evaluator.targets.kind,
+                        width=evaluator.targets.width, device=world.device)
         with evaluator.autocast():
-            logits = model(**batch.inputs).logits
-        predictions = task.predictions(logits, evaluator.targets)
-        sums = task.losses(logits, batch, evaluator.targets).tolist() if scored else [0.0] * len(positions)
+            outputs = task.forward(model, batch, evaluator.reference)
+        predictions = task.predictions(outputs, batch, evaluator.targets, [example.record for example in examples])
+        sums = task.losses(outputs, batch, evaluator.targets).tolist() if scored else [0.0] * len(positions)
         for i, example, prediction, loss_sum in zip(positions, examples, predictions, sums, strict=True):
             outcome = {"loss_sum": loss_sum, "num_targets": example.num_targets} if scored else {}
             records.append({**_record(i, example), **prediction, **outcome})

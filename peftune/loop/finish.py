@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peftune.data.examples import padded
+from peftune.data.layouts import lay_out
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.judge import judge
@@ -18,7 +18,7 @@ from peftune.tasks.task import Record
 
 CHECKED_EXAMPLES = 4
 SCORED_SPLITS = ("validation", "test")
-HIDDEN_KEYS = ("position", "prompt_length")
+HIDDEN_KEYS = ("position", "prompt_length", "words")
 
 
 def measure_baseline(run: Run) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def publish_final(run: Run) -> float:
 def _publish_and_reload(run: Run) -> float:
     model, split = run.strategy.unwrap(run.model), run.data.splits.get("validation", run.data.splits["train"])
     positions = list(range(min(CHECKED_EXAMPLES, len(split))))
-    batch = padded([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
-                   kind=run.data.targets.kind, width=run.data.targets.width, device=run.strategy.world.device)
+    batch = lay_out([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
+                    kind=run.data.targets.kind, width=run.data.targets.width, device=run.strategy.world.device)
     with published(run.folder / "final") as draft:
         run.publish(model, draft)
         deviation = run.reload_deviation(model, draft, batch.inputs)

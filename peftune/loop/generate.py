@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
-from peftune.data.examples import Example, padded
+from peftune.data.examples import Example
+from peftune.data.layouts import lay_out
 from peftune.numerics.dealing import padded_groups
 
 BUDGET_TOKENS = 8192
@@ -42,7 +43,8 @@ def generate_texts(
     for group in groups:
         members = [keys[i] for i in group]
         examples = [Example(prompts[key], [0], 0, len(prompts[key]), {}) for key in members]
-        batch = padded(examples, members, pad_id=settings.pad_token_id, kind="class", width=0, device=device, left=True)
+        batch = lay_out(examples, members, kind="class", width=0, pad_id=settings.pad_token_id, device=device,
+                        left=True)
         with autocast():
             ids = model.generate(**batch.inputs, generation_config=settings)
         for key, row in zip(members, ids[:, batch.inputs["input_ids"].shape[1]:], strict=True):

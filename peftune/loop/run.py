@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.data.batches import BatchPlan
-from peftune.data.examples import Batch, padded
+from peftune.data.examples import Batch
+from peftune.data.layouts import Layout, lay_out
 from peftune.data.prepare import Prepared
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.step import StepWork
@@ -47,6 +48,7 @@ class Run:
     autocast: Callable[[], AbstractContextManager[None]]
     data: Prepared
     plan: BatchPlan
+    layout: Layout
     evaluator: Evaluator
     journal: Journal
     publish: Callable[[nn.Module, Path], None]
@@ -74,7 +76,7 @@ class Run:
         """This rank's part of step `step`, and the totals of all ranks, which the plan gives without asking them."""
         world, split = self.strategy.world, self.data.splits["train"]
         groups = self.plan.micro_batches(step, rank=world.rank, ranks=world.ranks,
-                                         budget_tokens=self.micro_batch_tokens)
+                                         budget_tokens=self.micro_batch_tokens, grouping=self.layout.grouping)
         positions = self.plan.step(step)
         return StepWork(
             micro_batches=self._batches(groups), micro_batch_count=len(groups), examples=len(positions),
@@ -85,8 +87,9 @@ class Run:
     def _batches(self, groups: list[list[int]]) -> Iterator[Batch]:
         split, targets = self.data.splits["train"], self.data.targets
         for positions in groups:
-            yield padded([split[i] for i in positions], positions, pad_id=self.evaluator.tokenizer.pad_token_id,
-                         kind=targets.kind, width=targets.width, device=self.strategy.world.device)
+            yield lay_out([split[i] for i in positions], positions, layout=self.layout, kind=targets.kind,
+                          pad_id=self.evaluator.tokenizer.pad_token_id, width=targets.width,
+                          device=self.strategy.world.device)
 
     @property
     def epochs_of(self) -> Callable[[int], float]:

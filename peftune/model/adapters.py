@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PromptLearningConfig,
+    TaskType,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -16,7 +24,10 @@ from transformers import PreTrainedModel
 from peftune.config.schema import AdapterConfig
 from peftune.errors import ConfigError, Fault, ModelError
 
-TASK_TYPES = {"sequence_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
+TASK_TYPES = {
+    "sequence_classification": TaskType.SEQ_CLS, "token_classification": TaskType.TOKEN_CLS,
+    "question_answering": TaskType.QUESTION_ANS, "causal_lm": TaskType.CAUSAL_LM, "preference": TaskType.CAUSAL_LM,
+}
 
 
 def peft_config(adapter: AdapterConfig, task: str, new_modules: Sequence[str]) -> PeftConfig:
@@ -38,8 +49,13 @@ def peft_config(adapter: AdapterConfig, task: str, new_modules: Sequence[str]) -
         raise ConfigError(faults)
     if "modules_to_save" in known and new_modules:
         values["modules_to_save"] = sorted({*(values.get("modules_to_save") or ()), *new_modules})
+    task_type: TaskType | None = TASK_TYPES[task]
+    if task == "question_answering" and not issubclass(config_class, PromptLearningConfig):
+        # peft 0.21: PeftModelForQuestionAnswering drops token_type_ids and position_ids in silence; a plain PeftModel
+        # passes them on. Delete this with a peft that does so too
+        task_type = None
     try:
-        return config_class(task_type=TASK_TYPES[task], **values)
+        return config_class(task_type=task_type, **values)
     except (TypeError, ValueError) as error:
         raise ConfigError(_fault(f"adapter: {error}", f"see the fields of peft's {config_class.__name__}")) from None
 
@@ -82,6 +98,11 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
     return adapted
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a PEFT method is attached."""
+    return isinstance(model, PeftModel)
 
 
 def _target_names(model: nn.Module, config: PeftConfig) -> str:

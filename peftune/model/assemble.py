@@ -25,22 +25,27 @@ class Parameters:
 
 def assemble(
     model: ModelConfig, adapter: AdapterConfig | None, source: str, model_config: PreTrainedConfig, auto_class: Any, *,
-    task: str, seed: int,
+    task: str, new_head: bool, seed: int,
 ) -> tuple[PreTrainedModel | PeftModel, Loaded]:
     """Load the weights, attach the adapter, set what trains. New weights depend on the seed alone.
+
+    `new_head`: the task has an output layer that a checkpoint may lack.
 
     Raises:
         ModelError, ConfigError: see `load_weights`, `peft_config`, `attach`.
     """
     torch.manual_seed(seed)
-    new_head = task != "causal_lm"
     loaded = load_weights(model, source, model_config, auto_class, new_head=new_head,
                           dtype=weight_dtype(model, adapted=adapter is not None))
+    if model.dropout is not None:
+        for module in loaded.model.modules():
+            if isinstance(module, torch.nn.Dropout):  # output layers of decoders have a rate that no config field sets
+                module.p = model.dropout
     result: PreTrainedModel | PeftModel = loaded.model
     if adapter is None:
         result.requires_grad_(True)
     else:
-        result = attach(loaded.model, peft_config(adapter, task, loaded.new_modules))
+        result = attach(loaded.model, peft_config(adapter, task, loaded.new_modules or loaded.head(new_head)))
     keep_trainable_in_float32(result, model)
     return result, loaded
 

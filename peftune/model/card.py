@@ -6,19 +6,27 @@ from typing import Any
 
 import yaml
 
+KINDS = {
+    "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
+    "token_classification": ("token-classification", "AutoModelForTokenClassification"),
+    "question_answering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "causal_lm": ("text-generation", "AutoModelForCausalLM"),
+    "preference": ("text-generation", "AutoModelForCausalLM"),
+}
+"""Task -> what model hubs call it, and the class that loads it."""
+
 
 def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
     """Markdown with the header that model hubs read."""
     adapter = method != "full fine-tuning"
     header: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": {"sequence_classification": "text-classification", "causal_lm": "text-generation"}[task],
+        "pipeline_tag": KINDS[task][0],
         "tags": ["peftune", method.replace(" ", "-")],
     }
     if not base.startswith(("package:", "/", ".")):
         header["base_model"] = base
-    auto_class = {"sequence_classification": "AutoModelForSequenceClassification",
-                  "causal_lm": "AutoModelForCausalLM"}[task]
+    auto_class = KINDS[task][1]
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---

@@ -28,6 +28,11 @@ class Loaded:
     new_modules: tuple[str, ...]
     """Modules with newly initialised weights, the head among them; always trained and saved."""
 
+    def head(self, wanted: bool) -> tuple[str, ...]:
+        """Modules outside the body that hold weights, if they are wanted: a head that was trained before trains on."""
+        names = ((name, any(True for _ in module.parameters())) for name, module in self.model.named_children())
+        return tuple(name for name, has in names if wanted and has and name != self.model.base_model_prefix)
+
 
 def adjust_config(
     config: PreTrainedConfig, *, dropout: float | None, problem: str, names: tuple[str, ...],
@@ -38,7 +43,7 @@ def adjust_config(
     Args:
         config: changed in place and returned.
         dropout: rate for every dropout field the config has; None keeps them.
-        problem: single_label | multi_label | regression | next_token.
+        problem: what the task predicts, see `Targets.problem`.
         names: class names in the order of the outputs.
         tokenizer: gives the padding token.
     """
@@ -52,10 +57,14 @@ def adjust_config(
     config.pad_token_id = tokenizer.pad_token_id
     if problem in PROBLEM_TYPES:
         config.problem_type = PROBLEM_TYPES[problem]
-        config.num_labels = 1 if problem == "regression" else len(names)
-        if names:
-            config.id2label = dict(enumerate(names))
-            config.label2id = {name: k for k, name in enumerate(names)}
+    if problem == "regression":
+        config.num_labels = 1
+    if problem in ("answer", "answer_or_none"):
+        config.num_labels = 2  # a score as first and one as last token
+    if names:
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: k for k, name in enumerate(names)}
     return config
 
 
@@ -113,14 +122,20 @@ def _owner(model: PreTrainedModel, key: str) -> str:
 def longest_input(model_config: PreTrainedConfig, wanted: int) -> int:
     """Tokens an example may have: `wanted`, or the size of a learned position table where that is smaller.
 
-    Rotary models have no such table. RoBERTa's kind starts counting after the padding id, and loses those rows.
+    Rotary models have no such table.
     """
     text = model_config.get_text_config()
     rows = getattr(text, "max_position_embeddings", None)  # families without positions lack the field
     if rows is None or getattr(text, "rope_parameters", None) is not None:  # families without rotation lack it
         return wanted
-    offset = text.pad_token_id + 1 if "roberta" in text.model_type or "camembert" in text.model_type else 0
-    return min(wanted, rows - offset)
+    return min(wanted, rows - first_position(model_config))
+
+
+def first_position(model_config: PreTrainedConfig) -> int:
+    """Position id of the first token: 0, but after the padding id for RoBERTa's kind, which lose those rows."""
+    text = model_config.get_text_config()
+    counts_from_padding = any(kind in text.model_type for kind in ("roberta", "camembert", "xlm-roberta"))
+    return text.pad_token_id + 1 if counts_from_padding else 0
 
 
 def local_source(name: str) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from peftune.errors import Fault, ModelError
 from peftune.model.adapters import BaseTunerLayer
 from peftune.model.load import longest_input
+from peftune.model.outputs import logits_of
 
 ADAPTER = "adapter_config.json"
 CHECK_NAME = "reloaded"
@@ -102,12 +103,12 @@ def reload_deviation(
     was_training = model.training
     model.eval()
     with autocast():
-        live = model(**inputs).logits.float()
+        live = logits_of(model, inputs).float()
         if isinstance(model, PeftModel):
             saved = _logits_of_second_adapter(model, folder, inputs)
         else:
             other = load_trained(folder, auto_class, dtype=model.dtype, trust_remote_code=trust_remote_code)
-            saved = other.to(live.device).eval()(**inputs).logits.float()
+            saved = logits_of(other.to(live.device).eval(), inputs).float()
     model.train(was_training)
     return (live - saved).abs().max().item()
 
@@ -122,7 +123,7 @@ def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, 
         model.set_adapter(CHECK_NAME)
         _load_wide(model, folder, CHECK_NAME)
         model.eval()  # the new adapter's dropout begins in training mode
-        return model(**inputs).logits.float()
+        return logits_of(model, inputs).float()
     finally:
         model.set_adapter(name)
         model.delete_adapter(CHECK_NAME)

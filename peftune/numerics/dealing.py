@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
@@ -40,14 +40,40 @@ def padded_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]
     return groups
 
 
-def rank_groups(lengths: Sequence[int], ranks: int, budget_tokens: int) -> list[list[list[int]]]:
+def packed_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Positions 0..n-1 in groups whose lengths add up to the budget at most; an example over it stands alone.
+
+    First fit decreasing (Johnson, 1973: at most 11/9 of the fewest groups possible, plus 6/9). Members of a group
+    are in order of falling length, so that equal ones are neighbours.
+    """
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for number, left in enumerate(room):
+            if lengths[position] <= left:
+                groups[number].append(position)
+                room[number] -= lengths[position]
+                break
+        else:
+            groups.append([position])
+            room.append(budget_tokens - lengths[position])
+    return groups
+
+
+Grouping = Callable[[Sequence[int], int], list[list[int]]]
+"""Lengths and a token budget -> the positions of each micro-batch: `padded_groups` or `packed_groups`."""
+
+
+def rank_groups(
+    lengths: Sequence[int], ranks: int, budget_tokens: int, grouping: Grouping = padded_groups
+) -> list[list[list[int]]]:
     """Micro-batches of every rank for one step: as many for each rank, short ranks filled with empty ones.
 
     Collectives must match, so a rank with less work still takes part with an empty micro-batch.
     """
     dealt = []
     for hand in deal(lengths, ranks):
-        groups = padded_groups([lengths[i] for i in hand], budget_tokens)
+        groups = grouping([lengths[i] for i in hand], budget_tokens)
         dealt.append([[hand[j] for j in group] for group in groups])
     most = max(1, max(len(groups) for groups in dealt))
     return [groups + [[] for _ in range(most - len(groups))] for groups in dealt]

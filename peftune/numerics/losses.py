@@ -2,7 +2,7 @@
 
 They are float32, or float64 where the logits are.
 
-Shape letters: B examples, T tokens, V vocabulary, K classes.
+Shape letters: B rows, T tokens, V vocabulary, K classes, S sequences: a padded row holds one, a packed one several.
 """
 
 from __future__ import annotations
@@ -20,24 +20,88 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def next_token_nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of each example's next-token predictions, in nats, summed over its supervised tokens.
+def next_token_nats(logits_BTV: Tensor, targets_BT: Tensor, owners_BT: Tensor, sequences: int) -> Tensor:
+    """Cross-entropy of each sequence's next-token predictions, in nats, summed over its supervised tokens.
 
-    Position t predicts token t + 1. Only supervised rows are widened to float32, so the float32 copy
-    is [supervised tokens, V] and not [B, T, V].
+    Position t predicts t + 1 where both belong to one sequence: the first token of a sequence is never predicted
+    from the end of the one before it. Only supervised rows are widened to float32, so the float32 copy is
+    [supervised tokens, V] and not [B, T, V].
 
     Args:
         logits_BTV: unshifted logits, any float dtype.
         targets_BT: unshifted target ids, int64; IGNORE marks tokens outside the loss.
+        owners_BT: sequence that each token belongs to, int64.
+        sequences: their number, S.
 
     Returns:
-        [B] float32.
+        [S] float32.
     """
     next_BT = targets_BT[:, 1:]
-    supervised_BT = next_BT != IGNORE
+    supervised_BT = (next_BT != IGNORE) & (owners_BT[:, 1:] == owners_BT[:, :-1])
     nats = F.cross_entropy(_wide(logits_BTV[:, :-1][supervised_BT]), next_BT[supervised_BT], reduction="none")
-    owner = supervised_BT.nonzero()[:, 0]
-    return nats.new_zeros(targets_BT.shape[0]).index_add(0, owner, nats)
+    return _sums(nats, owners_BT[:, 1:][supervised_BT], sequences)
+
+
+def token_nats(logits_BTK: Tensor, targets_BT: Tensor, owners_BT: Tensor, sequences: int) -> Tensor:
+    """Cross-entropy of the class of each token itself, in nats, summed by sequence.
+
+    Arguments as for `next_token_nats`, with class ids as targets. Returns [S] float32.
+    """
+    supervised_BT = targets_BT != IGNORE
+    nats = F.cross_entropy(_wide(logits_BTK[supervised_BT]), targets_BT[supervised_BT], reduction="none")
+    return _sums(nats, owners_BT[supervised_BT], sequences)
+
+
+def _sums(nats_N: Tensor, owners_N: Tensor, sequences: int) -> Tensor:
+    return nats_N.new_zeros(sequences).index_add(0, owners_N, nats_N)
+
+
+CANDIDATE, START, END = 0, 1, 2
+"""Marks of a token in extractive question answering: it may begin or end an answer; it begins it; it ends it. They
+add up."""
+
+
+def span_nats(logits_BT2: Tensor, marks_BT: Tensor) -> Tensor:
+    """Mean of the cross-entropies of an answer's first and last token, in nats.
+
+    Each is a choice among the candidate tokens of its row (Devlin et al., 2019, arXiv:1810.04805, section 4.2).
+
+    Args:
+        logits_BT2: scores as first and as last token, any float dtype.
+        marks_BT: CANDIDATE plus START plus END, or IGNORE for tokens that no answer may hold, int64.
+
+    Returns:
+        [B] float32; 0 for rows without a marked answer.
+    """
+    wide_BT2 = _wide(logits_BT2).masked_fill((marks_BT == IGNORE)[..., None], -torch.inf)
+    nats_B = wide_BT2.new_zeros(wide_BT2.shape[0])
+    for side, mark in enumerate((START, END)):
+        chosen_BT = (marks_BT > 0) & (marks_BT & mark > 0)
+        rows, columns = chosen_BT.nonzero(as_tuple=True)
+        chosen = wide_BT2[rows, columns, side]
+        nats_B = nats_B.index_add(0, rows, (wide_BT2[rows, :, side].logsumexp(-1) - chosen) / 2)
+    return nats_B
+
+
+def preference_nats(log_probabilities_B4: Tensor, beta: float) -> Tensor:
+    """Direct preference optimisation: -log sigmoid(beta ((c - c_ref) - (r - r_ref))), in nats.
+
+    Source: Rafailov et al., 2023, arXiv:2305.18290, equation 7.
+
+    Args:
+        log_probabilities_B4: of chosen (c) and rejected (r) completion under the model, then under the reference.
+        beta: strength of the tie to the reference.
+
+    Returns:
+        [B] in the dtype of its input.
+    """
+    return -F.logsigmoid(beta * preference_margins(log_probabilities_B4))
+
+
+def preference_margins(log_probabilities_B4: Tensor) -> Tensor:
+    """(c - c_ref) - (r - r_ref), [B]: how much more than the reference the model prefers the chosen one, in nats."""
+    chosen, rejected, chosen_reference, rejected_reference = log_probabilities_B4.unbind(-1)
+    return (chosen - chosen_reference) - (rejected - rejected_reference)
 
 
 def class_nats(logits_BK: Tensor, targets_B: Tensor) -> Tensor:

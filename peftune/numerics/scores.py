@@ -42,6 +42,16 @@ def micro_f1(sums_RF: np.ndarray) -> np.ndarray:
     return 2 * true_R / np.maximum(predicted_R + wanted_R, 1)
 
 
+def precision(sums_R3: np.ndarray) -> np.ndarray:
+    """Right over predicted, from (right, predicted, wanted); 0 where nothing is predicted."""
+    return sums_R3[:, 0] / np.maximum(sums_R3[:, 1], 1)
+
+
+def recall(sums_R3: np.ndarray) -> np.ndarray:
+    """Right over wanted, from (right, predicted, wanted); 0 where nothing is wanted."""
+    return sums_R3[:, 0] / np.maximum(sums_R3[:, 2], 1)
+
+
 def matthews(sums_RF: np.ndarray) -> np.ndarray:
     """Multi-class Matthews correlation (Gorodkin, 2004); 0 where one side has a single class."""
     true_RK, predicted_RK, wanted_RK = split_counts(sums_RF)

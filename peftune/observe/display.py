@@ -6,13 +6,25 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 LOG_WIDTH = 100
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of text, marked or not, with a word about it."""
+
+    text: str
+    marked: bool
+    note: str = ""
 
 
 class Display:
@@ -21,7 +33,8 @@ class Display:
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         target = stream or sys.stdout
         terminal = target.isatty()
-        self._console = Console(file=target, quiet=quiet, width=None if terminal else LOG_WIDTH, highlight=False)
+        self._console = Console(file=target, quiet=quiet, width=None if terminal else LOG_WIDTH,
+                                highlight=False, emoji=False)
         self._one_line = not terminal
         """A log keeps a message on one line; a terminal breaks it between words."""
         self._moving = terminal and not quiet
@@ -37,6 +50,31 @@ class Display:
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
         self._console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=self._one_line)
+
+    def alarm(self, text: str) -> None:
+        """Something that is wrong."""
+        self._console.print(text, style="red", markup=False, soft_wrap=self._one_line)
+
+    def pieces(self, pieces: Sequence[Piece]) -> None:
+        """Text with its marked runs in colour; between « and » where there is none."""
+        text = Text()
+        for piece in pieces:
+            if not piece.marked:
+                text.append(piece.text, style="dim")
+            elif self._console.is_terminal and not self._console.no_color:
+                text.append(piece.text, style="bold green")
+            else:
+                text.append(f"«{piece.text}»")
+            text.append(f"[{piece.note}]" if piece.note else "", style="cyan")
+        self._console.print(text, soft_wrap=True)
+
+    def bars(self, title: str, labels: Sequence[str], counts: Sequence[int]) -> None:
+        """A histogram lying on its side."""
+        self._console.print(title, style="bold", markup=False)
+        width = max(map(len, labels))
+        for label, count in zip(labels, counts, strict=True):
+            bar = "█" * round(BAR_WIDTH * count / max(1, *counts))
+            self._console.print(f"  {label:<{width}} {bar or '▏' * bool(count)} {count:,}", markup=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[list[str]]:
@@ -90,7 +128,7 @@ class Display:
                          f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}{self._eta(row)}")
         else:
             values = "  ".join(f"{name} {value:.4f}" for name, value in row.items()
-                               if isinstance(value, float) and name not in ("epoch", "seconds"))
+                               if isinstance(value, float) and name not in ("epoch", "seconds") and "/" not in name)
             self.say(f"step {row['step']:>6}  {row['split']}: {values}")
 
     def _eta(self, row: Mapping[str, Any]) -> str:

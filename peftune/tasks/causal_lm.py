@@ -3,95 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rouge_score import rouge_scorer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from peftune.config.schema import DataConfig
-from peftune.data.chat import Span, TemplateMismatch, assistant_spans, render
 from peftune.data.examples import Batch, Example
-from peftune.data.formats import PROMPT_COLUMNS, prompt_messages
-from peftune.data.prepare import RowFault, Targets
 from peftune.data.rows import Row
+from peftune.data.targets import Targets
 from peftune.numerics import scores
 from peftune.numerics.intervals import bootstrap_of_sums
 from peftune.numerics.losses import IGNORE, next_token_nats
+from peftune.tasks import generated
+from peftune.tasks.supervision import prompt_tokens, round_trip_doubt, supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
 NEXT_TOKEN = Targets("next_token")
 
 
-def learn_targets(rows: Sequence[Row], config: DataConfig) -> Targets:
+def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
     """Next-token targets have no classes."""
     return NEXT_TOKEN
 
 
-def encode(row: Row, targets: Targets, text: TextEncoder) -> Example:
+def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     """One row -> ids and, for each, itself as a target or IGNORE.
 
-    Targets are the completion, the assistant turns with their end marks, or all tokens of plain text.
-    The end-of-text token always closes the last target and is a target, also where it doubles as padding.
+    Plain text that is too long goes on in further examples where `data.too_long` is split: each begins with the
+    last token of the one before it, so that every token is predicted exactly once.
     """
-    fields = row.fields
-    try:
-        whole, spans, own_specials = _supervised_text(fields, text)
-    except TemplateMismatch as error:
-        raise RowFault(str(error), "mend the row, or set data.chat_template") from None
-    ids, supervised = _tokenise(whole, spans, own_specials, text)
-    full_length = len(ids)
+    ids, supervised = supervised_tokens(row.fields, text, last_only=text.data.train_on == "last_turn")
     prompt_length, reference = _last_answer(ids, supervised, text)
-    if text.supervise_all:
+    if text.data.train_on == "all":
         supervised = [True] * len(ids)
-    ids, supervised = ids[: text.max_length], supervised[: text.max_length]
-    labels = [token if on else IGNORE for token, on in zip(ids, supervised, strict=True)]
     record = {"id": row.id, "reference": reference, "source": f"{row.file}:{row.line}",
               "prompt_length": prompt_length if reference else 0}
+    if text.data.too_long != "split" or "text" not in row.fields:
+        cut = slice(0, text.max_length)
+        return [_example(ids[cut], supervised[cut], len(ids), record, row.source)]
+    pieces = list(_pieces(len(ids), text.max_length))
+    return [_example(ids[piece], supervised[piece], piece.stop - piece.start,
+                     record if len(pieces) == 1 else {**record, "id": f"{row.id}/{number}"}, row.source)
+            for number, piece in enumerate(pieces)]
+
+
+def _example(
+    ids: Sequence[int], supervised: Sequence[bool], full_length: int, record: Mapping[str, Any], source: int
+) -> Example:
+    labels = [token if on else IGNORE for token, on in zip(ids, supervised, strict=True)]
     # position 0 has no earlier token to be predicted from
-    return Example(ids, labels, sum(supervised[1:]), full_length, record, source=row.source)
+    return Example(ids, labels, sum(supervised[1:]), full_length, record, source=source)
 
 
-def _supervised_text(fields: Mapping[str, Any], text: TextEncoder) -> tuple[str, list[Span], bool]:
-    """Text, character spans of it to learn, and whether the text holds its special tokens already."""
-    if "messages" in fields:
-        whole, spans = assistant_spans(text.tokenizer, fields["messages"], fields.get("tools"))
-        return whole, spans, True
-    if "prompt" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], False
-    return fields["text"], [(0, len(fields["text"]))], False
-
-
-def _tokenise(
-    whole: str, spans: Sequence[Span], own_specials: bool, text: TextEncoder
-) -> tuple[list[int], list[bool]]:
-    """Ids of the whole text and which of them are targets.
-
-    The text is tokenised once, as it will be read, and each token that reaches into a span is a target.
-    Within a span nothing after its first end-of-text token is one: what follows is the template's, not
-    the model's to write.
-    """
-    eos = text.tokenizer.eos_token_id
-    encoding = text.tokenizer(whole, add_special_tokens=not own_specials, return_offsets_mapping=True)
-    ids = list(encoding["input_ids"])
-    supervised = [False] * len(ids)
-    for begin, end in spans:
-        ended = False
-        for position, (first, after) in enumerate(encoding["offset_mapping"]):
-            if after > begin and first < end and after > first and not ended:
-                supervised[position] = True
-                ended = ids[position] == eos
-    end = max((i for i, on in enumerate(supervised) if on), default=-1) + 1
-    if end == 0:
-        return ids, supervised
-    ids, supervised = ids[:end], supervised[:end]  # nothing is learned from what follows the last target
-    if ids[-1] != eos:
-        ids, supervised = [*ids, eos], [*supervised, True]
-    return ids, supervised
+def _pieces(length: int, longest: int) -> Iterator[slice]:
+    begin = 0
+    while begin == 0 or begin + 1 < length:
+        yield slice(begin, min(begin + longest, length))
+        begin += max(1, longest - 1)
 
 
 def _last_answer(ids: Sequence[int], supervised: Sequence[bool], text: TextEncoder) -> tuple[int, str | None]:
@@ -105,36 +76,29 @@ def _last_answer(ids: Sequence[int], supervised: Sequence[bool], text: TextEncod
     return begin, text.tokenizer.decode(ids[begin:end], skip_special_tokens=True).strip()
 
 
-def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> Example:
-    """A prompt, a conversation or an instruction -> the ids that generation continues; its end is kept when cut."""
-    try:
-        if "prompt" in fields or "text" in fields:
-            prompt = fields.get("prompt", fields.get("text"))
-            if not isinstance(prompt, str) or not prompt:
-                raise RowFault("prompt is missing or empty", 'write {"prompt": "..."}')
-            encoding = text.tokenizer(prompt)["input_ids"]
-            ids = encoding[:-1] if encoding and encoding[-1] == text.tokenizer.eos_token_id else encoding
-        else:
-            messages = prompt_messages(fields)
-            if messages is None:
-                raise RowFault(f"none of {', '.join(PROMPT_COLUMNS)} is there", 'write {"prompt": "..."}')
-            whole = render(text.tokenizer, messages, fields.get("tools"), generation_prompt=True)
-            ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
-    except TemplateMismatch as error:
-        raise RowFault(str(error), "mend the row") from None
-    return Example(ids[-text.max_length:], [], 0, len(ids), {"prompt_length": min(len(ids), text.max_length)})
+def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]:
+    """A record without its answer -> the ids that generation continues."""
+    return [prompt_tokens(fields, text)]
 
 
 def losses(logits_BTV: Tensor, batch: Batch, targets: Targets) -> Tensor:
-    """[B] float32: nats of each example, summed over its supervised tokens.
+    """[examples] float32: nats of each example, summed over its supervised tokens.
 
     Prompt-learning methods put logits of their virtual tokens before those of the text.
     """
-    return next_token_nats(logits_BTV[:, -batch.targets.shape[1]:], batch.targets)
+    logits_BTV = logits_BTV[:, -batch.targets.shape[1]:]
+    return next_token_nats(logits_BTV, batch.targets, batch.owners, len(batch.lengths))
+
+
+def predictions(
+    logits_BTV: Tensor, batch: Batch, targets: Targets, records: Sequence[Mapping[str, Any]]
+) -> list[Record]:
+    """Nothing is read off the logits: text is generated."""
+    return [{} for _ in records]
 
 
 def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
-    """Loss in nats a token and perplexity; exact match and ROUGE-L (F) where text was generated."""
+    """Loss in nats a token and perplexity; scores of generated text where there is some."""
     result: Metrics = {}
     loss = mean_loss(records)
     sums_N2 = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
@@ -143,21 +107,19 @@ def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Met
     put(result, "perplexity", _exp(loss), (lambda: (_exp(low), _exp(high))) if intervals else None)
     answered = [r for r in records if r.get("prediction") is not None and r.get("reference") is not None]
     if answered:
-        scorer = rouge_scorer.RougeScorer(["rougeL"])
-        for name, values in (
-            ("exact_match", [float(r["prediction"].strip() == r["reference"]) for r in answered]),
-            ("rouge_l", [scorer.score(r["reference"], r["prediction"])["rougeL"].fmeasure for r in answered]),
-        ):
-            put(result, name, float(np.mean(values)), partial(_mean_interval, values) if intervals else None)
+        for name, value, interval in generated.generation_scores(
+                [r["prediction"] for r in answered], [r["reference"] for r in answered]):
+            put(result, name, value, interval if intervals else None)
     return result
-
-
-def _mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    return bootstrap_of_sums(np.column_stack([values, np.ones(len(values))]), scores.ratio)
 
 
 def _exp(nats: float) -> float:
     return rounded(math.exp(nats)) if nats < 700 else math.inf
+
+
+def metric_names(targets: Targets) -> tuple[str, ...]:
+    """All of them, whether text is generated or not."""
+    return ("loss", "perplexity", *generated.NAMES)
 
 
 CAUSAL_LM = Task(
@@ -168,8 +130,12 @@ CAUSAL_LM = Task(
     encode=encode,
     encode_prompt=encode_prompt,
     losses=losses,
-    predictions=lambda logits_BTV, targets: [{} for _ in range(logits_BTV.shape[0])],
+    predictions=predictions,
     metrics=metrics,
-    metric_names=lambda targets: ("loss", "perplexity", "exact_match", "rouge_l"),
+    metric_names=metric_names,
+    doubt=round_trip_doubt,
     generates=True,
+    converses=True,
+    new_head=False,
+    surveyed_as="generation",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from peftune.config.schema import DataConfig
 from peftune.data.examples import Batch, Example
-from peftune.data.prepare import RowFault, Targets
 from peftune.data.rows import Row
+from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError, Fault
 from peftune.numerics import scores
 from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
@@ -30,16 +30,26 @@ METRIC_NAMES = {
 }
 
 
-def learn_targets(rows: Sequence[Row], config: DataConfig) -> Targets:
+def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
     """Find the kind of label and, unless `data.labels` gives them, the sorted class names."""
-    labels = [row.fields["label"] for row in rows]
-    problem = config.problem_type if config.problem_type != "auto" else _problem(labels)
+    seen: set[str] = set()
+    several = fractions = False
+    numbers, file = True, None
+    for row in rows:
+        file = file or row.file
+        label = row.fields["label"]
+        several |= isinstance(label, list)
+        numbers &= isinstance(label, int | float) and not isinstance(label, bool)
+        fractions |= isinstance(label, float) and not label.is_integer()
+        if not (numbers and fractions):  # names of classes; a regression has as many values as rows
+            seen.update(map(name_of, label if isinstance(label, list) else [label]))
+    found = "multi_label" if several else "regression" if numbers and fractions else "single_label"
+    problem = config.problem_type if config.problem_type != "auto" else found
     if problem == "regression":
         return Targets(problem, kind="values")
-    members = [member for label in labels for member in (label if isinstance(label, list) else [label])]
-    names = config.labels or tuple(sorted({name_of(member) for member in members}, key=_natural))
+    names = config.labels or tuple(sorted(seen, key=_natural))
     if len(names) < (2 if problem == "single_label" else 1):
-        raise DataError(Fault(kind="data", file=rows[0].file, message=f"the training rows have {len(names)} class",
+        raise DataError(Fault(kind="data", file=file, message=f"the training rows have {len(names)} class",
                               mend="give rows of at least two classes, or name the classes in data.labels"))
     return Targets(problem, names, "class" if problem == "single_label" else "values")
 
@@ -51,14 +61,6 @@ def name_of(label: object) -> str:
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
-def _problem(labels: Sequence[Any]) -> str:
-    if any(isinstance(label, list) for label in labels):
-        return "multi_label"
-    numbers = all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
-    fractions = any(isinstance(label, float) and not label.is_integer() for label in labels)
-    return "regression" if numbers and fractions else "single_label"
-
-
 def _natural(name: str) -> tuple[int, float, str]:
     """Numbers in the order of their value, before words."""
     try:
@@ -67,13 +69,13 @@ def _natural(name: str) -> tuple[int, float, str]:
         return (1, 0.0, name)
 
 
-def encode(row: Row, targets: Targets, text: TextEncoder) -> Example:
+def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     """One row -> ids of its text or pair, and its label as a class id, a 0/1 vector or a number."""
     label = row.fields["label"]
-    example = encode_prompt(row.fields, text)
+    example = encode_prompt(row.fields, text)[0]
     ids, reference = _target(label, targets)
     record = {"id": row.id, "reference": reference, "source": f"{row.file}:{row.line}"}
-    return Example(example.input_ids, ids, len(ids), example.full_length, record, example.segment_ids, row.source)
+    return [Example(example.input_ids, ids, len(ids), example.full_length, record, example.segment_ids, row.source)]
 
 
 def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
@@ -97,7 +99,7 @@ def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
     return [float(name in names) for name in targets.names], sorted(set(names))
 
 
-def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> Example:
+def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]:
     """Ids of `text` and perhaps `text_pair`, special tokens included; the longest part is cut first."""
     if not isinstance(fields.get("text"), str) or not fields["text"].strip():
         raise RowFault("the key text is missing or empty", 'write {"text": "..."}')
@@ -107,7 +109,7 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> Example:
     if full_length > text.max_length:
         encoding = text.tokenizer(fields["text"], pair, truncation=True, max_length=text.max_length)
     segments = encoding.get("token_type_ids") if pair is not None else None
-    return Example(encoding["input_ids"], [], 0, full_length, {}, segments)
+    return [Example(encoding["input_ids"], [], 0, full_length, {}, segments)]
 
 
 def losses(logits_BK: Tensor, batch: Batch, targets: Targets) -> Tensor:
@@ -116,7 +118,9 @@ def losses(logits_BK: Tensor, batch: Batch, targets: Targets) -> Tensor:
     return loss(logits_BK, batch.targets)
 
 
-def predictions(logits_BK: Tensor, targets: Targets) -> list[Record]:
+def predictions(
+    logits_BK: Tensor, batch: Batch, targets: Targets, records: Sequence[Mapping[str, Any]]
+) -> list[Record]:
     """The likeliest class and its probability; the labels above one half; or the number."""
     if targets.problem == "regression":
         return [{"prediction": value} for value in logits_BK[:, 0].float().tolist()]
@@ -180,7 +184,7 @@ def _regression_scores(records: Sequence[Record], targets: Targets) -> Iterator[
            lambda: bootstrap_of_sums(errors, lambda sums: np.sqrt(scores.ratio(sums))))
 
 
-def majority(train: Sequence[Record], scored: Sequence[Record], targets: Targets) -> list[Record]:
+def majority(train: Iterable[Record], scored: Sequence[Record], targets: Targets) -> list[Record]:
     """Predict the commonest class, each label's commonest value, or the mean, whatever the text."""
     references = [record["reference"] for record in train]
     if targets.problem == "single_label":
@@ -194,6 +198,11 @@ def majority(train: Sequence[Record], scored: Sequence[Record], targets: Targets
     return [{**record, "prediction": guess} for record in scored]
 
 
+def metric_names(targets: Targets) -> tuple[str, ...]:
+    """By kind of label."""
+    return METRIC_NAMES[targets.problem]
+
+
 SEQUENCE_CLASSIFICATION = Task(
     name="sequence_classification",
     auto_class=AutoModelForSequenceClassification,
@@ -204,6 +213,8 @@ SEQUENCE_CLASSIFICATION = Task(
     losses=losses,
     predictions=predictions,
     metrics=metrics,
-    metric_names=lambda targets: METRIC_NAMES[targets.problem],
+    metric_names=metric_names,
     majority=majority,
+    pooled=True,
+    surveyed_as="classification",
 )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peftune.config.schema import DataConfig
 from peftune.data.examples import Batch, Example
-from peftune.data.prepare import Targets
 from peftune.data.rows import Row
+from peftune.data.targets import Targets
+from peftune.errors import ConfigError, Fault
+from peftune.model.outputs import logits_of
+from peftune.model.reference import Reference
 
 Record = dict[str, Any]
 """One evaluated example: position, id, prediction, reference, loss_sum, num_targets, and what the task adds."""
@@ -31,37 +34,65 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     """Tokens an example is cut to: data.max_length, or what the model can read if that is less."""
-    supervise_all: bool = False
-    """causal_lm: every token is a target, not only completions."""
+    data: DataConfig
+    """What is to be learned of a row, and what happens to a long one."""
 
 
-@dataclass(frozen=True, slots=True)
+def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
+    """Logits, for every task that reads nothing else off the model."""
+    return logits_of(model, batch.inputs)
+
+
+def one_record_each(records: Sequence[Record], targets: Targets) -> list[Record]:
+    """An example is a row."""
+    return list(records)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A kind of learning. A fifth one is one file with one such value, and one line in `TASKS`."""
+    """A kind of learning. A further one is one file with one such value, and one line in `TASKS`."""
 
     name: str
     auto_class: Any
     """The transformers Auto class that carries the right output layer."""
     formats: tuple[str, ...]
     """Row formats it can learn from."""
-    learn_targets: Callable[[Sequence[Row], DataConfig], Targets]
+    learn_targets: Callable[[Iterable[Row], DataConfig], Targets]
     """Training rows -> what there is to predict. Raises DataError on labels that make no task."""
-    encode: Callable[[Row, Targets, TextEncoder], Example]
-    """One row -> one example. Raises RowFault."""
-    encode_prompt: Callable[[Mapping[str, Any], TextEncoder], Example]
-    """One record without its answer -> an example to predict from. Raises RowFault."""
+    encode: Callable[[Row, Targets, TextEncoder], Sequence[Example]]
+    """One row -> its examples: one, or the windows of a long text. Raises RowFault."""
+    encode_prompt: Callable[[Mapping[str, Any], TextEncoder], Sequence[Example]]
+    """One record without its answer -> examples to predict from. Raises RowFault."""
+    forward: Callable[[nn.Module, Batch, Reference | None], Tensor] = forward
+    """Model and batch -> what losses and predictions are read off, logits as a rule."""
     losses: Callable[[Tensor, Batch, Targets], Tensor]
-    """Logits -> [B] float32: each example's loss, summed and never averaged over its targets."""
-    predictions: Callable[[Tensor, Targets], list[Record]]
-    """Logits -> what each example's record says was predicted."""
+    """Outputs -> [examples] float32: each example's loss, summed and never averaged over its targets."""
+    predictions: Callable[[Tensor, Batch, Targets, Sequence[Mapping[str, Any]]], list[Record]]
+    """Outputs and the examples' own records -> what each example's record says was predicted."""
+    combine: Callable[[Sequence[Record], Targets], list[Record]] = one_record_each
+    """Records of examples in order of position -> records of rows."""
     metrics: Callable[[Sequence[Record], Targets, bool], Metrics]
     """Records in order of position -> metrics; True adds intervals."""
     metric_names: Callable[[Targets], tuple[str, ...]]
     """Names that `metrics` gives for these targets, the usual one first."""
-    majority: Callable[[Sequence[Record], Sequence[Record], Targets], list[Record]] | None = None
-    """(training records, records to score) -> the records with the prediction that never reads the input."""
+    majority: Callable[[Iterable[Record], Sequence[Record], Targets], list[Record]] | None = None
+    """(training records, records to score) -> the records with what counting alone would predict."""
+    doubt: Callable[[Mapping[str, Any], TextEncoder], str | None] | None = None
+    """Fields of a row -> why the tokens may not say what the row says; None where they do."""
     generates: bool = False
     """Predictions are generated text, not read off the logits."""
+    converses: bool = False
+    """Rows may be conversations, so the tokenizer needs a chat template."""
+    new_head: bool = True
+    """The output layer may be one that the checkpoint lacks."""
+    pooled: bool = False
+    """The output layer gives one row of logits a sequence, not one a token."""
+    needs_reference: bool = False
+    """The loss compares with the untrained model."""
+    scores_every_row: bool = False
+    """A row without a target is scored too: it cannot be learned from, but its prediction counts."""
+    surveyed_as: Literal["classification", "ner", "squad", "preference", "generation"]
+    """How `data/survey.py` looks at its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +106,40 @@ class BoundEncoder:
     def formats(self) -> tuple[str, ...]:
         return self.task.formats
 
-    def targets(self, rows: Sequence[Row], config: DataConfig) -> Targets:
+    @property
+    def surveyed_as(self) -> str:
+        return self.task.surveyed_as
+
+    @property
+    def max_length(self) -> int:
+        return self.text.max_length
+
+    @property
+    def scores_every_row(self) -> bool:
+        return self.task.scores_every_row
+
+    def targets(self, rows: Iterable[Row], config: DataConfig) -> Targets:
         return self.task.learn_targets(rows, config)
 
-    def encode(self, row: Row, targets: Targets) -> Example:
+    def doubt(self, row: Row) -> str | None:
+        return None if self.task.doubt is None else self.task.doubt(row.fields, self.text)
+
+    def encode(self, row: Row, targets: Targets) -> Sequence[Example]:
         return self.task.encode(row, targets, self.text)
+
+
+def chosen_metric(task: Task, targets: Targets, wanted: str | None) -> str:
+    """The metric that picks the best model: the one that is wanted, else the task's usual one.
+
+    Raises:
+        ConfigError: these targets have no such metric.
+    """
+    names = task.metric_names(targets)
+    metric = wanted or names[0]
+    if metric not in names:
+        raise ConfigError(Fault(kind="config", mend=f"evaluation.metric=null, or one of {', '.join(names)}",
+                                message=f"evaluation.metric = {metric!r}: no metric of {targets.problem} labels"))
+    return metric
 
 
 def mean_loss(records: Sequence[Record]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from peftune.model.load import longest_input
 from peftune.model.resolve import load_model_config, load_tokenizer, resolve
 from peftune.tasks.task import BoundEncoder, Task, TextEncoder
 
-CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca", "preference"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ def open_text(task: Task, model: ModelConfig, data: DataConfig) -> Text:
     """
     source = resolve(model)
     config = load_model_config(model, source)
-    tokenizer = load_tokenizer(model, source, generates=task.generates)
-    template = choose_template(tokenizer, data.chat_template) if task.generates else "none"
+    tokenizer = load_tokenizer(model, source, generates=task.converses)
+    template = choose_template(tokenizer, data.chat_template) if task.converses else "none"
     limit = longest_input(config, data.max_length)
-    encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, data.train_on == "all"))
+    encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, data))
     return Text(source, config, tokenizer, template, encoder)
 
 
@@ -80,10 +80,16 @@ def data_notes(data: Prepared, text: Text, config: DataConfig) -> list[str]:
     if text.template != "none" and CHAT_FORMATS & set(data.formats.values()):
         notes.append(f"chat template: {text.template}")
     for name, counts in data.counts.items():
-        for what in ("truncated", "dropped_too_long", "dropped_no_target"):
-            number = asdict(counts)[what]
-            if number:
-                notes.append(f"{number:,} of {counts.rows:,} {name} rows {what.replace('_', ' ')}")
+        if counts.examples != counts.kept:
+            notes.append(f"{counts.examples:,} {name} examples")
     if text.encoder.text.max_length < config.max_length:
         notes.append(f"the model reads at most {text.encoder.text.max_length} tokens")
     return notes
+
+
+def data_warnings(data: Prepared) -> list[str]:
+    """What a person should look at before trusting the run."""
+    warnings = [f"{counts.bad:,} of {counts.rows:,} rows of {name} are bad and were left out"
+                for name, counts in data.counts.items() if counts.bad]
+    warnings += [finding.message for finding in data.findings]
+    return [*warnings, "peftune check says where, and the mend"] if warnings else []

@@ -1,17 +1,22 @@
 """Real launches of one and of two processes train and score the same."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, free_port, metric_rows, summary, write_config
+from tests.conftest import EVERY_TASK, ROOT, free_port, metric_rows, summary, write_config
 
 pytestmark = pytest.mark.slow
 
+ROUNDED = {"loss", "perplexity", "margin", "chosen_reward", "rejected_reward"}
+"""Metrics that are sums of floats; all others count."""
 
-def trained(launch, settings, tmp_path, name, processes, tokens):
+
+def trained(launch, settings, tmp_path, name, processes, tokens, layout):
     folder = tmp_path / name
-    config = write_config({**settings, "output_dir": str(folder)}, tmp_path / f"configs-{name}")
+    settings = {**settings, "output_dir": str(folder), "data": {**settings["data"], "layout": layout}}
+    config = write_config(settings, tmp_path / f"configs-{name}")
     done = launch(config, f"train.tokens_per_micro_batch={tokens}", processes=processes)
     assert done.returncode == 0, done.stderr
     result = summary(folder)
@@ -19,14 +24,16 @@ def trained(launch, settings, tmp_path, name, processes, tokens):
     return folder
 
 
-@pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.parametrize("task", EVERY_TASK)
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-def test_two_processes_train_and_score_as_one(task, adapter, request, launch, tmp_path):
+def test_two_processes_with_packed_rows_train_and_score_as_one_with_padded_rows(
+        task, adapter, request, launch, tmp_path):
     settings = {**request.getfixturevalue(task), "adapter": adapter}
     settings["train"] = {**settings["train"], "batch_size": 7}
-    one = trained(launch, settings, tmp_path, "one", 1, 200)
-    for name, tokens in (("two-ones", 1), ("two-all", 100_000)):
-        two = trained(launch, settings, tmp_path, name, 2, tokens)
+    one = trained(launch, settings, tmp_path, "one", 1, 200, "padded")
+    for name, tokens, layout in (("two-ones", 1, "packed"), ("two-all", 100_000, "packed"),
+                                 ("two-padded", 300, "padded")):
+        two = trained(launch, settings, tmp_path, name, 2, tokens, layout)
         mine, theirs = (metric_rows(folder, "train") for folder in (one, two))
         assert len(mine) == len(theirs) == 6
         for row, other in zip(mine, theirs, strict=True):
@@ -35,10 +42,11 @@ def test_two_processes_train_and_score_as_one(task, adapter, request, launch, tm
             assert (other["tokens"], other["supervised_tokens"]) == (row["tokens"], row["supervised_tokens"])
         scores, other_scores = (summary(folder)["metrics"]["validation"] for folder in (one, two))
         for metric, value in scores.items():
-            rounding = metric.removesuffix("_interval") in ("loss", "perplexity")
+            rounding = metric.removesuffix("_interval") in ROUNDED
             assert other_scores[metric] == (pytest.approx(value, rel=1e-5) if rounding else value), metric
         ids = [json.loads(line)["id"] for line in (two / "predictions" / "validation.jsonl").read_text().splitlines()]
-        assert len(ids) == len(set(ids)) == (9 if task == "classify" else 5)
+        assert len(ids) == len(set(ids)) == len(
+            Path(settings["data"]["validation"]).read_text().splitlines())
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_for_is_refused(command, classify, tmp_path):

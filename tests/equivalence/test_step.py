@@ -6,8 +6,10 @@ import copy
 import pytest
 import torch
 
-from peftune.data.examples import Example, padded
-from peftune.data.prepare import Targets
+from peftune.config.schema import EvaluationConfig, TrainConfig
+from peftune.data.examples import Example
+from peftune.data.layouts import lay_out
+from peftune.data.targets import Targets
 from peftune.loop.step import StepWork, train_step
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.single import Single
@@ -40,14 +42,14 @@ def examples():
 def step_once(model, examples, groups):
     """SGD with rate 1: the change of a weight is the gradient."""
     live = copy.deepcopy(model)
-    batches = [padded([examples[i] for i in group], group, pad_id=1, kind="token", width=0, device=WORLD.device)
+    batches = [lay_out([examples[i] for i in group], group, pad_id=1, kind="token", width=0, device=WORLD.device)
                for group in groups]
     work = StepWork(batches, len(batches), 8, 0, sum(e.num_targets for e in examples), list)
-    task = TASKS["causal_lm"]
+    task = TASKS["causal_lm"](TrainConfig(), EvaluationConfig())
     optimizer = torch.optim.SGD(live.parameters(), lr=1.0)
     stats = train_step(
         live, work, optimizer, Single(WORLD), max_grad_norm=None, autocast=contextlib.nullcontext,
-        losses=lambda m, b: task.losses(m(**b.inputs).logits, b, Targets("next_token")))
+        losses=lambda m, b: task.losses(task.forward(m, b, None), b, Targets("next_token")))
     return stats, torch.cat([p.detach().flatten() for p in live.parameters()])
 
 

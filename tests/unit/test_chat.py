@@ -5,8 +5,8 @@ from transformers import AutoTokenizer
 
 from peftune.config.schema import DataConfig
 from peftune.data.chat import CHATML, TemplateMismatch, assistant_spans, choose_template
-from peftune.data.prepare import RowFault, Targets
 from peftune.data.rows import Row
+from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError
 from peftune.numerics.losses import IGNORE
 from peftune.tasks.causal_lm import encode, encode_prompt
@@ -64,9 +64,14 @@ def supervised_text(tokenizer, example):
     return tokenizer.decode([token for token in example.targets if token != IGNORE])
 
 
-def encoded(tokenizer, fields, max_length=200, supervise_all=False):
+def encoded_all(tokenizer, fields, max_length=200, **data):
     row = Row(fields, "f", 1, "0")
-    return encode(row, Targets("next_token"), TextEncoder(tokenizer, max_length, supervise_all))
+    return encode(row, Targets("next_token"), TextEncoder(tokenizer, max_length, DataConfig(train="x", **data)))
+
+
+def encoded(tokenizer, fields, max_length=200, **data):
+    (example,) = encoded_all(tokenizer, fields, max_length, **data)
+    return example
 
 
 def test_a_completion_is_learned_with_the_end_of_text_and_the_prompt_is_not(tokenizer):
@@ -100,7 +105,7 @@ def test_a_template_without_end_of_text_gets_one_after_the_last_answer(tokenizer
 
 
 def test_train_on_all_learns_every_token(tokenizer):
-    example = encoded(tokenizer, {"prompt": "the printer", "completion": " is broken"}, supervise_all=True)
+    example = encoded(tokenizer, {"prompt": "the printer", "completion": " is broken"}, train_on="all")
     assert list(example.targets) == list(example.input_ids)
 
 
@@ -116,12 +121,23 @@ def test_a_cut_example_says_its_full_length_and_may_have_no_target_left(tokenize
 
 def test_a_prompt_to_continue_equals_the_prompt_that_was_trained_on(tokenizer):
     choose_template(tokenizer, "plain")
-    text = TextEncoder(tokenizer, 200)
+    text = TextEncoder(tokenizer, 200, DataConfig(train="x"))
     example = encoded(tokenizer, {"messages": conversation(2, True)})
-    prompt = encode_prompt({"messages": conversation(2, True)}, text)
+    (prompt,) = encode_prompt({"messages": conversation(2, True)}, text)
     assert list(prompt.input_ids) == list(example.input_ids[: example.record["prompt_length"]])
     with pytest.raises(RowFault):
         encode_prompt({"label": 3}, text)
+
+
+def test_plain_text_that_is_split_predicts_every_token_once(tokenizer):
+    text = {"text": "the printer is broken and the password was lost " * 4}
+    whole = encoded(tokenizer, text)
+    pieces = encoded_all(tokenizer, text, max_length=16, too_long="split")
+    predicted = [token for piece in pieces for token in piece.targets[1:]]
+    assert predicted == list(whole.targets[1:]) and len(pieces) > 2
+    assert all(len(piece.input_ids) <= 16 for piece in pieces)
+    assert sum(piece.num_targets for piece in pieces) == whole.num_targets
+    assert len({piece.record["id"] for piece in pieces}) == len(pieces)
 
 
 def test_template_names_files_and_jinja_text_are_told_apart(tokenizer, tmp_path):

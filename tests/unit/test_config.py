@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from peftune.config.document import Document
 from peftune.config.load import dump, load, validate
 from peftune.config.names import FAMILIAR, key_paths, right_spelling
-from peftune.config.rules import METRICS, RULES
+from peftune.config.rules import FORMATS, METRICS, RULES
 from peftune.config.schema import RunConfig
 from peftune.errors import ConfigError
 
@@ -119,10 +119,12 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{'.'.join(rule.key)}: {rule.why[:30]}")
 def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
     breaking = [
-        ["task=question_answering"], ["model.quantization=nf4"], ["train.optimizer=adamw_8bit"],
-        ["data.layout=packed"], ["data.format=ner"], ["task=sequence_classification", "data.format=text"],
-        ["data.format=classification"], ["model.pure_bf16=true", "model.dtype=float32"], ["data.validation=1.5"],
-        ["data.validation=null", "evaluation.patience=1"], ["evaluation.metric=foo"],
+        ["model.quantization=nf4"], ["train.optimizer=adamw_8bit"],
+        ["data.layout=packed", "model.compile=true"], ["data.layout=packed", "model.attention=eager"],
+        ["task=sequence_classification", "data.format=text"], ["task=preference", "data.too_long=split"],
+        ["task=sequence_classification", "data.train_on=all"], ["task=question_answering", "data.doc_stride=512"],
+        ["data.train=[{path: a/b, shuffle_buffer: 9}]"], ["model.pure_bf16=true", "model.dtype=float32"],
+        ["data.validation=1.5"], ["data.validation=null", "evaluation.patience=1"], ["evaluation.metric=foo"],
         ["evaluation.metric=rouge_l", "evaluation.max_new_tokens=0"],
     ]
     said = [fault for overrides in breaking for fault in faults_of(config(tmp_path), *overrides)]
@@ -130,13 +132,16 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
 
 
 def test_the_metrics_named_in_the_rules_are_those_the_tasks_give():
-    from peftune.data.prepare import Targets
+    from peftune.config.schema import EvaluationConfig, TrainConfig
+    from peftune.data.targets import Targets
     from peftune.tasks import TASKS
 
-    for name, task in TASKS.items():
-        problems = ["next_token"] if name == "causal_lm" else ["single_label", "multi_label", "regression"]
-        given = {metric for problem in problems for metric in task.metric_names(Targets(problem))}
-        assert given == set(METRICS[name])
+    problems = {"sequence_classification": ("single_label", "multi_label", "regression"),
+                "question_answering": ("answer", "answer_or_none")}
+    for name, make in TASKS.items():
+        task = make(TrainConfig(), EvaluationConfig())
+        given = {metric for problem in problems.get(name, ("",)) for metric in task.metric_names(Targets(problem))}
+        assert given == set(METRICS[name]) and task.formats == FORMATS[name]
 
 
 def test_the_schema_describes_every_key():

@@ -1,6 +1,7 @@
 """Files to rows to examples: what is read, what is refused, what a step sees."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
@@ -13,18 +14,24 @@ from peftune.config.schema import DataConfig, Source
 from peftune.data.batches import BatchPlan, evaluation_batches
 from peftune.data.examples import Example
 from peftune.data.formats import Found, canonical_rows
-from peftune.data.prepare import read_rows
-from peftune.data.rows import Row
+from peftune.data.prepare import row_faults
+from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
-from peftune.data.splits import split_off
+from peftune.data.splits import held_out, split_key
+from peftune.data.spool import Spool
 from peftune.data.store import Split, write
 from peftune.errors import DataError
+from peftune.numerics.dealing import packed_groups, padded_groups
 
 CAUSAL = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 
 
 def rows_of(path, **more):
-    return [dict(row.values) for row in read(Source(path=str(path), **more))]
+    faults = Faults()
+    rows = [dict(row.values) for row in read(Source(path=str(path), **more), faults)]
+    if faults.count:
+        raise DataError(faults.kept)
+    return rows
 
 
 def canonical(values, accepts=CAUSAL, **options):
@@ -104,7 +111,7 @@ def test_a_missing_file_is_said_with_what_is_there(tmp_path):
 ])
 def test_formats_are_found_from_the_columns(values, format, fields):
     rows, found = canonical([values])
-    assert not found.faults and found.formats == {"f.jsonl": format} and rows[0].fields == fields
+    assert not found.faults.count and found.formats == {"f.jsonl": format} and rows[0].fields == fields
 
 
 @pytest.mark.parametrize("values", [
@@ -114,7 +121,7 @@ def test_formats_are_found_from_the_columns(values, format, fields):
 ])
 def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     rows, found = canonical([values])
-    assert not rows and found.faults[0].line == 1 and found.faults[0].mend
+    assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
 
 
 def test_columns_are_renamed_and_a_likely_rename_is_suggested():
@@ -129,40 +136,41 @@ def test_columns_are_renamed_and_a_likely_rename_is_suggested():
 def test_every_fault_of_every_file_is_said_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "l"}\n{"text": ""\n')
     (tmp_path / "b.jsonl").write_text('{"text": "", "label": "l"}\n{"text": "y", "label": null}\n')
-    with pytest.raises(DataError) as caught:
-        read_rows(DataConfig(train=str(tmp_path / "a.jsonl"), validation=str(tmp_path / "b.jsonl")),
-                  ("classification",), 0)
-    assert [(fault.file[-7:], fault.line) for fault in caught.value.faults] == [
-        ("a.jsonl", 2), ("b.jsonl", 1), ("b.jsonl", 2)]
+    faults = row_faults(DataConfig(train=str(tmp_path / "a.jsonl"), validation=str(tmp_path / "b.jsonl")),
+                        ("classification",), 0)
+    assert [(fault.file[-7:], fault.line) for fault in faults] == [("a.jsonl", 2), ("b.jsonl", 1), ("b.jsonl", 2)]
 
 
 def test_a_missing_file_does_not_hide_the_faults_of_the_others(tmp_path):
     from peftune.data.prepare import prepare
-    from peftune.tasks import TASKS
+    from peftune.tasks.sequence_classification import SEQUENCE_CLASSIFICATION
     from peftune.tasks.task import BoundEncoder, TextEncoder
 
     (tmp_path / "a.jsonl").write_text('{"text": ""\n')
     config = DataConfig(train=str(tmp_path / "a.jsonl"), validation=str(tmp_path / "none.jsonl"))
-    encoder = BoundEncoder(TASKS["sequence_classification"], TextEncoder(None, 9))
+    encoder = BoundEncoder(SEQUENCE_CLASSIFICATION, TextEncoder(None, 9, config))
     with pytest.raises(DataError) as caught:
         prepare(config, encoder, seed=0, identity={})
-    assert [fault.line for fault in caught.value.faults] == [1, None]
+    assert sorted(str(fault.line) for fault in caught.value.faults) == ["1", "None"]
 
 
 def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():
-    rows = [Row({"text": str(number % 30)}, "f", number, str(number)) for number in range(60)]
-    kept, held_out = split_off(rows, 0.2, seed=3)
-    assert len(kept) + len(held_out) == 60 and 12 <= len(held_out) <= 14
-    assert not {row.fields["text"] for row in kept} & {row.fields["text"] for row in held_out}
-    assert {row.id for row in split_off(rows[::-1], 0.2, seed=3)[1]} == {row.id for row in held_out}
-    assert {row.id for row in split_off(rows, 0.2, seed=4)[1]} != {row.id for row in held_out}
+    rows = [{"text": str(number % 30)} for number in range(60)]
+
+    def held(some, seed):
+        mask = held_out(np.array([split_key(row, seed) for row in some], np.uint64), 0.2)
+        return [row["text"] for row, out in zip(some, mask, strict=True) if out]
+
+    found = held(rows, 3)
+    assert 12 <= len(found) <= 14 and all(found.count(text) == 2 for text in found)
+    assert sorted(held(rows[::-1], 3)) == sorted(found) and sorted(held(rows, 4)) != sorted(found)
 
 
 def test_a_stored_example_comes_back_equal(tmp_path):
     examples = [Example([1, 2, 3], [-100, 2, 3], 2, 9, {"id": "7", "reference": "é"}, None, 1),
                 Example([4], [-100], 0, 1, {}, [0], 0)] * 700
     assert write(tmp_path / "x.arrow", examples, "token") == 1400
-    split = Split(tmp_path / "x.arrow")
+    split = Split([tmp_path / "x.arrow"], "token")
     for position in (0, 1, 1023, 1024, 1399):
         back, wanted = split[position], examples[position]
         assert list(back.input_ids) == wanted.input_ids and list(back.targets) == wanted.targets
@@ -171,19 +179,44 @@ def test_a_stored_example_comes_back_equal(tmp_path):
     assert split.lengths.sum() == 2800 and split.num_targets.sum() == 1400
 
 
+def test_the_rows_of_a_spool_are_read_once_whatever_the_parts(tmp_path):
+    rows = [Row({"text": "ä" * (number % 7)}, "f", number, str(number)) for number in range(50)]
+    path = tmp_path / "train.rows"
+    path.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    spool = Spool(path, 50, 0)
+    for count in (1, 2, 7, 200):
+        assert [row for begin, end in spool.parts(count) for row in spool.read(begin, end)] == rows
+
+
 plans = st.builds(
     lambda lengths, batch, seed: BatchPlan(np.array(lengths), np.zeros(len(lengths), int), (1.0,), batch, seed),
     st.lists(st.integers(1, 200), min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 9))
 
 
 @settings(max_examples=100, deadline=None)
-@given(plans, st.integers(1, 5), st.integers(1, 500))
-def test_an_epoch_uses_each_example_once_whatever_the_ranks_and_the_budget(plan, ranks, budget):
+@given(plans, st.integers(1, 5), st.integers(1, 500), st.sampled_from([padded_groups, packed_groups]))
+def test_an_epoch_uses_each_example_once_whatever_the_ranks_the_budget_and_the_layout(plan, ranks, budget, grouping):
     for epoch in range(2):
-        seen = [i for step in range(plan.steps_per_epoch) for rank in range(ranks)
-                for group in plan.micro_batches(epoch * plan.steps_per_epoch + step, rank=rank, ranks=ranks,
-                                                budget_tokens=budget) for i in group]
+        seen = []
+        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+            dealt = [plan.micro_batches(step, rank=rank, ranks=ranks, budget_tokens=budget, grouping=grouping)
+                     for rank in range(ranks)]
+            assert len({len(groups) for groups in dealt}) == 1, "every rank runs as many micro-batches"
+            seen += [i for groups in dealt for group in groups for i in group]
         assert sorted(seen) == list(range(len(plan.lengths)))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 500))
+def test_no_pack_exceeds_its_budget_but_an_example_that_does_so_alone(lengths, budget):
+    for group in packed_groups(lengths, budget):
+        assert sum(lengths[i] for i in group) <= budget or len(group) == 1
+        assert [lengths[i] for i in group] == sorted((lengths[i] for i in group), reverse=True)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 500))
+def test_packs_are_never_more_than_twice_what_their_tokens_need(lengths, budget):
+    tokens = sum(min(length, budget) for length in lengths)
+    assert len(packed_groups(lengths, budget)) <= max(1, 2 * tokens / budget)
 
 
 def test_a_step_sees_the_same_examples_in_any_order_of_asking():

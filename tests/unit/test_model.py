@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from peftune.config.schema import AdapterConfig, ModelConfig
+from peftune.config.schema import AdapterConfig, EvaluationConfig, ModelConfig, TrainConfig
 from peftune.errors import ConfigError, MachineError, ModelError
 from peftune.model.adapters import peft_config
 from peftune.model.assemble import assemble, count
@@ -22,7 +22,8 @@ def assembled(path, task, adapter, names=("a", "b"), **model):
     problem = "next_token" if task == "causal_lm" else "single_label"
     config = adjust_config(AutoConfig.from_pretrained(path), dropout=0.0, problem=problem, names=names,
                            tokenizer=tokenizer)
-    return assemble(section, adapter, path, config, TASKS[task].auto_class, task=task, seed=0)
+    return assemble(section, adapter, path, config, TASKS[task](TrainConfig(), EvaluationConfig()).auto_class,
+                    task=task, new_head=task != "causal_lm", seed=0)
 
 
 def test_the_new_head_trains_beside_the_adapter_and_nothing_else_does(encoder):

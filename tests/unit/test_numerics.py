@@ -10,13 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from peftune.numerics import scores
+from peftune.numerics import scores, squad
 from peftune.numerics.dealing import deal, padded_groups, rank_groups
 from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
-from peftune.numerics.losses import IGNORE, class_nats, label_nats, next_token_nats, squared_error
+from peftune.numerics.losses import (
+    IGNORE,
+    class_nats,
+    label_nats,
+    next_token_nats,
+    preference_nats,
+    span_nats,
+    squared_error,
+    token_nats,
+)
 from peftune.numerics.schedules import learning_rate_factor
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+def rows(count, length):
+    """Owners of the tokens of padded rows."""
+    return torch.arange(count)[:, None].expand(count, length)
 
 
 def test_next_token_nats_equal_a_naive_sum_in_float64():
@@ -26,12 +40,12 @@ def test_next_token_nats_equal_a_naive_sum_in_float64():
     targets[1, 1] = IGNORE
     naive = [sum(-torch.log_softmax(logits[b, t - 1], 0)[targets[b, t]] for t in range(1, 7) if targets[b, t] >= 0)
              for b in range(3)]
-    torch.testing.assert_close(next_token_nats(logits, targets), torch.stack(naive), rtol=0, atol=1e-12)
+    torch.testing.assert_close(next_token_nats(logits, targets, rows(3, 7), 3), torch.stack(naive), rtol=0, atol=1e-12)
 
 
 def test_an_example_without_targets_has_no_loss_and_a_zero_gradient():
     logits = torch.randn(1, 4, 5, requires_grad=True)
-    loss = next_token_nats(logits, torch.full((1, 4), IGNORE)).sum()
+    loss = next_token_nats(logits, torch.full((1, 4), IGNORE), rows(1, 4), 1).sum()
     loss.backward()
     assert loss.item() == 0.0 and not logits.grad.any()
     scores_ = torch.randn(1, 3, requires_grad=True)
@@ -39,6 +53,62 @@ def test_an_example_without_targets_has_no_loss_and_a_zero_gradient():
              squared_error(scores_, torch.full((1, 3), float("nan"))))
     sum(part.sum() for part in empty).backward()
     assert not scores_.grad.any()
+
+
+def test_a_packed_row_never_predicts_a_first_token_from_the_sequence_before_it():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(1, 7, 11, dtype=torch.float64), torch.randint(0, 11, (1, 7))
+    owners = torch.tensor([[0, 0, 0, 1, 2, 2, 2]])
+    naive = [sum((-torch.log_softmax(logits[0, t - 1], 0)[targets[0, t]] for t in steps), torch.zeros(()).double())
+             for steps in ((1, 2), (), (5, 6))]
+    torch.testing.assert_close(next_token_nats(logits, targets, owners, 3), torch.stack(naive), rtol=0, atol=1e-12)
+
+
+def test_token_nats_equal_a_naive_sum_by_sequence():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(1, 6, 4, dtype=torch.float64), torch.tensor([[0, IGNORE, 3, 1, 2, IGNORE]])
+    owners = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    nats = -torch.log_softmax(logits[0], -1)
+    naive = torch.stack([nats[0, 0] + nats[2, 3], nats[3, 1] + nats[4, 2], nats.new_zeros(())])
+    torch.testing.assert_close(token_nats(logits, targets, owners, 3), naive, rtol=0, atol=1e-12)
+
+
+def test_span_nats_choose_among_candidates_only():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 6, 2, dtype=torch.float64)
+    marks = torch.tensor([[3, IGNORE, 0, 0, 0, IGNORE],  # no answer: the first token is both ends
+                          [0, IGNORE, 0, 1, 2, 0], [0, IGNORE, 0, 0, 0, 0]])
+    naive = []
+    for row, (first, last) in enumerate(((0, 0), (3, 4))):
+        inside = marks[row] != IGNORE
+        naive.append(sum(logits[row, inside, side].logsumexp(0) - logits[row, at, side]
+                         for side, at in ((0, first), (1, last))) / 2)
+    naive.append(torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(span_nats(logits, marks), torch.stack(naive), rtol=0, atol=1e-12)
+
+
+def test_preference_nats_are_the_published_formula_in_float64():
+    torch.manual_seed(0)
+    policy_w, policy_l, reference_w, reference_l = torch.randn(4, 9, dtype=torch.float64) * 30
+    beta = 0.3
+    ratio = torch.log(torch.exp(policy_w) / torch.exp(reference_w)) - torch.log(
+        torch.exp(policy_l) / torch.exp(reference_l))
+    naive = -torch.log(1 / (1 + torch.exp(-beta * ratio)))
+    given = torch.stack([policy_w, policy_l, reference_w, reference_l], dim=-1)
+    torch.testing.assert_close(preference_nats(given, beta), naive, rtol=1e-9, atol=1e-12)
+
+
+SQUAD_CASES = [  # prediction, answers, exact match, F1: worked out by hand from the official script's rules
+    ("The Eiffel Tower.", ["eiffel tower"], 1, 1), ("Denver Broncos", ["Broncos"], 0, 2 / 3),
+    ("", [], 1, 1), ("Paris", [], 0, 0), ("", ["Paris"], 0, 0), ("a", ["the", "an apple"], 0, 0),
+    ("24", ["24\u201310", "24"], 1, 1), ("gold gold", ["gold"], 0, 2 / 3), ("in the U.S.", ["US"], 0, 2 / 3),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answers", "exact", "f1"), SQUAD_CASES)
+def test_squad_scores_follow_the_official_rules(prediction, answers, exact, f1):
+    assert squad.best_over(squad.exact_match, prediction, answers) == exact
+    assert squad.best_over(squad.f1, prediction, answers) == pytest.approx(f1)
 
 
 def test_class_label_and_squared_losses_equal_the_textbook():

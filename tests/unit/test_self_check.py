@@ -64,7 +64,7 @@ def test_a_rate_too_small_for_the_type_is_no_fault():
 @pytest.mark.parametrize(("targets", "passes"), [([-100, 5, 1], True), ([-100, 5, 7], False)])
 def test_answers_that_do_not_end_are_found(tmp_path, targets, passes):
     write(tmp_path / "x.arrow", [Example([3, 5, targets[-1]], targets, 2, 3, {"source": "f:1"})], "token")
-    split = Split(tmp_path / "x.arrow")
+    split = Split([tmp_path / "x.arrow"], "token")
     if passes:
         check_end_of_text(split, 1)
     else:

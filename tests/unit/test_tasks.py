@@ -8,8 +8,8 @@ from sklearn import metrics as sk
 from transformers import AutoTokenizer
 
 from peftune.config.schema import DataConfig
-from peftune.data.prepare import RowFault, Targets
 from peftune.data.rows import Row
+from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError
 from peftune.tasks.causal_lm import metrics as text_metrics
 from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
@@ -48,16 +48,16 @@ def test_a_single_class_is_no_task():
     (Targets("regression", (), "values"), "many"), (Targets("multi_label", ("a",), "values"), ["a", "z"]),
 ])
 def test_a_label_outside_the_set_is_a_row_fault(encoder, targets, label):
-    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32)
+    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32, DataConfig(train="x"))
     with pytest.raises(RowFault) as caught:
         encode(rows([label])[0], targets, text)
     assert caught.value.mend
 
 
 def test_a_pair_of_texts_is_told_apart_by_segments(encoder):
-    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32)
+    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32, DataConfig(train="x"))
     row = Row({"text": "the printer", "text_pair": "is broken", "label": "a"}, "f", 1, "0")
-    example = encode(row, Targets("single_label", ("a", "b"), "class"), text)
+    (example,) = encode(row, Targets("single_label", ("a", "b"), "class"), text)
     assert set(example.segment_ids) == {0, 1} and len(example.segment_ids) == len(example.input_ids)
 
 
@@ -66,7 +66,7 @@ def test_single_label_metrics_are_those_of_scikit_learn():
     targets = Targets("single_label", ("a", "b", "c"), "class")
     logits, want = torch.randn(40, 3), [targets.names[k] for k in np.random.default_rng(0).integers(0, 3, 40)]
     records = [{**record, "reference": w, "loss_sum": 1.0, "num_targets": 1}
-               for record, w in zip(predictions(logits, targets), want, strict=True)]
+               for record, w in zip(predictions(logits, None, targets, []), want, strict=True)]
     got = [record["prediction"] for record in records]
     assert got == [targets.names[k] for k in logits.argmax(1).tolist()]
     result = metrics(records, targets, True)

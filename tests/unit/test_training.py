@@ -4,30 +4,30 @@ import json
 
 import pytest
 
-from tests.conftest import metric_rows, summary
+from tests.conftest import EVERY_TASK, metric_rows, summary
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-@pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.parametrize("task", EVERY_TASK)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, request, train):
     settings = request.getfixturevalue(task)
     settings = {**settings, "adapter": adapter, "model": {**settings["model"], "dtype": dtype}}
-    settings["train"] = {**settings["train"], "max_steps": 30, "learning_rate": 0.01}
+    settings["train"] = {**settings["train"], "max_steps": 60, "learning_rate": 0.01}
     settings["evaluation"] = {**settings["evaluation"], "metric": "loss"}
     folder = train(settings)
     result = summary(folder)
-    assert result["steps"] == 30 and result["exit"] == "done"
+    assert result["steps"] == 60 and result["exit"] == "done"
     assert result["best"]["validation"]["loss"] < result["baseline"]["validation"]["loss"]
     assert result["reload_deviation"] < 1e-3
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html",
                  "predictions/validation.jsonl", "best/config.json", "final/config.json", "final/tokenizer.json",
-                 "final/README.md", "checkpoints/step-000030/manifest.json"):
+                 "final/README.md", "checkpoints/step-000060/manifest.json"):
         assert (folder / name).is_file(), name
     weights = "model.safetensors" if adapter is None else "adapter_model.safetensors"
     assert (folder / "final" / weights).is_file() and (folder / "best" / weights).is_file()
     rows = metric_rows(folder, "train")
-    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert [row["step"] for row in rows] == list(range(1, 61))
     assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5])
     keys = {"step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
             "tokens_per_second", "peak_memory_bytes", "seconds"}

@@ -1,0 +1,239 @@
+"""What a row of each format must hold, and its canonical fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peftune.data.targets import RowFault
+
+Fields = dict[str, Any]
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+         "model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "function": "tool",
+         "observation": "tool"}
+
+
+def _text(values: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
+    if key not in values:
+        raise RowFault(f"the key {key} is missing", f"add {key}, or delete the row")
+    value = values[key]
+    if not isinstance(value, str):
+        raise RowFault(f"{key} is {_kind(value)}, not a text", "write it in quotes, or delete the row")
+    if not empty and not value.strip():
+        raise RowFault(f"{key} is empty", f"fill in {key}, or delete the row")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "null", list: "a list", dict: "a record", bool: "true or false"}
+    return names.get(type(value), f"the number {value!r:.40}" if isinstance(value, int | float) else "not text")
+
+
+def refuse_surrogates(fields: Any) -> None:
+    """Half a surrogate pair is valid JSON and no valid text: tokenizers and files refuse it."""
+    if isinstance(fields, str):
+        try:
+            fields.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RowFault("the text holds half a surrogate pair", "mend the escape \\uD800..\\uDFFF") from None
+    elif isinstance(fields, Mapping):
+        for value in fields.values():
+            refuse_surrogates(value)
+    elif isinstance(fields, list):
+        for value in fields:
+            refuse_surrogates(value)
+
+
+def _classification(values: Mapping[str, Any]) -> Fields:
+    if "label" not in values:
+        raise RowFault("the key label is missing", "add label, or delete the row")
+    label = values["label"]
+    members = label if isinstance(label, list) else [label]
+    if not all(isinstance(member, str | int | float) for member in members) or label == "":
+        raise RowFault(f"label is {_kind(label)}", "write a name, a number, or a list of names")
+    pair = _text(values, "text_pair", empty=True) if values.get("text_pair") is not None else None
+    return {"text": _text(values, "text"), "text_pair": pair, "label": label}
+
+
+def _plain_text(values: Mapping[str, Any]) -> Fields:
+    return {"text": _text(values, "text")}
+
+
+def _prompt_completion(values: Mapping[str, Any]) -> Fields:
+    return {"prompt": _text(values, "prompt", empty=True), "completion": _text(values, "completion")}
+
+
+def _alpaca(values: Mapping[str, Any]) -> Fields:
+    extra = _text(values, "input", empty=True) if values.get("input") is not None else ""
+    instruction = _text(values, "instruction")
+    system = _text(values, "system", empty=True) if values.get("system") is not None else ""
+    question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, "output")}]
+    return {"messages": ([{"role": "system", "content": system}] if system.strip() else []) + messages}
+
+
+def _messages(values: Mapping[str, Any]) -> Fields:
+    return _conversation(values, "messages", role="role", content="content")
+
+
+def _sharegpt(values: Mapping[str, Any]) -> Fields:
+    system = values.get("system")
+    fields = _conversation(values, "conversations", role="from", content="value")
+    if isinstance(system, str) and system.strip():
+        fields["messages"].insert(0, {"role": "system", "content": system})
+    return fields
+
+
+def _turns(values: Mapping[str, Any], key: str, *, role: str, content: str) -> list[dict[str, Any]]:
+    turns = values.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise RowFault(f"{key} is {_kind(turns) if turns != [] else 'empty'}, not a list of turns",
+                      f'write [{{"{role}": "user", "{content}": "..."}}, ...]')
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, Mapping) or role not in turn:
+            raise RowFault(f"turn {number} of {key} is no record with {role} and {content}", "mend the turn")
+        name = ROLES.get(turn[role]) if isinstance(turn[role], str) else None
+        if name is None:
+            raise RowFault(f"turn {number} has the unknown role {turn[role]!r:.40}", f"use one of {', '.join(ROLES)}")
+        said = turn.get(content)
+        calls = turn.get("tool_calls")
+        if not isinstance(said, str) and not (said is None and calls):
+            raise RowFault(f"turn {number} of {key}: {content} is {_kind(said)}, not a text", "write a text")
+        others = {k: v for k, v in turn.items() if k not in (role, content) and v is not None}
+        messages.append({"role": name, "content": said or "", **others})
+    return messages
+
+
+def _conversation(values: Mapping[str, Any], key: str, *, role: str, content: str) -> Fields:
+    messages = _turns(values, key, role=role, content=content)
+    if not any(message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+               for message in messages):
+        raise RowFault("no assistant turn to learn from", "add one, or delete the row")
+    tools = values.get("tools")
+    return {"messages": messages, **({"tools": tools} if isinstance(tools, list) and tools else {})}
+
+
+def _ner(values: Mapping[str, Any]) -> Fields:
+    words, tags = values.get("tokens"), values.get("ner_tags", values.get("tags"))
+    for key, value, kinds in (("tokens", words, str), ("ner_tags", tags, str | int)):
+        if not isinstance(value, list) or not value:
+            raise RowFault(f"{key} is {_kind(value) if value != [] else 'empty'}, not a list",
+                           'write {"tokens": ["...", ...], "ner_tags": ["O", ...]}')
+        odd = next((n for n, member in enumerate(value) if not isinstance(member, kinds)
+                    or isinstance(member, bool)), None)
+        if odd is not None:
+            raise RowFault(f"{key}[{odd}] is {_kind(value[odd])}", "write one word and one tag a position")
+    assert isinstance(words, list) and isinstance(tags, list)
+    if len(words) != len(tags):
+        raise RowFault(f"{len(words)} tokens and {len(tags)} tags", "write one tag for each token")
+    blank = next((n for n, word in enumerate(words) if not word.strip()), None)
+    if blank is not None:
+        raise RowFault(f"tokens[{blank}] is blank", "delete it and its tag")
+    return {"tokens": words, "tags": tags}
+
+
+def _squad(values: Mapping[str, Any]) -> Fields:
+    context, given = _text(values, "context"), values.get("answers")
+    if isinstance(given, Mapping):  # the columns of hub data sets
+        texts, starts = given.get("text"), given.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise RowFault("answers has no text and answer_start of equal length",
+                           'write {"text": ["..."], "answer_start": [0]}')
+        given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    if given is None or values.get("is_impossible"):
+        given = []
+    if not isinstance(given, list):
+        raise RowFault(f"answers is {_kind(given)}", 'write [{"text": "...", "answer_start": 0}]')
+    return {"question": _text(values, "question"), "context": context,
+            "answers": [_answer(answer, context) for answer in given]}
+
+
+def _answer(answer: Any, context: str) -> Fields:
+    text = answer.get("text") if isinstance(answer, Mapping) else None
+    start = answer.get("answer_start") if isinstance(answer, Mapping) else None
+    if not isinstance(text, str) or not text or not isinstance(start, int):
+        raise RowFault(f"the answer {answer!r:.60} has no text and answer_start",
+                       'write {"text": "...", "answer_start": 0}')
+    if context[start : start + len(text)] != text or start < 0:
+        at = context.find(text)
+        mend = f"it stands at {at}: answer_start={at}" if at >= 0 else "mend the answer or the context"
+        raise RowFault(f"the answer {text!r:.60} does not stand in the context at {start}", mend)
+    return {"text": text, "start": start}
+
+
+def preference_fields(values: Mapping[str, Any]) -> Fields:
+    """A prompt, as text or as a conversation, with a chosen and a rejected answer.
+
+    Answers may be whole conversations, as preference sets have them: then what both share is the prompt.
+
+    Raises:
+        RowFault: an answer is missing, or both are the same.
+    """
+    sides = [values.get(key) for key in ("chosen", "rejected")]
+    if all(isinstance(side, list) for side in sides):
+        fields = _of_conversations(values)
+    else:
+        prompt = values.get("prompt", values.get("messages"))
+        chosen, rejected = _text(values, "chosen"), _text(values, "rejected")
+        if isinstance(prompt, list):
+            key = "prompt" if "prompt" in values else "messages"
+            fields = {"messages": _turns(values, key, role="role", content="content")}
+        else:
+            fields = {"prompt": _text(values, "prompt", empty=True)}
+        fields |= {"chosen": chosen, "rejected": rejected}
+    if fields["chosen"].strip() == fields["rejected"].strip():
+        raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
+    tools = values.get("tools")
+    return {**fields, **({"tools": tools} if isinstance(tools, list) and tools else {})}
+
+
+def _of_conversations(values: Mapping[str, Any]) -> Fields:
+    chosen, rejected = (_turns(values, key, role="role", content="content") for key in ("chosen", "rejected"))
+    before = _turns(values, "prompt", role="role", content="content") if isinstance(values.get("prompt"), list) else []
+    if chosen[:-1] != rejected[:-1]:
+        raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+            raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
+    prompt = [*before, *chosen[:-1]]
+    if not prompt and isinstance(values.get("prompt"), str):
+        prompt = [{"role": "user", "content": values["prompt"]}]
+    return {"messages": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+
+
+CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "classification": _classification,
+    "text": _plain_text,
+    "ner": _ner,
+    "squad": _squad,
+    "preference": preference_fields,
+}
+"""Format -> from a row's values to its canonical fields. Raises RowFault."""
+
+
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "text")
+"""Columns that `peftune predict` generates from."""
+
+
+def prompt_messages(values: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The conversation to continue, without the answer it may end in; None where the record holds none."""
+    try:
+        if "instruction" in values:
+            messages = _alpaca({**values, "output": "-"})["messages"]
+        elif "messages" in values or "conversations" in values:
+            key, role, content = (("messages", "role", "content") if "messages" in values
+                                  else ("conversations", "from", "value"))
+            messages = _turns(values, key, role=role, content=content)
+        else:
+            return None
+    except RowFault:
+        return None
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages or None

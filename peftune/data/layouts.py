@@ -1,0 +1,161 @@
+"""How the examples of a micro-batch lie in memory: as rows of equal length, or end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from peftune.data.examples import Batch, Example, TargetKind
+from peftune.numerics.dealing import Grouping, packed_groups, padded_groups
+from peftune.numerics.losses import IGNORE
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """padded: a row a sequence. segments, varlen: packed, without any padding; the attention is told the borders,
+    by length for SDPA over segments, by cumulative lengths for FlashAttention."""
+
+    kind: Literal["padded", "segments", "varlen"] = "padded"
+    first_position: int = 0
+    """Position id of a sequence's first token."""
+
+    @property
+    def name(self) -> str:
+        """As in the config: padded or packed."""
+        return "padded" if self.kind == "padded" else "packed"
+
+    @property
+    def grouping(self) -> Grouping:
+        """How a step's examples are cut into micro-batches."""
+        return padded_groups if self.kind == "padded" else packed_groups
+
+
+PADDED = Layout()
+
+
+def lay_out(
+    examples: Sequence[Example], positions: Sequence[int], *, layout: Layout = PADDED, pad_id: int, kind: TargetKind,
+    width: int, device: torch.device, left: bool = False,
+) -> Batch:
+    """Make one micro-batch.
+
+    No example at all gives sequences of one token without a target: loss and gradients are zero, but every
+    trainable weight takes part, so that a rank with less work stays in step with the others.
+
+    A packed batch of token or pair targets is one row. One of classes or values keeps its padded ids, from which the
+    model's output layer finds the first or last token, and carries the lengths by which its body packs them
+    (`model/packing.py`).
+
+    Args:
+        examples: what to lay out.
+        positions: their positions in the split.
+        layout: padded or packed.
+        pad_id: id that fills rows up.
+        kind: what the targets are.
+        width: K, values an example has; read for an empty batch of values only.
+        device: where the tensors go.
+        left: pad on the left, for generation.
+    """
+    sequences = [part for example in examples for part in _sequences(example, kind)]
+    if not sequences:
+        sequences = [_Sequence([pad_id], [IGNORE])] * (2 if kind == "pair" else 1)
+    lengths = tuple(len(sequence.ids) for sequence in sequences)
+    by_token = kind in ("token", "pair")
+    one_row = layout.kind != "padded" and by_token
+    columns = _joined(sequences, layout, pad_id) if one_row else _rows(sequences, pad_id, left, by_token)
+    token_targets, owners = columns.pop("targets"), columns.pop("owners")
+    targets = token_targets if by_token else _example_targets(examples, kind, width)
+    inputs: dict[str, Any] = {name: _tensor(array, device) for name, array in columns.items()}
+    if layout.kind != "padded":
+        inputs |= _borders(lengths, layout, device, one_row)
+    return Batch(
+        inputs=inputs, targets=_tensor(targets, device), owners=_tensor(owners, device), lengths=lengths,
+        positions=tuple(positions), tokens=sum(lengths) if examples else 0,
+    )
+
+
+def rows_of(values: Tensor, batch: Batch, *, fill: float) -> Tensor:
+    """Values of each token [B, T, ...], however they are laid out -> a row a sequence [S, longest, ...]."""
+    if values.shape[0] == len(batch.lengths):
+        return values
+    return pad_sequence(list(values[0].split(list(batch.lengths))), batch_first=True, padding_value=fill)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    ids: Sequence[int]
+    targets: Sequence[float]
+    segment_ids: Sequence[int] | None = None
+
+
+def _sequences(example: Example, kind: TargetKind) -> list[_Sequence]:
+    if kind != "pair":
+        return [_Sequence(example.input_ids, example.targets, example.segment_ids)]
+    cut = example.first_part
+    return [_Sequence(example.input_ids[:cut], example.targets[:cut]),
+            _Sequence(example.input_ids[cut:], example.targets[cut:])]
+
+
+def _rows(sequences: Sequence[_Sequence], pad_id: int, left: bool, by_token: bool) -> dict[str, np.ndarray]:
+    shape = len(sequences), max(len(sequence.ids) for sequence in sequences)
+    ids, mask, segments = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    targets = np.full(shape if by_token else (0, 0), IGNORE, np.int64)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        span = slice(shape[1] - length, shape[1]) if left else slice(0, length)
+        ids[row, span] = sequence.ids
+        mask[row, span] = 1
+        if sequence.segment_ids is not None:
+            segments[row, span] = sequence.segment_ids
+        if by_token and len(sequence.targets):  # prompts to generate from have none
+            targets[row, span] = sequence.targets
+    columns = {"input_ids": ids, "attention_mask": mask, "targets": targets,
+               "owners": np.broadcast_to(np.arange(shape[0])[:, None], shape).copy()}
+    if any(sequence.segment_ids is not None for sequence in sequences):
+        columns["token_type_ids"] = segments
+    return columns
+
+
+def _joined(sequences: Sequence[_Sequence], layout: Layout, pad_id: int) -> dict[str, np.ndarray]:
+    lengths = [len(sequence.ids) for sequence in sequences]
+    columns = {
+        "input_ids": np.concatenate([np.asarray(sequence.ids, np.int64) for sequence in sequences]),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]) + layout.first_position,
+        "targets": np.concatenate([np.asarray(sequence.targets, np.int64) for sequence in sequences]),
+        "owners": np.repeat(np.arange(len(lengths)), lengths),
+    }
+    if any(sequence.segment_ids is not None for sequence in sequences):
+        columns["token_type_ids"] = np.concatenate([
+            np.zeros(len(sequence.ids), np.int64) if sequence.segment_ids is None
+            else np.asarray(sequence.segment_ids, np.int64) for sequence in sequences])
+    return {name: column[None].astype(np.int64, copy=False) for name, column in columns.items()}
+
+
+def _borders(lengths: tuple[int, ...], layout: Layout, device: torch.device, one_row: bool) -> dict[str, Any]:
+    """What tells the attention where sequences end. Made once a batch, not once a layer."""
+    if layout.kind == "varlen" and one_row:
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        longest = max(lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    # a mask that is ready for use keeps transformers from building one of T x T
+    ready = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)} if one_row else {}
+    return {"segment_lengths": lengths, **ready}
+
+
+def _example_targets(examples: Sequence[Example], kind: TargetKind, width: int) -> np.ndarray:
+    if kind == "values":
+        if not examples:
+            return np.full((1, width), np.nan, dtype=np.float32)
+        return np.asarray([example.targets for example in examples], dtype=np.float32)
+    return np.asarray([example.targets[0] for example in examples] or [IGNORE], dtype=np.int64)
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

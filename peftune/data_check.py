@@ -1,0 +1,185 @@
+"""`peftune check`: every fault of config, model name and data, and what looks wrong, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from peftune.config.schema import RunConfig
+from peftune.data.examples import Example
+from peftune.data.findings import as_faults
+from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
+from peftune.data.store import Split
+from peftune.errors import DataError, Fault, faults_of
+from peftune.model.adapters import peft_config
+from peftune.numerics.losses import IGNORE
+from peftune.observe.display import Display, Piece
+from peftune.observe.trackers import check_trackers
+from peftune.tasks import TASKS
+from peftune.tasks.task import chosen_metric
+from peftune.tasks.text import Text, open_text, quiet_libraries
+
+SHOWN_PLACES = 3
+SHOWN_ERRORS = 20
+BARS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found. The data and the text side are there unless a fault kept them from being opened."""
+
+    faults: list[Fault]
+    """Errors, and one warning for each place of each finding."""
+    data: Prepared | None = None
+    text: Text | None = None
+
+
+def check(config: RunConfig) -> Checked:
+    """Look at trackers, adapter fields, model name, tokenizer and data, without loading weights.
+
+    Where the tokenizer cannot be had, the rows are still read and their faults said.
+    """
+    quiet_libraries()
+    task = TASKS[config.task](config.train, config.evaluation)
+    faults = faults_of(lambda: check_trackers(config.log.trackers))
+    if config.adapter is not None:
+        adapter = config.adapter
+        faults += faults_of(lambda: peft_config(adapter, config.task, ()))
+    opened: list[tuple[Prepared, Text]] = []
+
+    def open_data() -> None:
+        text = open_text(task, config.model, config.data)
+        folder = prepare(config.data, text.encoder, seed=config.seed, identity=text.identity(), inspect=True)
+        opened.append((open_prepared(folder), text))
+        chosen_metric(task, opened[0][0].targets, config.evaluation.metric)
+
+    found = faults_of(open_data)
+    if not opened:
+        if any(fault.kind != "data" for fault in found):
+            found += faults_of(lambda: _raise(row_faults(config.data, task.formats, config.seed)))
+        return Checked(faults + found)
+    data, text = opened[0]
+    severity: Literal["error", "warning"] = "error" if config.data.on_bad_row == "error" else "warning"
+    found += [replace(fault, severity=severity) for fault in data.faults]
+    found += as_faults(data.findings, "warning")
+    return Checked(faults + found, data, text)
+
+
+def _raise(faults: list[Fault]) -> None:
+    if faults:
+        raise DataError(faults)
+
+
+def as_json(checked: Checked) -> dict[str, Any]:
+    """For `--json`: faults with their places, findings with their counts, what became of the rows, and lengths."""
+    data = checked.data
+    found: dict[str, Any] = {"faults": [fault.as_json() for fault in checked.faults]}
+    if data is not None:
+        found |= {
+            "findings": [{key: value for key, value in asdict(finding).items() if key != "places"}
+                         for finding in data.findings],
+            "data": {name: asdict(counts) for name, counts in data.counts.items()},
+            "lengths": {name: _quantiles(split) for name, split in data.splits.items()},
+        }
+    return found
+
+
+def show(checked: Checked, display: Display, name: str, max_length: int) -> None:
+    """Say it to a person: errors, then what became of the rows, then what looks wrong with the first places."""
+    errors = [fault for fault in checked.faults if fault.severity == "error"]
+    for fault in errors[:SHOWN_ERRORS]:
+        display.alarm(f"error: {fault}")
+    if len(errors) > SHOWN_ERRORS:
+        display.alarm(f"... and {len(errors) - SHOWN_ERRORS:,} more errors; --json has them all")
+    data = checked.data
+    if data is not None:
+        _show_counts(data, display)
+        for split_name, split in data.splits.items():
+            _show_lengths(split_name, split, display, max_length)
+        if data.faults and not errors:
+            display.warn(f"{len(data.faults):,} bad rows are left out (data.on_bad_row = skip)")
+        for finding in data.findings:
+            display.warn(finding.message)
+            for place in finding.places[:SHOWN_PLACES]:
+                display.say(f"      {place.file}:{place.line}: {place.message}")
+            if finding.count > SHOWN_PLACES and finding.kind not in ("imbalance", "few_examples"):
+                display.say(f"      ... and {finding.count - SHOWN_PLACES:,} more")
+            display.say(f"      mend: {finding.mend}")
+    findings = 0 if data is None else len(data.findings)
+    display.say(f"{name}: {len(errors) or 'no'} error{'s' * (len(errors) != 1)}, "
+                f"{findings or 'no'} warning{'s' * (findings != 1)}")
+
+
+def _show_counts(data: Prepared, display: Display) -> None:
+    names = [key for key in asdict(next(iter(data.counts.values())))
+             if key in ("rows", "kept", "tokens", "longest") or any(asdict(c)[key] for c in data.counts.values())]
+    display.table("rows", ["", *(key.replace("_", " ") for key in names)],
+                  [[split, *(f"{asdict(counts)[key]:,}" for key in names)] for split, counts in data.counts.items()])
+
+
+def _quantiles(split: Split) -> dict[str, int]:
+    lengths = split.full_lengths()
+    return {"median": int(np.median(lengths)), "p90": int(np.quantile(lengths, 0.9)),
+            "p99": int(np.quantile(lengths, 0.99)), "longest": int(lengths.max())}
+
+
+def _show_lengths(name: str, split: Split, display: Display, max_length: int) -> None:
+    """A histogram of tokens an example; the bins end at round numbers and beyond max_length there is one."""
+    lengths = split.full_lengths()
+    top = min(int(lengths.max()), max_length)
+    width = max(1, -(-top // BARS))
+    edges = [*range(0, top, width), top]
+    counts = [int(((lengths > low) & (lengths <= high)).sum()) for low, high in pairwise(edges)]
+    labels = [f"{low + 1:>6,} - {high:,}" for low, high in pairwise(edges)]
+    if (lengths > top).any():
+        counts.append(int((lengths > top).sum()))
+        labels.append(f"{top + 1:>6,} and more: too long")
+    said = ", ".join(f"{key} {value:,}" for key, value in _quantiles(split).items())
+    display.bars(f"{name}: tokens an example ({said})", labels, counts)
+
+
+def show_examples(checked: Checked, display: Display, count: int) -> None:
+    """Print the first training examples as the model sees them, with what is learned of them marked."""
+    if checked.data is None or checked.text is None:
+        return
+    split = checked.data.splits["train"]
+    for position in range(min(count, len(split))):
+        example = split[position]
+        display.say(f"-- {example.record['source']}: {len(example.input_ids):,} tokens, "
+                    f"{example.num_targets:,} targets")
+        display.pieces(pieces_of(example, checked.data, checked.text))
+
+
+def pieces_of(example: Example, data: Prepared, text: Text) -> list[Piece]:
+    """The text of an example in runs of tokens that are learned or not; a note says the class of a learned run."""
+    tokenizer, targets = text.tokenizer, data.targets
+    ids, wanted = list(example.input_ids), list(example.targets)
+    if targets.kind in ("class", "values"):
+        return [Piece(tokenizer.decode(ids), False), Piece("", False, str(example.record["reference"]))]
+    marks: list[tuple[bool, str]] = []
+    inside = False
+    for target in wanted:
+        if targets.problem.startswith("answer"):
+            inside = inside or target in (1, 3)
+            marks.append((inside, ""))
+            inside = inside and target not in (2, 3)
+        else:
+            marks.append((target != IGNORE, targets.names[int(target)] if targets.names and target >= 0 else ""))
+    runs = _runs(ids, marks, bool(targets.names))
+    return [Piece(tokenizer.decode(run), learned, note) for run, learned, note in runs]
+
+
+def _runs(
+    ids: Sequence[int], marks: Sequence[tuple[bool, str]], one_by_one: bool
+) -> list[tuple[list[int], bool, str]]:
+    runs: list[tuple[list[int], bool, str]] = []
+    for token, (learned, note) in zip(ids, marks, strict=True):
+        if runs and runs[-1][1:] == (learned, note) and not (one_by_one and learned):
+            runs[-1][0].append(token)
+        else:
+            runs.append(([token], learned, note))
+    return runs

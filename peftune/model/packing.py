@@ -1,0 +1,206 @@
+"""Examples end to end in one row, with attention that cannot cross their borders.
+
+Shape letters: H heads, T tokens, D head size, N sequences of equal length, L their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import accumulate, groupby
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from peftune.model.outputs import logits_of
+
+SEGMENTS = "sdpa_segments"
+"""Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
+VARLEN = frozenset({"flash_attention_2", "flash_attention_3"})
+"""Attention functions that take cumulative lengths themselves."""
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest difference between packed and separate logits, as a share of the largest logit: room for kernels that sum
+in another order. A wrong position or mask is far beyond it."""
+
+
+def segment_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, called once for each run of neighbouring sequences of equal length.
+
+    Without `segment_lengths` it is transformers' SDPA itself. No score between two sequences is ever computed.
+
+    Args:
+        module: the attention layer.
+        query, key, value: [1, H, T, D].
+        attention_mask: of padded rows; not read where lengths are given.
+        kwargs: segment_lengths, tokens of each sequence; sliding_window of this layer; what else SDPA takes.
+    """
+    lengths: Sequence[int] | None = kwargs.pop("segment_lengths", None)
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    parts, begin = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        end = begin + count * length
+        mask = _window_mask(module, length, kwargs, query.device)
+        q, k, v = (_side_by_side(x[:, :, begin:end], count) for x in (query, key, value))
+        output_NLHD, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        parts.append(output_NLHD.reshape(1, end - begin, *output_NLHD.shape[2:]))
+        begin = end
+    return torch.cat(parts, dim=1), None
+
+
+def _side_by_side(values_1HTD: Tensor, count: int) -> Tensor:
+    """[1, H, N L, D] -> [N, H, L, D]."""
+    return values_1HTD.unflatten(2, (count, -1)).squeeze(0).transpose(0, 1)
+
+
+def _window_mask(module: nn.Module, length: int, kwargs: dict[str, Any], device: torch.device) -> Tensor | None:
+    """[1, 1, L, L] bool where a layer sees only so many tokens around each one; None where all fit into that."""
+    window = kwargs.get("sliding_window")
+    if window is None or length <= window:
+        return None
+    given = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if given is None else given  # set by each attention layer of its own
+    at = torch.arange(length, device=device)
+    distance = at[:, None] - at[None, :]
+    return (distance.abs() < window)[None, None] & ((distance >= 0) | (not causal))[None, None]
+
+
+def register() -> None:
+    """Make the attention known to transformers."""
+    AttentionInterface.register(SEGMENTS, segment_attention)
+    AttentionMaskInterface.register(SEGMENTS, sdpa_mask)
+
+
+def use_packing(
+    model: PreTrainedModel | PeftModel, *, pooled: bool, first_position: int
+) -> Literal["segments", "varlen"] | None:
+    """Prepare a model for packed batches; without them it computes what it did before.
+
+    Args:
+        model: changed in place.
+        pooled: the output layer reads one token a sequence, from padded rows.
+        first_position: position id of a sequence's first token.
+
+    Returns:
+        segments or varlen; None where this attention or adapter cannot keep sequences apart.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return None
+    attention = base.config._attn_implementation
+    if attention in ("sdpa", SEGMENTS):
+        register()
+        base.set_attn_implementation(SEGMENTS)
+    elif attention not in VARLEN:
+        return None
+    if pooled:
+        body = base.base_model
+        body.register_forward_pre_hook(partial(_pack_inputs, first_position), with_kwargs=True)
+        body.register_forward_hook(_pad_outputs, with_kwargs=True)
+    return "varlen" if attention in VARLEN else "segments"
+
+
+def _pack_inputs(
+    first_position: int, body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Padded rows with `segment_lengths` -> one row; output layers outside the body still see the padded ids."""
+    if "segment_lengths" not in kwargs:
+        return args, kwargs
+    names = ("input_ids",) * len(args)
+    packed = {**dict(zip(names, args, strict=True)), **kwargs}
+    lengths = packed["segment_lengths"]
+    real = packed.pop("attention_mask").bool()
+    for name in ("input_ids", "token_type_ids"):
+        if packed.get(name) is not None:
+            packed[name] = packed[name][real][None]
+    device = packed["input_ids"].device
+    packed["position_ids"] = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    packed["position_ids"] += first_position
+    if body.config._attn_implementation in VARLEN:
+        ends = torch.tensor([0, *accumulate(packed.pop("segment_lengths"))], dtype=torch.int32, device=device)
+        packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths),
+                   "max_length_k": max(lengths), "attention_mask": None}
+    else:
+        packed["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    return (), packed
+
+
+def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Hidden states of a packed row -> a row a sequence, and the pooled output from them where the body has one."""
+    lengths = kwargs.get("segment_lengths")
+    if lengths is None and kwargs.get("cu_seq_lens_q") is not None:
+        lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+    if lengths is None or output.last_hidden_state.shape[0] == len(lengths):
+        return output
+    output.last_hidden_state = pad_sequence(list(output.last_hidden_state[0].split(list(lengths))), batch_first=True)
+    if output.get("pooler_output") is not None:
+        output.pooler_output = body.pooler(output.last_hidden_state)
+    return output
+
+
+Inputs = dict[str, Any]
+
+
+@torch.no_grad()
+def packing_fault(
+    model: nn.Module, lay_out: Callable[[Sequence[Sequence[int]], bool], Inputs], *, lengths: Sequence[int],
+    vocabulary: int, padding: int, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[None]],
+    pooled: bool,
+) -> str | None:
+    """Prove on random tokens that packed sequences are computed as if each were alone; else say what differs.
+
+    Two proofs: another first sequence leaves the logits of the others as they were, bit for bit; and the packed
+    logits are those of padded rows, up to rounding.
+
+    Args:
+        model: prepared by `use_packing`, with its adapter.
+        lay_out: sequences of ids, and whether to pack them -> inputs of the model.
+        lengths: of the sequences to try, at least two.
+        vocabulary: ids are drawn below it.
+        padding: the one id that is not drawn, since some models look for it.
+        dtype: of the matrix products, which decides what rounding may do.
+        autocast: precision of the forward pass.
+        pooled: logits are one row a sequence, not one a token.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randint(vocabulary - 1, (n,), generator=generator) for n in (lengths[0], *lengths))
+    first, other, *rest = [(ids + (ids >= padding)).tolist() for ids in drawn]
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast():
+            packed, changed = (
+                _by_sequence(logits_of(model, lay_out([start, *rest], True)), lengths, pooled)
+                for start in (first, other))
+            separate = _by_sequence(logits_of(model, lay_out([first, *rest], False)), lengths, pooled, padded=True)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    finally:
+        model.train(was_training)
+    if not all(torch.equal(a, b) for a, b in zip(packed[1:], changed[1:], strict=True)):
+        return "packed examples read each other"
+    deviation = max((a - b).abs().max().item() for a, b in zip(packed, separate, strict=True))
+    largest = max(b.abs().max().item() for b in separate)
+    if not deviation <= RELATIVE_TOLERANCE[dtype] * largest:
+        return f"packed logits differ from separate ones by {deviation:.3g} (largest logit {largest:.3g})"
+    return None
+
+
+def _by_sequence(
+    logits: Tensor, lengths: Sequence[int], pooled: bool, *, padded: bool = False
+) -> list[Tensor]:
+    if pooled:
+        return list(logits)
+    if padded:
+        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
+    return list(logits[0].split(list(lengths)))

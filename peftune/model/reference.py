@@ -1,0 +1,42 @@
+"""The model before training, as a fixed point that preference training is tied to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from peftune.model.outputs import logits_of
+
+Reference = Callable[[dict[str, Any]], Tensor]
+"""Inputs of a batch -> logits of the model that is not trained, without gradients."""
+
+
+def reference_of(model: nn.Module, dtype: torch.dtype) -> Reference:
+    """Logits of the model as it is now.
+
+    With an adapter it is the same model with the adapter off, and takes no memory. Where all weights train it is a
+    copy in `dtype`, so this must be called before any weight has changed.
+    """
+    if isinstance(model, PeftModel):
+        return lambda inputs: _without_adapter(model, inputs)
+    frozen = copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
+    return lambda inputs: _forward(frozen, inputs)
+
+
+def _without_adapter(model: PeftModel, inputs: dict[str, Any]) -> Tensor:
+    was_training = model.training
+    model.eval()
+    with model.disable_adapter():
+        logits = _forward(model, inputs)
+    model.train(was_training)
+    return logits
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return logits_of(model, inputs)

@@ -1,0 +1,113 @@
+"""Text to generate: ids, and which of them the model learns to write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peftune.data.canonical import PROMPT_COLUMNS, prompt_messages
+from peftune.data.chat import Span, TemplateMismatch, assistant_spans, last_assistant_span, render, round_trip_fault
+from peftune.data.examples import Example
+from peftune.data.targets import RowFault
+from peftune.tasks.task import TextEncoder
+
+
+def supervised_tokens(
+    fields: Mapping[str, Any], text: TextEncoder, *, last_only: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Ids of a text, a prompt with its completion or a conversation, and for each whether it is to be learned.
+
+    Learned are all tokens of plain text, the completion, or the assistant turns (the last one only, if asked) with
+    their end marks. The end-of-text token always closes the last of them and is learned itself, also where it
+    doubles as padding; what follows it is cut.
+
+    Raises:
+        RowFault: the chat template refuses the conversation, or renders it so that turns cannot be found.
+    """
+    try:
+        whole, spans, own_specials = _supervised_text(fields, text, last_only)
+    except TemplateMismatch as error:
+        raise RowFault(str(error), "mend the row, or set data.chat_template") from None
+    return _tokenise(whole, spans, own_specials, text)
+
+
+def _supervised_text(
+    fields: Mapping[str, Any], text: TextEncoder, last_only: bool
+) -> tuple[str, list[Span], bool]:
+    """Text, character spans of it to learn, and whether the text holds its special tokens already."""
+    if "messages" in fields:
+        find = last_assistant_span if last_only else assistant_spans
+        whole, spans = find(text.tokenizer, fields["messages"], fields.get("tools"))
+        return whole, spans, True
+    if "prompt" in fields:
+        prompt, completion = fields["prompt"], fields["completion"]
+        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], False
+    return fields["text"], [(0, len(fields["text"]))], False
+
+
+def _tokenise(
+    whole: str, spans: Sequence[Span], own_specials: bool, text: TextEncoder
+) -> tuple[list[int], list[bool]]:
+    """Ids of the whole text and which of them are targets.
+
+    The text is tokenised once, as it will be read, and each token that reaches into a span is a target.
+    Within a span nothing after its first end-of-text token is one: what follows is the template's, not
+    the model's to write.
+    """
+    eos = text.tokenizer.eos_token_id
+    encoding = text.tokenizer(whole, add_special_tokens=not own_specials, return_offsets_mapping=True)
+    ids = list(encoding["input_ids"])
+    supervised = [False] * len(ids)
+    offsets = encoding["offset_mapping"]
+    at = 0
+    for begin, end in spans:
+        ended = False
+        # white space may have an empty offset, at its end: it belongs to the span that it closes
+        while at < len(ids) and min(offsets[at][0], offsets[at][1] - 1) < end:
+            if offsets[at][1] > begin and not ended:
+                supervised[at] = True
+                ended = ids[at] == eos
+            at += 1
+    end = max((i for i, on in enumerate(supervised) if on), default=-1) + 1
+    if end == 0:
+        return ids, supervised
+    ids, supervised = ids[:end], supervised[:end]  # nothing is learned from what follows the last target
+    if ids[-1] != eos:
+        ids, supervised = [*ids, eos], [*supervised, True]
+    return ids, supervised
+
+
+def round_trip_doubt(fields: Mapping[str, Any], text: TextEncoder) -> str | None:
+    """Why a conversation does not survive its template and tokenizer; None where it does, or is none."""
+    if "messages" not in fields or "chosen" in fields:
+        return None
+    try:
+        whole = render(text.tokenizer, fields["messages"], fields.get("tools"))
+        ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
+        return round_trip_fault(text.tokenizer, fields["messages"], fields.get("tools"), ids)
+    except TemplateMismatch:
+        return None  # said as a bad row
+
+
+def prompt_tokens(fields: Mapping[str, Any], text: TextEncoder) -> Example:
+    """A prompt, a conversation or an instruction -> the ids that generation continues; its end is kept when cut.
+
+    Raises:
+        RowFault: none of them is there, or the template refuses it.
+    """
+    try:
+        if "prompt" in fields or "text" in fields:
+            prompt = fields.get("prompt", fields.get("text"))
+            if not isinstance(prompt, str) or not prompt:
+                raise RowFault("prompt is missing or empty", 'write {"prompt": "..."}')
+            encoding = text.tokenizer(prompt)["input_ids"]
+            ids = encoding[:-1] if encoding and encoding[-1] == text.tokenizer.eos_token_id else encoding
+        else:
+            messages = prompt_messages(fields)
+            if messages is None:
+                raise RowFault(f"none of {', '.join(PROMPT_COLUMNS)} is there", 'write {"prompt": "..."}')
+            whole = render(text.tokenizer, messages, fields.get("tools"), generation_prompt=True)
+            ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    except TemplateMismatch as error:
+        raise RowFault(str(error), "mend the row") from None
+    return Example(ids[-text.max_length:], [], 0, len(ids), {"prompt_length": min(len(ids), text.max_length)})

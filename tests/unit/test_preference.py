@@ -1,0 +1,109 @@
+"""Pairs, the reference, and what DPO makes of them."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peftune.config.schema import DataConfig, TrainConfig
+from peftune.data.canonical import preference_fields
+from peftune.data.layouts import lay_out
+from peftune.data.rows import Row
+from peftune.data.targets import RowFault, Targets
+from peftune.model.reference import reference_of
+from peftune.numerics.losses import IGNORE
+from peftune.tasks.preference import encode, preference
+from peftune.tasks.task import TextEncoder
+from tests.conftest import metric_rows, summary
+
+TARGETS = Targets("preference", kind="pair")
+
+
+def encoded(tokenizer, fields, max_length=200):
+    (example,) = encode(Row(fields, "f", 1, "0"), TARGETS, TextEncoder(tokenizer, max_length, DataConfig(train="x")))
+    return example
+
+
+def test_a_pair_holds_the_prompt_twice_and_learns_the_answers_only(decoder):
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    example = encoded(tokenizer, {"prompt": "the printer", "chosen": " works", "rejected": " is broken"})
+    parts = [(list(example.input_ids)[at], list(example.targets)[at])
+             for at in (slice(0, example.first_part), slice(example.first_part, None))]
+    assert [tokenizer.decode(ids) for ids, _ in parts] == ["the printer works</s>", "the printer is broken</s>"]
+    assert [tokenizer.decode([t for t in targets if t != IGNORE]) for _, targets in parts] == [
+        " works</s>", " is broken</s>"]
+    assert example.num_targets == 1
+
+
+def test_a_pair_whose_prompt_fills_the_limit_has_no_target(decoder):
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    fields = {"prompt": "the printer " * 9, "chosen": "a", "rejected": "b"}
+    assert encoded(tokenizer, fields, max_length=4).num_targets == 0
+
+
+TURN = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize("values", [
+    {"prompt": [TURN], "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": [{"role": "assistant", "content": "a"}],
+     "rejected": [{"role": "assistant", "content": "b"}]},
+    {"chosen": [TURN, {"role": "assistant", "content": "a"}],
+     "rejected": [TURN, {"role": "assistant", "content": "b"}]},
+])
+def test_preference_rows_come_in_several_shapes(values):
+    assert preference_fields(values) == {"messages": [TURN], "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize("values", [
+    {"prompt": "q", "chosen": "a"}, {"prompt": "q", "chosen": "a", "rejected": " a "}, {"chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": "", "rejected": "b"}, {"prompt": 3, "chosen": "a", "rejected": "b"},
+    {"chosen": [TURN], "rejected": [TURN]},
+    {"chosen": [TURN, TURN], "rejected": [{"role": "user", "content": "x"}, TURN]},
+])
+def test_a_row_that_is_no_pair_is_a_fault(values):
+    with pytest.raises(RowFault) as caught:
+        preference_fields(values)
+    assert caught.value.mend
+
+
+def test_log_probabilities_are_the_naive_ones_and_the_reference_keeps_its_weights(decoder):
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    model = AutoModelForCausalLM.from_pretrained(decoder).double().eval()
+    example = encoded(tokenizer, {"prompt": "the printer", "chosen": " works again", "rejected": " was lost"})
+    batch = lay_out([example], [0], pad_id=1, kind="pair", width=0, device=torch.device("cpu"))
+    task, reference = preference(TrainConfig(dpo_beta=0.5)), reference_of(model, torch.float64)
+    with torch.no_grad():
+        naive = []
+        for at in (slice(0, example.first_part), slice(example.first_part, None)):
+            ids, targets = list(example.input_ids)[at], list(example.targets)[at]
+            logp = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+            naive.append(sum(logp[i - 1, t] for i, t in enumerate(targets) if t != IGNORE).item())
+        before = task.forward(model, batch, reference)
+        assert before.tolist()[0] == pytest.approx([*naive, *naive], rel=1e-9)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        after = task.forward(model, batch, reference)
+    assert after[0, 2:].tolist() == before[0, 2:].tolist() and after[0, 0] != before[0, 0]
+    chosen, rejected, chosen_reference, rejected_reference = after[0].tolist()
+    margin = 0.5 * ((chosen - rejected) - (chosen_reference - rejected_reference))
+    assert task.losses(after, batch, TARGETS).item() == pytest.approx(math.log(1 + math.exp(-margin)))
+    (record,) = task.predictions(after, batch, TARGETS, [{}])
+    assert record["margin"] == pytest.approx(margin)
+    assert record["chosen_reward"] - record["rejected_reward"] == pytest.approx(margin)
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_training_begins_at_ln_2_and_learns_to_prefer_the_chosen_answers(adapter, layout, prefer, train):
+    settings = {**prefer, "adapter": adapter, "train": {"batch_size": 8, "max_steps": 30, "learning_rate": 0.005}}
+    folder = train(settings, f"data.layout={layout}")
+    result = summary(folder)
+    assert metric_rows(folder, "train")[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    before, after = result["baseline"]["validation"], result["metrics"]["validation"]
+    assert before["loss"] == pytest.approx(math.log(2), rel=1e-5) and before["margin"] == 0 == before["accuracy"]
+    assert after["accuracy"] > 0.8 and after["margin"] > 0.1 and after["loss"] < before["loss"]
+    records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
+    assert after["accuracy"] == sum(record["prediction"] == "chosen" for record in records) / len(records)
