@@ -15,6 +15,9 @@ from peftune.loop.publish import write_text
 from peftune.observe.chart import Curve, line_chart
 from peftune.observe.display import Display
 
+SHOWN_PLACES = 5
+"""Rows of a finding that the page names."""
+
 Metrics = Mapping[str, Any]
 
 STYLE = """
@@ -25,6 +28,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
   max-width: 62rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 p.sub { color: var(--soft); margin: 0; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .35rem .7rem;
   border-bottom: 1px solid var(--line); vertical-align: top; } td.n, th.n { text-align: right;
@@ -154,14 +158,18 @@ def _charts(rows: Sequence[Metrics], metric: str) -> str:
 
 def _data_table(manifest: Metrics) -> str:
     data = manifest["data"]
-    heads = ("rows", "kept", "truncated", "dropped_too_long", "dropped_no_target", "tokens", "supervised_targets",
-             "longest")
+    heads = ("rows", "kept", "bad", "truncated", "dropped_too_long", "dropped_no_target", "tokens",
+             "supervised_targets", "longest")
     head = "".join(f'<th class="n">{text.replace("_", " ")}</th>' for text in heads)
     body = "".join(f"<tr><td>{html.escape(split)}</td>" + "".join(
         f'<td class="n">{counts[key]:,}</td>' for key in heads) + "</tr>" for split, counts in data["counts"].items())
     files = _rows((split, "; ".join(source["path"] for source in sources))
                   for split, sources in data["fingerprints"].items())
-    return f"<table><tr><th></th>{head}</tr>{body}</table><table>{files}</table>"
+    found = _rows((finding["kind"].replace("_", " "), "; ".join(
+        [finding["message"], *finding["places"][:SHOWN_PLACES]])) for finding in data["findings"])
+    found += _rows(("bad row", text) for text in data["bad_rows"][:SHOWN_PLACES])
+    looked = f"<h3>Looks wrong</h3><table>{found}</table>" if found else "<p>Nothing in it looks wrong.</p>"
+    return f"<table><tr><th></th>{head}</tr>{body}</table><table>{files}</table>{looked}"
 
 
 def _facts_table(summary: Metrics, manifest: Metrics) -> str:

@@ -14,6 +14,17 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
          "observation": "tool"}
 
 
+def class_names(label: Any) -> list[str]:
+    """The classes of a label, or of a list of labels: true and 1.0 are written as in JSON, without the fraction."""
+    return [_class_name(member) for member in (label if isinstance(label, list) else [label])]
+
+
+def _class_name(label: object) -> str:
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
 def _text(values: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
     if key not in values:
         raise RowFault(f"the key {key} is missing", f"add {key}, or delete the row")

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash, RMinHashLSH
 
+from peftune.data.canonical import class_names
+
 THRESHOLD = 0.75
 """Smallest Jaccard similarity of two near duplicates. One changed word in the midst of 11 is 0.75, of 100 is 0.97."""
 SHORT_SHINGLES, SHORT_THRESHOLD = 19, 0.85
@@ -94,14 +96,6 @@ def _tidy(value: Any) -> Any:
 
 _Pieces = tuple[Any, str | None, tuple[str, ...], str, str]
 """Input, label, parts, context and shown text of a row."""
-
-
-def class_names(label: Any) -> list[str]:
-    """The classes of a label, each written as JSON would write it, without a fraction of zero."""
-    members = label if isinstance(label, list) else [label]
-    return [str(member).lower() if isinstance(member, bool) else
-            str(int(member)) if isinstance(member, float) and member.is_integer() else str(member)
-            for member in members]
 
 
 def _classification(fields: Mapping[str, Any]) -> _Pieces:

@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftune.data.duplicates import NearIndex, View, class_names, view
+from peftune.data.canonical import class_names
+from peftune.data.duplicates import NearIndex, View, view
+from peftune.data.findings import Finding, Place
+from peftune.data.first_seen import FirstSeen
 from peftune.data.rows import Row
 
-SHOWN_PLACES, SHOWN_CLASSES = 20, 5
+SHOWN_PLACES, SHOWN_CLASSES = 1000, 5
 RAREST, FEWEST_EXAMPLES = 50, 4
 """The commonest class may have so many times the rows of another; a class needs so many rows."""
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 20
 """Texts that wait for near-duplicate search, at most."""
-MOST_ROWS, MOST_FEATURES = 200_000, 50_000_000
+MOST_ROWS, MOST_FEATURES = 100_000, 50_000_000
 """So many rows, or hashes of their words at 4 bytes each, are indexed at most."""
 
 WORDS: dict[str, tuple[str, str]] = {
@@ -31,29 +34,6 @@ WORDS: dict[str, tuple[str, str]] = {
               "write B- I- E- for an entity of several tokens, and S- for one of a single token"),
 }
 """Message, after the number of rows, and mend; the gravest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One row of a finding."""
-
-    file: str
-    line: int
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing to look at in a split. The kinds are those that `Survey` defines."""
-
-    kind: str
-    split: str
-    message: str
-    mend: str
-    count: int
-    """How many rows are concerned, shown or not."""
-    places: tuple[Place, ...]
-    """The first of them, in order; of imbalance and few_examples the first row of each class."""
 
 
 @dataclass(slots=True)
@@ -104,9 +84,8 @@ class Survey:
         """Split, file and line of each row."""
         self._label_of = array("q")
         self._label_names: dict[int, str] = {}
-        self._whole: dict[int, int] = {}
-        self._input: dict[int, int] = {}
-        """Hash to the number of the first row that has it."""
+        self._whole: dict[str, FirstSeen] = {}
+        self._input = FirstSeen()
         self._tallies: defaultdict[tuple[str, str], _Tally] = defaultdict(_Tally)
         self._classes: dict[str, _Class] = {}
         self._are_scores = self._are_names = self._bioes = False
@@ -126,7 +105,7 @@ class Survey:
         for column, value in zip(self._place_of, place):
             column.append(value)
         self._label_of.append(hash(seen.label))
-        repeated = self._whole.setdefault(hash((split, seen.whole)), number)
+        repeated = self._whole.setdefault(split, FirstSeen()).row_of(seen.whole, number)
         if repeated != number:
             self._note("exact_duplicate", split, row, f"repeats {self._where(repeated, row)}: {seen.shown!r}")
         listed = self._note_same_input(split, row, seen, number)
@@ -148,7 +127,7 @@ class Survey:
 
     def _note_same_input(self, split: str, row: Row, seen: View, number: int) -> bool:
         """Note a leak from, or a conflict with, the first row of the same input; say whether there is one."""
-        first = self._input.setdefault(seen.input, number)
+        first = self._input.row_of(seen.input, number)
         if self._kind == "classification":
             self._label_names.setdefault(self._label_of[number], seen.label or "")
         if first == number:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from peftune.config.schema import DataConfig
+from peftune.data.canonical import class_names
 from peftune.data.examples import Batch, Example
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
@@ -42,7 +43,7 @@ def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
         numbers &= isinstance(label, int | float) and not isinstance(label, bool)
         fractions |= isinstance(label, float) and not label.is_integer()
         if not (numbers and fractions):  # names of classes; a regression has as many values as rows
-            seen.update(map(name_of, label if isinstance(label, list) else [label]))
+            seen.update(class_names(label))
     found = "multi_label" if several else "regression" if numbers and fractions else "single_label"
     problem = config.problem_type if config.problem_type != "auto" else found
     if problem == "regression":
@@ -52,13 +53,6 @@ def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
         raise DataError(Fault(kind="data", file=file, message=f"the training rows have {len(names)} class",
                               mend="give rows of at least two classes, or name the classes in data.labels"))
     return Targets(problem, names, "class" if problem == "single_label" else "values")
-
-
-def name_of(label: object) -> str:
-    """A class name: true and 1.0 are written as in JSON, without the fraction."""
-    if isinstance(label, bool):
-        return "true" if label else "false"
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
 def _natural(name: str) -> tuple[int, float, str]:
@@ -88,7 +82,7 @@ def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
         return [value], value
     if targets.problem == "single_label" and isinstance(label, list):
         raise RowFault("label is a list in a single-label task", "data.problem_type=multi_label")
-    names = [name_of(member) for member in (label if isinstance(label, list) else [label])]
+    names = class_names(label)
     for name in names:
         if name not in targets.names:
             shown = ", ".join(targets.names[:10]) + (", ..." if len(targets.names) > 10 else "")

@@ -1,19 +1,12 @@
 """What the survey of the rows finds, what it leaves alone, and that the fast search finds what a slow one does."""
 
 import itertools
-import json
-import random
 
 import pytest
 
-from peftune.config.schema import Source
 from peftune.data import survey as survey_module
-from peftune.data.duplicates import THRESHOLD, NearIndex, View, words_of
-from peftune.data.formats import Found, canonical_rows
 from peftune.data.rows import Row
-from peftune.data.sources import read
 from peftune.data.survey import Survey
-from tests.conftest import public_data
 
 TWELVE = "the quick brown fox jumps over one lazy dog near my house"
 QUESTION = "how many bridges cross the river between the old town and the port"
@@ -260,9 +253,11 @@ def test_other_ways_to_write_tags_are_no_faults(tags):
     assert "tag_scheme" not in look("ner", [{"tokens": ["Bob", "Hill", "left"], "tags": tags}])
 
 
-def test_all_rows_are_counted_and_the_first_twenty_shown():
+def test_all_rows_are_counted_and_the_first_ones_shown(monkeypatch):
+    monkeypatch.setattr(survey_module, "SHOWN_PLACES", 20)
     finding = look("generation", [{"text": "same"}] * 51)["exact_duplicate"]
     assert finding.count == 50 and lines(finding) == list(range(2, 22))
+
 
 
 def test_a_row_of_another_folder_is_named_with_its_folder():
@@ -281,110 +276,3 @@ def test_rows_beyond_the_limit_are_said_to_be_left_out_and_held_out_rows_are_sti
     found = look("classification", [*rows, copies[0]], [copies[1], copies[11]])
     assert found["near_duplicate"].count == 0 and "5 rows of train not at all" in found["near_duplicate"].message
     assert lines(found["near_leak", "validation"]) == [1]
-
-
-def shingles_of(parts):
-    """Set of words and neighbours, each with its part: the definition, slowly."""
-    return {(number, *run) for number, words in enumerate(words_of(parts)) for size in (1, 2)
-            for run in zip(*(words[start:] for start in range(size)))}
-
-
-def jaccard(one, other):
-    return len(one & other) / len(one | other) if one | other else 1.0
-
-
-def near(one, other):
-    """The definition of near rows, slowly."""
-    alike = all(jaccard({s for s in one if s[0] == part}, {s for s in other if s[0] == part}) >= 0.5 for part in (0, 1))
-    return alike and jaccard(one, other) >= (0.75 if min(len(one), len(other)) >= 19 else 0.85)
-
-
-def random_texts(rng, count):
-    """Texts of a small vocabulary, half of them edited copies of earlier ones."""
-    texts = []
-    for _ in range(count):
-        if texts and rng.random() < 0.5:
-            words = rng.choice(texts).split()
-            for _ in range(rng.randint(0, 4)):
-                words[rng.randrange(len(words))] = f"w{rng.randrange(60)}"
-        else:
-            words = [f"w{rng.randrange(60)}" for _ in range(rng.randint(6, 40))]
-        texts.append(" ".join(words))
-    return texts
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_fast_search_finds_the_pairs_that_comparing_all_with_all_finds(seed):
-    rng = random.Random(seed)
-    rows = [(text, f"w{rng.randrange(3)} yes indeed") for text in random_texts(rng, 300)]
-    index = NearIndex()
-    fast = set()
-    for start in range(0, len(rows), 64):
-        batch = [(start + n, View(0, 0, None, parts, "", "")) for n, parts in enumerate(rows[start:start + 64])]
-        fast |= {(number, match.row) for (number, _), matches in zip(batch, index.match(batch)) for match in matches}
-    sets = [shingles_of(parts) for parts in rows]
-    slow = {(later, earlier) for later, earlier in itertools.product(range(300), repeat=2)
-            if earlier < later and near(sets[later], sets[earlier])}
-    assert len(slow) > 40 and fast == slow
-
-
-def test_similarities_are_those_of_the_definition():
-    texts = [(TWELVE, "yes"), (TWELVE.replace("fox", "wolf"), "yes")]
-    matches = NearIndex().match([(n, View(0, 0, None, parts, "", "")) for n, parts in enumerate(texts)])
-    assert matches[1][0].similarity == pytest.approx(jaccard(*map(shingles_of, texts))) and THRESHOLD == 0.75
-
-
-def read_split(path, format):
-    found = Found()
-    return list(canonical_rows(read(Source(path=str(path)), found.faults), format=format, accepts=(format,), columns={},
-                               source=0, first_id=0, found=found))
-
-
-def survey_of(kind, format, **files):
-    survey = Survey(kind)
-    for split, path in files.items():
-        for row in read_split(path, format):
-            survey.add(split, row)
-    return {(finding.kind, finding.split): finding for finding in survey.findings()}
-
-
-def test_the_planted_faults_of_the_dirty_sets_are_found_at_their_lines_and_nothing_else():
-    folder = public_data("dirty")
-    intents = survey_of("classification", "classification", train=folder / "classification_train.jsonl",
-                        validation=folder / "classification_validation.jsonl")
-    dialogues = survey_of("generation", "alpaca", train=folder / "sft_train.jsonl")
-    assert {key: lines(finding) for key, finding in intents.items()} == {
-        ("conflicting_label", "train"): [44], ("exact_duplicate", "train"): [31], ("near_duplicate", "train"): [181],
-        ("leak", "validation"): [26]}
-    assert {key: lines(finding) for key, finding in dialogues.items()} == {
-        ("exact_duplicate", "train"): [34], ("near_duplicate", "train"): [76]}
-
-
-@pytest.mark.parametrize(("name", "kind", "format", "kinds"), [
-    ("sst2", "classification", "classification", {"exact_duplicate": 9}),
-    ("squad", "squad", "squad", {"exact_duplicate": 2}),
-    ("gsm8k", "generation", "messages", {}),
-    ("instructions", "generation", "alpaca", {}),
-    ("shakespeare", "generation", "text", {}),
-])
-def test_public_sets_are_not_accused_of_what_they_do_not_do(name, kind, format, kinds):
-    folder = public_data(name)
-    found = survey_of(kind, format, train=folder / "train.jsonl", validation=folder / "validation.jsonl")
-    assert {finding.kind: finding.count for finding in found.values()} == kinds
-
-
-def test_what_is_said_of_real_intents_is_true():
-    folder = public_data("banking77")
-    train, validation = ([json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-                         for split in ("train", "validation"))
-    found = survey_of("classification", "classification", train=folder / "train.jsonl",
-                      validation=folder / "validation.jsonl")
-    texts = {" ".join(row["text"].split()).casefold() for row in train}
-    assert found["leak", "validation"].count == sum(
-        " ".join(row["text"].split()).casefold() in texts for row in validation)
-    assert found["exact_duplicate", "train"].count == len(train) - len(
-        {(" ".join(row["text"].split()), row["label"]) for row in train})
-    for place in (*found["near_duplicate", "train"].places, *found["near_leak", "validation"].places):
-        earlier = int(place.message.split(".jsonl:")[1].split(":")[0].split()[0])
-        rows = train if place.file.endswith("train.jsonl") else validation
-        assert near(*(shingles_of([row["text"]]) for row in (rows[place.line - 1], train[earlier - 1])))
