@@ -89,7 +89,11 @@ def _corpus() -> list[str]:
 
 
 def save_decoder(folder: Path, *, texts: list[str] | None = None, vocab_size: int = 400, **changes: Any) -> str:
-    """A byte-level BPE tokenizer whose padding token is its end-of-text token, and a Llama of two layers."""
+    """A byte-level BPE tokenizer whose padding token is its end-of-text token, and a Llama of two layers.
+
+    Weights are drawn five times wider than Llama's, or a frozen output layer of width 32 could say nothing but that
+    all tokens are about as likely, whatever an adapter learns below it.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -100,14 +104,20 @@ def save_decoder(folder: Path, *, texts: list[str] | None = None, vocab_size: in
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False, **changes}
+                "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False,
+                "initializer_range": 0.1, **changes}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=1,
                                  **settings)).save_pretrained(folder)
     return str(folder)
 
 
 def save_encoder(folder: Path) -> str:
-    """A WordPiece tokenizer and a BERT of two layers, with dropout in its config as real ones have it."""
+    """A WordPiece tokenizer and a BERT of two layers, with dropout in its config as real ones have it.
+
+    Its weights are drawn ten times wider than BERT's: at 0.02 and a width of 32, embeddings and position drown the
+    differences between texts, the output barely depends on the input, and a short training run only finds the class
+    frequencies. New heads are drawn as BERT's are.
+    """
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.train_from_iterator(_corpus(), trainers.WordPieceTrainer(
@@ -119,8 +129,10 @@ def save_encoder(folder: Path) -> str:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(
+    model = BertModel(BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=0,
-    )).save_pretrained(folder)
+        max_position_embeddings=128, pad_token_id=0, initializer_range=0.2,
+    ))
+    model.config.initializer_range = 0.02
+    model.save_pretrained(folder)
     return str(folder)

@@ -7,18 +7,25 @@ import pytest
 from tests.conftest import EVERY_TASK, metric_rows, summary
 
 
+LEFT = {"classify": (0.75, 0.5), "tag": (0.5, 0.5), "answer": (0.9, 0.8), "converse": (0.93, 0.93), "prefer": (0.5, 0.5)}
+"""At most this share of the loss is left after 60 steps: of the untrained model's in validation, of the first steps'
+in training. Measured over seeds, types and thread counts: at most 0.58, 0.16, 0.77, 0.86, 0.05 and 0.07, 0.14, 0.58,
+0.86, 0.12."""
+
+
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
 @pytest.mark.parametrize("task", EVERY_TASK)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, request, train):
     settings = request.getfixturevalue(task)
     settings = {**settings, "adapter": adapter, "model": {**settings["model"], "dtype": dtype}}
-    settings["train"] = {**settings["train"], "max_steps": 60, "learning_rate": 0.01}
+    settings["train"] = {**settings["train"], "max_steps": 60, "learning_rate": 0.003}
     settings["evaluation"] = {**settings["evaluation"], "metric": "loss"}
     folder = train(settings)
     result = summary(folder)
     assert result["steps"] == 60 and result["exit"] == "done"
-    assert result["best"]["validation"]["loss"] < result["baseline"]["validation"]["loss"]
+    held_out, trained = LEFT[task]
+    assert result["best"]["validation"]["loss"] < held_out * result["baseline"]["validation"]["loss"]
     assert result["reload_deviation"] < 1e-3
     for name in ("config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "report.html",
                  "predictions/validation.jsonl", "best/config.json", "final/config.json", "final/tokenizer.json",
@@ -28,7 +35,7 @@ def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, reque
     assert (folder / "final" / weights).is_file() and (folder / "best" / weights).is_file()
     rows = metric_rows(folder, "train")
     assert [row["step"] for row in rows] == list(range(1, 61))
-    assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5])
+    assert sum(row["loss"] for row in rows[-5:]) < trained * sum(row["loss"] for row in rows[:5])
     keys = {"step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
             "tokens_per_second", "peak_memory_bytes", "seconds"}
     assert keys <= rows[0].keys()
