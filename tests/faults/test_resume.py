@@ -116,7 +116,7 @@ def test_a_named_checkpoint_continues_in_another_folder(classify, train, tmp_pat
 
 def test_patience_stops_early_and_best_is_kept(classify, train):
     settings = {**classify, "evaluation": {"every_steps": 1, "patience": 2, "metric": "loss"}}
-    settings["train"] = {**settings["train"], "learning_rate": 5.0, "max_steps": 40, "lr_scheduler": "constant",
+    settings["train"] = {**settings["train"], "learning_rate": 0.3, "max_steps": 40, "lr_scheduler": "constant",
                          "max_grad_norm": None}
     folder = train(settings)
     result = summary(folder)

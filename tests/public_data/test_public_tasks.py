@@ -1,9 +1,8 @@
 """Tags, answers and generated text on real data, through the true command: our scores are those of the libraries.
 
-MiniLM is trained whole for tags and answers. Under LoRA, at any rate from 3e-4 to 3e-3, it says O everywhere for the
-first hundred steps (so does plain transformers with peft, at the same losses), while all its weights learn within
-twenty: it was made for one vector a sentence, and its tokens lie close together. float32, since processors without
-bfloat16 products run those several times slower.
+MiniLM is trained whole for tags and answers. Under LoRA, at rates from 3e-4 to 2e-3, it stayed at the class frequencies
+for the 50 to 90 steps that were watched (so did plain transformers with peft, at the same losses), while all its
+weights left them within twenty. float32, since processors without bfloat16 products run those several times slower.
 """
 
 import json
