@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftune.config.load import dump
+from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
@@ -31,18 +32,22 @@ from peftune.loop.state import TrainState
 from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
 from peftune.model.load import adjust_config, local_source
-from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing
-from peftune.model.reference import reference_of
-from peftune.model.save import load_published, reload_deviation, save_model
+from peftune.model.packing import use_packing
+from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
+from peftune.model.reference import Reference, frozen_copy, reference_of
+from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
 from peftune.observe.journal import Journal
 from peftune.observe.manifest import environment
 from peftune.observe.trackers import check_trackers, start_trackers
 from peftune.parallel.ddp import Ddp
+from peftune.parallel.fsdp2 import open_fsdp2
+from peftune.parallel.names import check_launched, launched_kind
 from peftune.parallel.single import Single
 from peftune.parallel.strategy import Strategy
 from peftune.parallel.world import World, close_world, open_world
+from peftune.parallel.zero import open_zero
 from peftune.plan import choose_memory
 from peftune.tasks import TASKS, generated
 from peftune.tasks.task import chosen_metric
@@ -53,6 +58,8 @@ SHOWN_PLACES = 20
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
 code, so this is only room for kernels that sum in varying order."""
+OTHER_DEVICE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+"""The same where the folder is loaded on the host and the live model computes on GPUs: other kernels, other sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ def build(config: RunConfig) -> Iterator[Built]:
     world = open_world()
     display = Display(quiet=not world.is_main)
     try:
-        strategy: Strategy = Ddp(world) if world.ranks > 1 else Single(world)
+        strategy = open_strategy(config, world)
         check_trackers(config.log.trackers)
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}")
@@ -98,6 +105,25 @@ def build(config: RunConfig) -> Iterator[Built]:
             run.journal.close()
     finally:
         close_world()
+
+
+def open_strategy(config: RunConfig, world: World) -> Strategy:
+    """How the launcher's environment wants the processes to share the work.
+
+    Raises:
+        ConfigError: this config cannot train that way.
+        MachineError: what the strategy needs is missing.
+    """
+    match launched_kind():
+        case "zero":
+            strategy: Strategy = open_zero(world, bfloat16=uses_autocast(config.model))
+        case "fsdp2":
+            strategy = open_fsdp2(world)
+        case _:
+            strategy = Ddp(world) if world.ranks > 1 else Single(world)
+    check_launched(strategy.name)
+    refuse_broken(config, strategy.name)
+    return strategy
 
 
 def _method(config: RunConfig) -> str:
@@ -141,20 +167,21 @@ def _run(
             enable_gradient_checkpointing(model)
         if config.model.compile:
             model.compile(dynamic=True)
-        wrapped = strategy.prepare(model)
+        frozen = (frozen_copy(model, DTYPES[config.model.dtype])
+                  if task.needs_reference and config.adapter is None else None)
+        wrapped, optimizer = strategy.prepare(model, lambda placed: build_optimizer(placed, config.train))
         layout, why = choose_layout(
             config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
             pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
             autocast=autocast(config.model, world.device))
-        reference = reference_of(model, DTYPES[config.model.dtype]) if task.needs_reference else None
+        reference = _reference(model, frozen, strategy, layout) if task.needs_reference else None
         notes.append(f"{counts.trainable:,} of {counts.total:,} weights train")
         if loaded.new_modules:
             notes.append(f"new: {', '.join(loaded.new_modules)}")
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
     torch.manual_seed(config.seed + world.rank)
-    optimizer = build_optimizer(model, config.train)
-    state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, world)
+    state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, strategy)
     if start.checkpoint is not None:
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
     folder = Path(config.output_dir)
@@ -165,11 +192,20 @@ def _run(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
-                          config.evaluation.max_new_tokens, reference, display.evaluation)
+                          config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if state.step == 0:
         state = replace(state, baseline=measure_baseline(run))
     return run, state
+
+
+def _reference(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:
+    """The model without its adapter; a copy that is placed and packed as the model itself, where there is none."""
+    if frozen is None:
+        return reference_of(model)
+    if layout.kind != "padded":
+        use_packing(frozen, pooled=False, first_position=layout.first_position)
+    return reference_of(strategy.prepare_frozen(frozen))
 
 
 def _given(value: Any) -> Any:
@@ -207,8 +243,8 @@ def _assembled_run(
     def losses(live: nn.Module, batch: Batch) -> Tensor:
         return task.losses(task.forward(live, batch, evaluator.reference), batch, targets)
 
-    def publish(live: nn.Module, folder: Path) -> None:
-        save_model(live, evaluator.tokenizer, folder)
+    def publish(live: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+        save_model(live, weights, evaluator.tokenizer, folder)
         write_text(folder / "README.md", model_card(config.model.name_or_path, config.task, _method(config), facts))
 
     return Run(
@@ -216,14 +252,21 @@ def _assembled_run(
         learning_rate=lambda step: train.learning_rate * learning_rate_factor(
             train.lr_scheduler, step, steps, train.warmup_ratio),
         losses=losses, autocast=evaluator.autocast, data=data, plan=plan, layout=layout, evaluator=evaluator,
-        journal=journal, publish=publish,
+        journal=journal, publish=publish, published_weights=published_weights,
+        live_logits=functools.partial(live_logits, autocast=evaluator.autocast),
         reload_deviation=functools.partial(
-            reload_deviation, auto_class=task.auto_class, autocast=evaluator.autocast,
+            reload_deviation, auto_class=task.auto_class, divided=strategy.lockstep,
+            autocast=lambda device: autocast(config.model, device)(),
             trust_remote_code=config.model.trust_remote_code),
-        reload_tolerance=RELOAD_TOLERANCE[config.model.dtype], restore=load_published,
+        reload_tolerance=_reload_tolerance(config, strategy),
         steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm, metric=metric,
         patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,
         log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
         checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),
         keep_checkpoints=config.checkpoint.keep, facts=facts,
     )
+
+
+def _reload_tolerance(config: RunConfig, strategy: Strategy) -> float:
+    elsewhere = strategy.lockstep and strategy.world.device.type != "cpu"
+    return (OTHER_DEVICE_TOLERANCE if elsewhere else RELOAD_TOLERANCE)[config.model.dtype]

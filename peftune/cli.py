@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peftune import __version__
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, Fault, MachineError, PeftuneError, guarded
+from peftune.parallel.names import STRATEGIES
 
 
 def main(arguments: list[str]) -> int:
@@ -41,11 +42,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "train, evaluate and save: starts accelerate for this machine", overrides=True)
     train.add_argument("config", metavar="CONFIG", help="a YAML file; key=value words after it override its settings")
-    train.add_argument("--strategy", default="auto", help="auto | single | ddp")
+    train.add_argument("--strategy", default="auto", help="auto | " + " | ".join(STRATEGIES))
     train.add_argument("--processes", type=int, help="how many processes; default: one a GPU, or one")
     check = add("check", _check, "find every fault of config, model name and data, without loading weights",
                 overrides=True)
     check.add_argument("config", metavar="CONFIG")
+    check.add_argument("--strategy", choices=STRATEGIES, help="also say what this strategy cannot do")
     check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
     evaluate = add("evaluate", _evaluate, "score a finished run, or a bare model with --config")
@@ -69,11 +71,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(parsed: argparse.Namespace) -> int:
     from peftune.config.load import load
+    from peftune.config.rules import refuse_broken
     from peftune.parallel.launcher import choose_launch
     from peftune.parallel.launcher import run as launch
 
-    load([parsed.config, *parsed.overrides])  # a fault in the config is said before any process starts
+    config = load([parsed.config, *parsed.overrides])  # a fault in the config is said before any process starts
     line = choose_launch(parsed.strategy, parsed.processes, [parsed.config, *parsed.overrides])
+    refuse_broken(config, line.strategy)
     print(line, file=sys.stderr, flush=True)
     return launch(line)
 
@@ -91,7 +95,7 @@ def _check(parsed: argparse.Namespace) -> int:
     from peftune.data_check import as_json, check, show, show_examples
     from peftune.observe.display import Display
 
-    checked = check(config)
+    checked = check(config, parsed.strategy)
     if parsed.json:
         print(json.dumps(as_json(checked), ensure_ascii=False))
     else:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from peftune.config.rules import strategy_faults
 from peftune.config.schema import RunConfig
 from peftune.data.examples import Example
 from peftune.data.findings import as_faults
@@ -38,14 +39,18 @@ class Checked:
     text: Text | None = None
 
 
-def check(config: RunConfig) -> Checked:
+def check(config: RunConfig, strategy: str | None = None) -> Checked:
     """Look at trackers, adapter fields, model name, tokenizer and data, without loading weights.
+
+    With a strategy, also at what it cannot do.
 
     Where the tokenizer cannot be had, the rows are still read and their faults said.
     """
     quiet_libraries()
     task = TASKS[config.task](config.train, config.evaluation)
     faults = faults_of(lambda: check_trackers(config.log.trackers))
+    if strategy is not None:
+        faults += strategy_faults(config, strategy)
     if config.adapter is not None:
         adapter = config.adapter
         faults += faults_of(lambda: peft_config(adapter, config.task, ()))

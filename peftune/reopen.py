@@ -124,10 +124,10 @@ def _folder_and_config(path: Path, name: str, config_path: str | None) -> tuple[
 def _reference(config: RunConfig, model: nn.Module, task: Task, world: World) -> Reference:
     """What a preference run compares with: its adapter off, or the model it began from."""
     if has_adapter(model):
-        return reference_of(model, weight_dtype(config.model, adapted=True))
+        return reference_of(model)
     base = load_trained(resolve(config.model), task.auto_class, dtype=DTYPES[config.model.dtype],
                         trust_remote_code=config.model.trust_remote_code)
-    return reference_of(base.to(world.device), DTYPES[config.model.dtype])
+    return reference_of(base.to(world.device).requires_grad_(False).eval())
 
 
 def _targets(text: Text, task: str, folder: Path) -> Targets:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peftune.config.document import Document, KeyPath
 from peftune.config.schema import RunConfig, Source
-from peftune.errors import Fault
+from peftune.errors import ConfigError, Fault
 
 METRICS: dict[str, tuple[str, ...]] = {
     "sequence_classification": (
@@ -138,6 +138,56 @@ RULES: tuple[Rule, ...] = (
         "evaluation.max_new_tokens=128, or evaluation.metric=loss",
     ),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyRule:
+    """A config that cannot train under some strategies."""
+
+    strategies: tuple[str, ...]
+    """Beginnings of their names."""
+    key: str
+    broken_by: Callable[[RunConfig], bool]
+    why: str
+    mend: str
+
+
+PROMPT_LEARNING = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning", "cpt"})
+"""PEFT methods that train a prompt beside the model, and no weight inside it."""
+
+STRATEGY_RULES: tuple[StrategyRule, ...] = (
+    StrategyRule(
+        ("zero3", "fsdp2"), "adapter.method",
+        lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,
+        "peft reads a learned prompt past the hooks that gather divided weights",
+        "--strategy zero2 or ddp, or adapter.method=lora",
+    ),
+    StrategyRule(
+        ("zero", "fsdp2"), "model.compile",
+        lambda c: c.model.compile,
+        "a compiled model does not see the hooks that gather and divide its weights",
+        "model.compile=false, or --strategy ddp",
+    ),
+    StrategyRule(
+        ("zero",), "model.pure_bf16",
+        lambda c: c.model.pure_bf16,
+        "DeepSpeed keeps float32 masters of trained weights, which pure_bf16 is meant to avoid",
+        "model.pure_bf16=false, or --strategy fsdp2 or ddp",
+    ),
+)
+
+
+def strategy_faults(config: RunConfig, strategy: str) -> list[Fault]:
+    """Every rule that the config breaks under a strategy."""
+    return [Fault(kind="config", message=f"{rule.key}: not with {strategy}: {rule.why}", mend=rule.mend)
+            for rule in STRATEGY_RULES if strategy.startswith(rule.strategies) and rule.broken_by(config)]
+
+
+def refuse_broken(config: RunConfig, strategy: str) -> None:
+    """Raise ConfigError with every rule that the config breaks under a strategy."""
+    faults = strategy_faults(config, strategy)
+    if faults:
+        raise ConfigError(faults)
 
 
 def broken_rules(config: RunConfig, document: Document) -> list[Fault]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.errors import Fault, RunFolderError
-from peftune.loop.optimizer import load_optimizer_tensors, optimizer_tensors
-from peftune.loop.publish import published, write_json, write_text
+from peftune.loop.publish import draft_of, published, write_json, write_text
 from peftune.loop.state import TrainState
-from peftune.model.save import load_trainable_state, trainable_state
-from peftune.parallel.world import World
+from peftune.parallel.pieces import PieceReader, write_pieces
+from peftune.parallel.strategy import Strategy
 
 MANIFEST = "manifest.json"
+SAFE = ".safetensors"
 FREE_KEYS = ("output_dir", "resume", "log", "checkpoint", "train.tokens_per_micro_batch")
 """Config keys that may differ between a checkpoint and the run that continues it: none changes the training."""
 
@@ -37,50 +38,63 @@ def all_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    run_folder: Path, state: TrainState, model: nn.Module, optimizer: Optimizer, world: World, *, config_yaml: str,
-    keep: int,
+    run_folder: Path, state: TrainState, model: nn.Module, optimizer: Optimizer, strategy: Strategy, *,
+    config_yaml: str, keep: int,
 ) -> None:
     """Write the checkpoint of `state` and delete all but the newest `keep`. Does nothing if it is there.
+
+    Every rank writes what it holds of the trained weights and the optimizer's state into a file of its own; no rank
+    gathers them. Whatever strategy and number of ranks can read them again.
 
     Args:
         run_folder: the run's output folder.
         state: what has been done.
         model: unwrapped; its trainable weights are saved.
         optimizer: its state is saved by weight name.
-        world: the random state of every rank is saved.
+        strategy: knows which part of them this rank holds; the random state of every rank is saved too.
         config_yaml: the resolved config, to be compared on resuming.
         keep: checkpoints to keep.
     """
-    folder = folder_of(run_folder, state.step)
+    folder, world = folder_of(run_folder, state.step), strategy.world
     random_states = world.gather([_random_state(world.device)])
-    if world.is_main and not folder.exists():
-        with published(folder) as draft:
-            save_file(_plain(trainable_state(model)), draft / "weights.safetensors")
-            save_file(_plain(optimizer_tensors(optimizer, model)), draft / "optimizer.safetensors")
+    if world.on_main(folder.exists):
+        return
+    with published(folder) if world.is_main else contextlib.nullcontext(draft_of(folder)) as draft:
+        world.barrier()  # the draft is there
+        write_pieces(strategy.pieces(model, optimizer), draft / f"tensors-{world.rank:05d}-of-{world.ranks:05d}{SAFE}")
+        world.barrier()  # every rank has written
+        if world.is_main:
             save_file({f"{rank}.{kind}": tensor for rank, states in enumerate(random_states)
-                       for kind, tensor in states.items()}, draft / "random.safetensors")
+                       for kind, tensor in states.items()}, draft / f"random{SAFE}")
             write_json(draft / "state.json", state.as_json())
             write_text(draft / "config.yaml", config_yaml)
             sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
-            write_json(draft / MANIFEST, {"step": state.step, "world_size": world.ranks, "sha256": sums})
+            write_json(draft / MANIFEST, {"step": state.step, "world_size": world.ranks, "strategy": strategy.name,
+                                          "sha256": sums})
+    if world.is_main:
         for old in all_checkpoints(run_folder)[:-keep]:
             shutil.rmtree(old)
     world.barrier()
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, world: World) -> TrainState:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> TrainState:
     """Put a checkpoint back into model, optimizer and random generators.
 
     Raises:
         RunFolderError: the checkpoint is damaged, or holds other weights than the model trains.
     """
-    verify(folder)
+    world = strategy.world
+    world.on_main(lambda: verify(folder))
     try:
-        load_trainable_state(model, load_file(folder / "weights.safetensors"))
-    except (KeyError, RuntimeError) as error:
+        reader = PieceReader(sorted(folder.glob(f"tensors-*{SAFE}")))
+        strategy.restore(model, optimizer, reader)
+    except (KeyError, ValueError, SafetensorError) as error:
         raise _damaged(folder, str(error)) from None
-    load_optimizer_tensors(optimizer, model, load_file(folder / "optimizer.safetensors"))
-    states = load_file(folder / "random.safetensors")
+    known = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    other = sorted(name for name in reader.names() if "|" not in name and name not in known)
+    if other:
+        raise _damaged(folder, f"holds weights that this run does not train: {', '.join(other[:3])}")
+    states = load_file(folder / f"random{SAFE}")
     mine = {kind: states[f"{world.rank}.{kind}"] for kind in ("cpu", "device") if f"{world.rank}.{kind}" in states}
     if mine:  # a rank that the saved run did not have keeps its own seed
         torch.set_rng_state(mine["cpu"])
@@ -133,10 +147,6 @@ def differing_keys(mine: dict[str, Any], other: dict[str, Any], prefix: str = ""
 def _damaged(folder: Path, reason: str) -> RunFolderError:
     return RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"damaged checkpoint: {reason}",
                                 mend="delete it; resume=auto takes the one before it"))
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

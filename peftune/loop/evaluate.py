@@ -37,6 +37,8 @@ class Evaluator:
     reference: Reference | None = None
     """The untrained model, for tasks that compare with it."""
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    lockstep: bool = False
+    """Forward passes are joint: ranks with less to do take part in the others' with nothing of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ def _forward_records(
     world, task = evaluator.world, evaluator.task
     batches = evaluation_batches(split.padded_lengths.tolist(), rank=world.rank, ranks=world.ranks,
                                  budget_tokens=BUDGET_TOKENS)
+    if evaluator.lockstep:
+        batches += [[]] * (world.largest(len(batches)) - len(batches))
     records: list[Record] = []
     for number, positions in enumerate(batches, start=1):
         examples = [split[i] for i in positions]
@@ -101,6 +105,8 @@ def _forward_records(
                         width=evaluator.targets.width, device=world.device)
         with evaluator.autocast():
             outputs = task.forward(model, batch, evaluator.reference)
+        if not positions:
+            continue
         predictions = task.predictions(outputs, batch, evaluator.targets, [example.record for example in examples])
         sums = task.losses(outputs, batch, evaluator.targets).tolist() if scored else [0.0] * len(positions)
         for i, example, prediction, loss_sum in zip(positions, examples, predictions, sums, strict=True):
@@ -123,6 +129,7 @@ def _add_generations(
                for i, record in by_position.items() if record.get("prompt_length")}
     texts = generate_texts(
         model, evaluator.tokenizer, prompts, max_new_tokens=evaluator.max_new_tokens, device=evaluator.world.device,
-        autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total))
+        autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total),
+        calls=evaluator.world.largest if evaluator.lockstep else None)
     for i, text in texts.items():
         by_position[i]["prediction"] = text

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from peftune.data.layouts import lay_out
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.evaluate import Scored, evaluate
@@ -60,9 +62,9 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
                 run.journal.evaluation_row(state, name, scored.metrics, epoch=run.epochs_of(state.step))
     best: dict[str, Any] = {}
     if state.best_step not in (None, state.step):
-        run.restore(run.strategy.unwrap(run.model), run.folder / "best")
+        _put_back(run, "best")
         best = {name: _score(run, name).metrics for name in metrics}
-        run.restore(run.strategy.unwrap(run.model), run.folder / "final")
+        _put_back(run, "final")
     summary = _summary(run, state, metrics, best, deviation)
     if run.strategy.world.is_main:
         write_json(run.folder / "summary.json", summary)
@@ -71,17 +73,20 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
 
 def publish_final(run: Run) -> float:
     """Write final/ and prove that it reloads; return the largest deviation of its logits."""
-    return run.strategy.world.on_main(lambda: _publish_and_reload(run))
-
-
-def _publish_and_reload(run: Run) -> float:
     model, split = run.strategy.unwrap(run.model), run.data.splits.get("validation", run.data.splits["train"])
     positions = list(range(min(CHECKED_EXAMPLES, len(split))))
-    batch = lay_out([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
-                    kind=run.data.targets.kind, width=run.data.targets.width, device=run.strategy.world.device)
+    inputs = lay_out([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
+                     kind=run.data.targets.kind, width=run.data.targets.width, device=run.strategy.world.device).inputs
+    weights, logits = run.strategy.gather(model), run.live_logits(model, inputs)
+    return run.strategy.world.on_main(lambda: _publish_and_reload(run, model, weights, inputs, logits))
+
+
+def _publish_and_reload(
+    run: Run, model: nn.Module, weights: dict[str, Tensor], inputs: dict[str, Tensor], logits: Tensor
+) -> float:
     with published(run.folder / "final") as draft:
-        run.publish(model, draft)
-        deviation = run.reload_deviation(model, draft, batch.inputs)
+        run.publish(model, weights, draft)
+        deviation = run.reload_deviation(model, draft, inputs, logits)
         if not deviation <= run.reload_tolerance:
             raise SelfCheckError(Fault(
                 kind="self_check", message=f"what was saved does not reload: logits differ by {deviation:.3g} "
@@ -89,6 +94,12 @@ def _publish_and_reload(run: Run) -> float:
                 mend="the last checkpoint holds the training; report this with the config",
             ))
     return deviation
+
+
+def _put_back(run: Run, name: str) -> None:
+    """The weights of a published folder, into the live model."""
+    model, world = run.strategy.unwrap(run.model), run.strategy.world
+    run.strategy.scatter(model, run.published_weights(model, run.folder / name) if world.is_main else {})
 
 
 def write_predictions(path: Path, records: Sequence[Record], run: Run) -> None:

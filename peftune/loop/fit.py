@@ -16,7 +16,7 @@ from peftune.loop.step import train_step
 
 def fit(run: Run, state: TrainState) -> TrainState:
     """Train from `state` up to `run.steps`, or until patience runs out."""
-    check = SelfCheck(run.strategy.unwrap(run.model), run.optimizer)
+    check = SelfCheck(run.strategy.unwrap(run.model), run.optimizer, run.strategy)
     run.model.train()
     while state.step < run.steps and not state.stopped_early:
         started = time.perf_counter()
@@ -44,4 +44,4 @@ def fit(run: Run, state: TrainState) -> TrainState:
 def save(run: Run, state: TrainState) -> None:
     """Checkpoint `state`; does nothing if this step is on disk already."""
     save_checkpoint(run.folder, replace(state, rows=run.journal.rows), run.strategy.unwrap(run.model), run.optimizer,
-                    run.strategy.world, config_yaml=run.config_yaml, keep=run.keep_checkpoints)
+                    run.strategy, config_yaml=run.config_yaml, keep=run.keep_checkpoints)

@@ -21,6 +21,7 @@ def generate_texts(
     model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, prompts: Mapping[int, Sequence[int]], *,
     max_new_tokens: int, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    calls: Callable[[int], int] | None = None,
 ) -> dict[int, str]:
     """Key -> prompt ids to key -> generated text, special tokens removed.
 
@@ -35,19 +36,23 @@ def generate_texts(
         device: of the model.
         autocast: precision of the forward passes.
         progress: called with prompts done and their number.
+        calls: where forward passes are joint: this rank's number of batches -> the largest of all ranks'. Each
+            batch then goes on until every rank's is done.
     """
     keys = list(prompts)
     texts: dict[int, str] = {}
     settings = _settings(model, tokenizer, max_new_tokens)
     groups = padded_groups([len(prompts[key]) + max_new_tokens for key in keys], BUDGET_TOKENS)
+    if calls is not None:
+        groups += [[]] * (calls(len(groups)) - len(groups))
     for group in groups:
         members = [keys[i] for i in group]
         examples = [Example(prompts[key], [0], 0, len(prompts[key]), {}) for key in members]
         batch = lay_out(examples, members, kind="class", width=0, pad_id=settings.pad_token_id, device=device,
                         left=True)
         with autocast():
-            ids = model.generate(**batch.inputs, generation_config=settings)
-        for key, row in zip(members, ids[:, batch.inputs["input_ids"].shape[1]:], strict=True):
+            ids = model.generate(**batch.inputs, generation_config=settings, synced_gpus=calls is not None)
+        for key, row in zip(members, ids[:len(members), batch.inputs["input_ids"].shape[1]:], strict=True):
             texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
         progress(len(texts), len(keys))
     return texts

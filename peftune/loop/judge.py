@@ -25,9 +25,11 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     run.journal.evaluation_row(state, "validation", scored.metrics, epoch=run.epochs_of(state.step))
     value = scored.metrics.get(run.metric)
     if better(run.metric, value, state.best_value) or state.best_step is None:
+        model = run.strategy.unwrap(run.model)
+        weights = run.strategy.gather(model)
         if run.strategy.world.is_main:
             with published(run.folder / "best") as draft:
-                run.publish(run.strategy.unwrap(run.model), draft)
+                run.publish(model, weights, draft)
         run.strategy.world.barrier()
         return replace(state, best_value=value, best_step=state.step, evaluations_since_best=0)
     waited = state.evaluations_since_best + 1

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -36,27 +35,3 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
-
-def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's state as named tensors: `<weight name>|<state name>`."""
-    return {f"{name}|{key}": value for name, key, value in _entries(optimizer, model)}
-
-
-def _entries(optimizer: Optimizer, model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                yield name, key, torch.as_tensor(value)
-
-
-def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, through the optimizer's own loading (types, devices)."""
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, state = key.rpartition("|")
-        by_name.setdefault(name, {})[state] = value
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    state_dict = optimizer.state_dict()
-    live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state_dict["state"] = {i: by_name[names[id(p)]] for i, p in enumerate(live) if names[id(p)] in by_name}
-    optimizer.load_state_dict(state_dict)

@@ -17,7 +17,7 @@ def published(folder: Path) -> Iterator[Path]:
 
     An earlier folder of that name is moved aside first and deleted last. `recover` undoes a stop in between.
     """
-    draft, aside = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
+    draft, aside = draft_of(folder), folder.with_name(f".{folder.name}.old")
     recover(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -35,6 +35,11 @@ def published(folder: Path) -> Iterator[Path]:
     draft.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def draft_of(folder: Path) -> Path:
+    """Where a folder is written before it appears."""
+    return folder.with_name(f".{folder.name}.draft")
 
 
 def recover(folder: Path) -> None:

@@ -51,13 +51,15 @@ class Run:
     layout: Layout
     evaluator: Evaluator
     journal: Journal
-    publish: Callable[[nn.Module, Path], None]
-    """Write a model, unwrapped, as a plain peft or transformers folder."""
-    reload_deviation: Callable[[nn.Module, Path, dict[str, Tensor]], float]
-    """Largest difference of logits between the live model and a published folder."""
+    publish: Callable[[nn.Module, dict[str, Tensor], Path], None]
+    """Write a model, unwrapped, with its gathered weights, as a plain peft or transformers folder."""
+    live_logits: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    """Logits of the live model, unwrapped, [.., ..] float32; all ranks call it."""
+    reload_deviation: Callable[[nn.Module, Path, dict[str, Tensor], Tensor], float]
+    """Largest difference between the live model's logits and those of what a published folder loads to."""
     reload_tolerance: float
-    restore: Callable[[nn.Module, Path], None]
-    """Put the trained weights of a published folder back into the live model, unwrapped."""
+    published_weights: Callable[[nn.Module, Path], dict[str, Tensor]]
+    """The trained weights of a published folder, by the live model's names."""
     steps: int
     micro_batch_tokens: int
     max_grad_norm: float | None

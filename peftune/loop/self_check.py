@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.data.store import Split
 from peftune.errors import Fault, SelfCheckError
+from peftune.parallel.strategy import Strategy
 
 STEPS = 2
 """LoRA's B starts at zero, so A has a zero gradient in the first step: the second decides."""
@@ -21,12 +24,15 @@ class SelfCheck:
     """Watches the first steps of a run.
 
     Every trainable tensor must receive a gradient that is not zero in one of the steps, and move by it unless the
-    step is too small for its floating-point type; no frozen tensor may change.
+    step is too small for its floating-point type; no frozen tensor may change. Ranks look at what they hold, and add
+    up what they saw, so that all of them stop or none.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._before = {name: _checksum(p) for name, p in model.named_parameters()}
+    def __init__(self, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:
+        self._optimizer, self._strategy = optimizer, strategy
+        self._all = list(model.named_parameters())
+        self._trainable = [(name, p) for name, p in self._all if p.requires_grad]
+        self._before = self._checksums()
         self._alive: set[str] = set()
         self._steps = 0
 
@@ -41,14 +47,13 @@ class SelfCheck:
         Raises:
             SelfCheckError: a trainable tensor has none: it does not take part in the loss.
         """
-        missing = []
-        for name, parameter in self._model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:
-                missing.append(name)
-            elif parameter.grad.any():
-                self._alive.add(name)
+        reached, alive = [], []
+        for _, parameter in self._trainable:
+            gradient = self._strategy.gradient(parameter)
+            reached.append(gradient is not None)
+            alive.append(gradient is not None and bool(gradient.any()))
+        missing = [name for (name, _), ranks in zip(self._trainable, self._summed(reached), strict=True) if not ranks]
+        self._alive |= {name for (name, _), ranks in zip(self._trainable, self._summed(alive), strict=True) if ranks}
         if missing:
             raise _failed(f"{len(missing)} trainable tensors take no part in the loss", missing,
                           "adapt other modules (adapter.target_modules), or freeze these")
@@ -64,22 +69,34 @@ class SelfCheck:
         self._steps += 1
         if self.pending:
             return
-        moved = {name for name, p in self._model.named_parameters() if _checksum(p) != self._before[name]}
-        trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        changed = sorted(moved - trainable.keys())
+        moved = {name for (name, _), before, after in zip(self._all, self._before, self._checksums(), strict=True)
+                 if before != after}
+        changed = sorted(moved - {name for name, _ in self._trainable})
         if changed:
             raise _failed(f"{len(changed)} frozen tensors changed", changed, "this is a fault of peftune: report it")
-        stuck = sorted(name for name, p in trainable.items() if name in self._alive - moved and self._could_move(p))
+        mobile = self._summed([self._could_move(self._strategy.weight(p)) for _, p in self._trainable])
+        stuck = sorted(name for (name, _), could in zip(self._trainable, mobile, strict=True)
+                       if could and name in self._alive - moved)
         if stuck:
             raise _failed(f"{len(stuck)} tensors have a gradient and did not move", stuck,
                           "raise train.learning_rate, or model.pure_bf16=false")
         if not self._alive:
-            raise _failed("every gradient is zero", sorted(trainable), "check the labels and the loss mask")
+            raise _failed("every gradient is zero", sorted(name for name, _ in self._trainable),
+                          "check the labels and the loss mask")
 
-    def _could_move(self, parameter: Tensor) -> bool:
+    def _could_move(self, weight: Tensor) -> bool:
         """Whether a step of the learning rate's size is larger than the rounding of the weight's type."""
         rate = self._optimizer.param_groups[0]["lr"]
-        return rate > torch.finfo(parameter.dtype).eps * parameter.detach().abs().max().item()
+        largest = weight.detach().abs().max().item() if weight.numel() else math.inf
+        return rate > torch.finfo(weight.dtype).eps * largest
+
+    def _checksums(self) -> list[int]:
+        return self._summed([_checksum(self._strategy.weight(p)) for _, p in self._all])
+
+    def _summed(self, values: list[int] | list[bool]) -> list[int]:
+        """Over all ranks, place by place."""
+        world = self._strategy.world
+        return world.sum(torch.tensor(values, dtype=torch.int64, device=world.device)).tolist()
 
 
 def check_end_of_text(split: Split, eos: int) -> None:

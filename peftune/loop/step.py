@@ -69,7 +69,7 @@ def train_step(
         with strategy.syncing(model, on=i == work.micro_batch_count - 1):
             with autocast():
                 part = losses(model, batch).sum()
-            strategy.backward(part / work.targets)
+            strategy.backward(model, part / work.targets)
         loss_sum += part.detach()
     grad_norm = strategy.clip(model, max_grad_norm)
     if not torch.isfinite(grad_norm):
@@ -80,7 +80,6 @@ def train_step(
         ))
     if inspect is not None:
         inspect(model)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    strategy.apply(model, optimizer)
     total = strategy.world.sum(loss_sum).item()
     return StepStats(total, work.examples, work.tokens, work.targets, grad_norm.item())

@@ -26,9 +26,14 @@ def keep_trainable_in_float32(model: nn.Module, config: ModelConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+def uses_autocast(config: ModelConfig) -> bool:
+    """Whether products are computed in bfloat16 over float32 trainable weights."""
+    return config.dtype == "bfloat16" and not config.pure_bf16
+
+
 def autocast(config: ModelConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing."""
-    if config.dtype == "float32" or config.pure_bf16:
+    if not uses_autocast(config):
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 

@@ -16,16 +16,16 @@ Reference = Callable[[dict[str, Any]], Tensor]
 """Inputs of a batch -> logits of the model that is not trained, without gradients."""
 
 
-def reference_of(model: nn.Module, dtype: torch.dtype) -> Reference:
-    """Logits of the model as it is now.
+def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model as it is now, in `dtype`, apart from the one that trains. An adapter makes it needless."""
+    return copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
 
-    With an adapter it is the same model with the adapter off, and takes no memory. Where all weights train it is a
-    copy in `dtype`, so this must be called before any weight has changed.
-    """
+
+def reference_of(model: nn.Module) -> Reference:
+    """Logits of a model with its adapter off, which takes no memory; or of a model that does not train."""
     if isinstance(model, PeftModel):
         return lambda inputs: _without_adapter(model, inputs)
-    frozen = copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
-    return lambda inputs: _forward(frozen, inputs)
+    return lambda inputs: _forward(model, inputs)
 
 
 def _without_adapter(model: PeftModel, inputs: dict[str, Any]) -> Tensor:

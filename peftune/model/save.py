@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,12 +24,21 @@ PUBLISHED_LIMIT_TOKENS = 1 << 17
 """model_max_length of the saved tokenizer where the model itself has no smaller limit."""
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write what was trained, the model's config with its classes, and the tokenizer with its chat template."""
+def save_model(
+    model: PreTrainedModel | PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write what was trained, the model's config with its classes, and the tokenizer with its chat template.
+
+    Args:
+        model: unwrapped.
+        weights: its trained weights and buffers, whole, by name.
+        tokenizer: saved beside them.
+        folder: to fill.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.config.architectures = [type(base).__name__]
     with _as_published(base.config, tokenizer):
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=weights)
         base.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
 
@@ -91,26 +100,53 @@ def _load_wide(model: PeftModel, folder: Path, name: str) -> None:
 
 
 @torch.no_grad()
-def reload_deviation(
-    model: PreTrainedModel | PeftModel, folder: Path, inputs: dict[str, Tensor], auto_class: Any, *,
-    autocast: Callable[[], AbstractContextManager[None]], trust_remote_code: bool,
-) -> float:
-    """Largest absolute difference of logits between the live model and what `folder` loads to.
-
-    An adapter is loaded a second time beside the live one, through peft, on the same frozen weights;
-    a whole model is loaded through transformers.
-    """
+def live_logits(
+    model: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], *,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    """Logits of the model as it is, without dropout, float32."""
     was_training = model.training
     model.eval()
     with autocast():
-        live = logits_of(model, inputs).float()
-        if isinstance(model, PeftModel):
-            saved = _logits_of_second_adapter(model, folder, inputs)
-        else:
-            other = load_trained(folder, auto_class, dtype=model.dtype, trust_remote_code=trust_remote_code)
-            saved = logits_of(other.to(live.device).eval(), inputs).float()
+        logits = logits_of(model, inputs).float()
     model.train(was_training)
-    return (live - saved).abs().max().item()
+    return logits
+
+
+@torch.no_grad()
+def reload_deviation(
+    model: PreTrainedModel | PeftModel, folder: Path, inputs: dict[str, Tensor], live: Tensor, auto_class: Any, *,
+    autocast: Callable[[torch.device], AbstractContextManager[None]], trust_remote_code: bool, divided: bool,
+) -> float:
+    """Largest absolute difference between the live model's logits and those of what `folder` loads to.
+
+    An adapter is loaded a second time beside the live one, through peft, on the same frozen weights; a whole model is
+    loaded through transformers. Where no rank holds those weights whole, `folder` is loaded with its base in host
+    memory.
+
+    Args:
+        model: unwrapped.
+        folder: what `save_model` has written.
+        inputs: of some examples.
+        live: the model's logits for them.
+        auto_class: the transformers Auto class.
+        autocast: precision of forward passes, by device.
+        trust_remote_code: whether the model brings code of its own.
+        divided: the live model's weights are divided among the ranks.
+    """
+    if isinstance(model, PeftModel) and not divided:
+        was_training = model.training
+        model.eval()
+        with autocast(live.device):
+            saved = _logits_of_second_adapter(model, folder, inputs)
+        model.train(was_training)
+        return (live - saved).abs().max().item()
+    device = torch.device("cpu") if divided else live.device
+    other = load_trained(folder, auto_class, dtype=model.dtype, trust_remote_code=trust_remote_code).to(device).eval()
+    there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    with autocast(device):
+        saved = logits_of(other, there).float()
+    return (live.to(device) - saved).abs().max().item()
 
 
 def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
@@ -131,36 +167,30 @@ def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, 
             parameter.requires_grad_(True)
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors by name, as they lie in the model."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def load_trainable_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy tensors saved from `trainable_state` back. Raises KeyError where names or shapes differ."""
-    live = trainable_state(model)
-    if live.keys() != state.keys():
-        raise KeyError(f"trainable weights differ: {sorted(live.keys() ^ state.keys())[:3]}")
-    for name, tensor in state.items():
-        live[name].copy_(tensor)
-
-
-def load_published(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Put the weights of a folder that `save_model` has written back into the live model.
+def published_weights(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Tensor]:
+    """The trained weights of a folder that `save_model` has written, by the live model's names.
 
     Raises:
         ModelError: the folder lacks weights that the model trains.
     """
-    if isinstance(model, PeftModel):
-        state = load_file(folder / "adapter_model.safetensors")
-        missing = [key for key in set_peft_model_state_dict(model, state).missing_keys
-                   if any(key == name for name, p in model.named_parameters() if p.requires_grad)]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        state = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        absent = set(model.load_state_dict(state, strict=False).missing_keys)
-        missing = sorted(absent & {name for name, _ in model.named_parameters()})
+    live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = _names_in_files(model, live)
+    saved = {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+    found = {names[key]: tensor for key, tensor in saved.items() if key in names}
+    missing = sorted(live.keys() - found.keys())
     if missing:
         raise ModelError(Fault(kind="model", file=str(folder), message=f"lacks {len(missing)} trained weights "
                                f"({', '.join(missing[:3])})", mend="the folder was not written by this run"))
+    return found
+
+
+def _names_in_files(model: PreTrainedModel | PeftModel, live: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Key in the published file -> name in the live model. PEFT leaves the adapter's own name out of its keys."""
+    if not isinstance(model, PeftModel):
+        return {name: name for name in live}
+    if model.active_peft_config.is_prompt_learning:  # one tensor, whatever the prompt is made of
+        return {"prompt_embeddings": next(name for name in live if "prompt_encoder" in name),
+                **{name: name for name in live}}
+    by_identity = {id(parameter): name for name, parameter in live.items()}
+    exported = get_peft_model_state_dict(model, state_dict=dict(live))
+    return {key: by_identity[id(tensor)] for key, tensor in exported.items() if id(tensor) in by_identity}

@@ -3,6 +3,7 @@
 Annotations are evaluated here: DDP looks at those of its hook.
 """
 
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from peftune.parallel.single import clip_local
+from peftune.parallel.pieces import Piece
+from peftune.parallel.replicated import all_weights, clip_gradients, copy_weights, restore_whole, trained, whole_pieces
+from peftune.parallel.strategy import BuildOptimizer, ReadWhole
 from peftune.parallel.world import World
 
 _KEPT_UNTIL_EXIT: list[DistributedDataParallel] = []
@@ -26,15 +30,19 @@ class Ddp:
 
     world: World
     name: str = "ddp"
+    lockstep: bool = False
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
         device = self.world.device
         wrapped = DistributedDataParallel(
             model.to(device), device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
         )
         wrapped.register_comm_hook(None, _sum_gradients)
         _KEPT_UNTIL_EXIT.append(wrapped)
-        return wrapped
+        return wrapped, build_optimizer(wrapped.module)
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return model.to(self.world.device)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DistributedDataParallel) else model
@@ -42,15 +50,38 @@ class Ddp:
     def syncing(self, model: nn.Module, *, on: bool) -> AbstractContextManager[None]:
         return nullcontext() if on or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
         loss.backward()
 
     def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        return clip_local(model, max_norm)
+        return clip_gradients(model, max_norm)
+
+    def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad
+
+    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+        return all_weights(model) if self.world.is_main else {}
+
+    def scatter(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        copy_weights(model, weights if self.world.is_main else {})
+        for parameter in trained(model).values():
+            self.world.broadcast(parameter.data)
+
+    def pieces(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Piece]:
+        return whole_pieces(model, optimizer) if self.world.is_main else iter(())
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, read: ReadWhole) -> None:
+        restore_whole(model, optimizer, read)
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's exchange without its division by the number of ranks: our loss has its one divisor already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import socket
@@ -12,30 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftune.errors import EXIT_CODE_FILE, EXIT_OUR_FAULT, Fault, MachineError
-from peftune.parallel.names import ASKED, STRATEGIES
+from peftune.parallel.names import ASKED, ASKED_STRATEGY, STRATEGIES
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A command line and how many processes it must start."""
+    """A command line, and what it must start."""
 
     command: tuple[str, ...]
     processes: int
-    use_cpu: bool
+    strategy: str
+    environment: dict[str, str]
+    """Variables that the launchers on this machine need."""
 
     def __str__(self) -> str:
-        prefix = "ACCELERATE_USE_CPU=true " if self.use_cpu and self.processes > 1 else ""
-        return prefix + shlex.join(["accelerate", "launch", *self.command])
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(["accelerate", "launch", *self.command])])
 
 
 def choose_launch(strategy: str, processes: int | None, script_arguments: list[str]) -> Launch:
-    """The launch line for a strategy: auto takes every GPU, or one process on the CPU.
+    """The launch line for a strategy: auto takes every GPU with ddp, or one process on the CPU.
 
     Raises:
-        MachineError: a strategy this version lacks, or more processes than GPUs.
+        MachineError: a strategy this version lacks, one whose package is missing, or more processes than GPUs.
     """
     gpus = _gpu_count()
-    wanted = processes or (max(1, gpus) if strategy in ("auto", "ddp") else 1)
+    wanted = processes or (1 if strategy == "single" else max(1, gpus))
     if strategy == "auto":
         strategy = "ddp" if wanted > 1 else "single"
     if strategy not in STRATEGIES:
@@ -44,15 +47,24 @@ def choose_launch(strategy: str, processes: int | None, script_arguments: list[s
         raise _error(f"--strategy single runs one process, not {wanted}", "--strategy ddp")
     if strategy == "ddp" and wanted < 2:
         raise _error("--strategy ddp needs two processes or more", "--processes 2, or --strategy single")
-    use_cpu = gpus == 0
-    if not use_cpu and wanted > gpus:
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise _error(f"--strategy {strategy} needs deepspeed, which is not installed",
+                     'pip install "peftune[deepspeed]", or --strategy fsdp2')
+    if gpus and wanted > gpus:
         raise _error(f"{wanted} processes, and {gpus} GPUs here", f"--processes {gpus}")
-    preset = "single" if strategy == "single" else "ddp-cpu" if use_cpu else "ddp"
+    preset = "ddp-cpu" if strategy == "ddp" and not gpus else strategy
     command = ["--config_file", str(presets() / f"{preset}.yaml"), "--num_processes", str(wanted)]
-    if wanted > 1:
+    if strategy != "single":
         command += ["--main_process_port", str(_free_port())]
     script = Path(__file__).resolve().parents[1] / "train.py"
-    return Launch((*command, str(script), *script_arguments), wanted, use_cpu)
+    return Launch((*command, str(script), *script_arguments), wanted, strategy, _variables(strategy, bool(gpus)))
+
+
+def _variables(strategy: str, on_gpus: bool) -> dict[str, str]:
+    if on_gpus or strategy == "single":
+        return {}
+    # DeepSpeed would look for GPUs; accelerate would take DDP's processes to the GPUs of a machine that hides them
+    return {"DS_ACCELERATOR": "cpu"} if strategy.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
 
 
 def run(launch: Launch) -> int:
@@ -63,9 +75,8 @@ def run(launch: Launch) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="peftune-") as folder:
         code = Path(folder) / "exit-code"
-        environment = {**os.environ, EXIT_CODE_FILE: str(code), ASKED: str(launch.processes)}
-        if launch.use_cpu and launch.processes > 1:
-            environment["ACCELERATE_USE_CPU"] = "true"
+        environment = {**os.environ, **launch.environment, EXIT_CODE_FILE: str(code),
+                       ASKED: str(launch.processes), ASKED_STRATEGY: launch.strategy}
         done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch.command],
                               env=environment, check=False)
         if code.is_file():

@@ -1,7 +1,35 @@
-"""Names that the launcher and the launched process share."""
+"""Names that the launcher and the launched process share, and what accelerate's environment says. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from peftune.errors import Fault, MachineError
 
 ASKED = "PEFTUNE_PROCESSES"
 """Environment variable in which `peftune train` hands down the number of processes it asked for."""
+ASKED_STRATEGY = "PEFTUNE_STRATEGY"
+"""The same for the strategy."""
 
-STRATEGIES = ("single", "ddp")
-"""Ways to use several devices in this version."""
+STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
+"""Ways to use several devices: the presets of launch/accelerate."""
+
+
+def launched_kind() -> Literal["zero", "fsdp2", "plain"]:
+    """What `accelerate launch` was told by its config or flags."""
+    if _on("ACCELERATE_USE_DEEPSPEED"):
+        return "zero"
+    return "fsdp2" if _on("ACCELERATE_USE_FSDP") else "plain"
+
+
+def check_launched(name: str) -> None:
+    """Raise MachineError unless the strategy that runs is the one that `peftune train` asked for, if it did."""
+    asked = os.environ.get(ASKED_STRATEGY, name)
+    if asked != name:
+        raise MachineError(Fault(kind="environment", message=f"{asked} was asked for, and {name} was started",
+                                 mend="look at the accelerate launch line above"))
+
+
+def _on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")

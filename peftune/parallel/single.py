@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from peftune.parallel.pieces import Piece
+from peftune.parallel.replicated import all_weights, clip_gradients, copy_weights, restore_whole, whole_pieces
+from peftune.parallel.strategy import BuildOptimizer, ReadWhole
 from peftune.parallel.world import World
 
 
@@ -18,8 +21,13 @@ class Single:
 
     world: World
     name: str = "single"
+    lockstep: bool = False
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
+        model = model.to(self.world.device)
+        return model, build_optimizer(model)
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
         return model.to(self.world.device)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -28,14 +36,30 @@ class Single:
     def syncing(self, model: nn.Module, *, on: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
         loss.backward()
 
     def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        return clip_local(model, max_norm)
+        return clip_gradients(model, max_norm)
 
+    def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-def clip_local(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Clip where every rank holds all gradients. torch's own, in one pass over all tensors."""
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad
+
+    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+        return all_weights(model)
+
+    def scatter(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        copy_weights(model, weights)
+
+    def pieces(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Piece]:
+        return whole_pieces(model, optimizer)
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, read: ReadWhole) -> None:
+        restore_whole(model, optimizer, read)

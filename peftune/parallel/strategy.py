@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from peftune.parallel.pieces import Piece
 from peftune.parallel.world import World
+
+BuildOptimizer = Callable[[nn.Module], Optimizer]
+"""Model -> optimizer over its trainable weights."""
+ReadWhole = Callable[[str], Tensor | None]
+"""Name of a saved tensor -> all of it, on the CPU; None where there is none."""
 
 
 class Strategy(Protocol):
-    """Gradients are sums over all ranks: whatever averaging an engine does, its strategy undoes."""
+    """Gradients are sums over all ranks: whatever averaging an engine does, its strategy undoes.
+
+    Parameters are named as in the unwrapped model, the same under every strategy.
+    """
 
     @property
     def name(self) -> str:
-        """As in the summary: single, ddp, ..."""
+        """As in the summary: single, ddp, zero2, ..."""
         ...
 
     @property
@@ -23,8 +34,20 @@ class Strategy(Protocol):
         """The processes."""
         ...
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device and wrap it for training. Weights become equal on all ranks."""
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward pass is a joint act, so that all ranks must call the model equally often."""
+        ...
+
+    def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
+        """Move the model to the device, wrap it for training, and build its optimizer.
+
+        Weights become equal on all ranks.
+        """
+        ...
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Place a second model that never trains, divided among the devices where the first one is."""
         ...
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -32,13 +55,58 @@ class Strategy(Protocol):
         ...
 
     def syncing(self, model: nn.Module, *, on: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: gradients are exchanged only where `on`."""
+        """Around forward and backward of a micro-batch; `on` for the last one of a step."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
         """Add the loss's gradients."""
         ...
 
     def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        """Scale the gradients of the whole model down to `max_norm`; return their 2-norm before that, [] float32."""
+        """Bound the gradient of the whole model by `max_norm`; return its 2-norm before that, [] float32.
+
+        The one place that clips. No weight changes here.
+        """
+        ...
+
+    def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Change the weights by the gradients, and drop the gradients."""
+        ...
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The part of a weight that this rank holds; the whole where weights are not divided."""
+        ...
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """A part of a weight's gradient between `clip` and `apply`; None if the weight took no part in the loss.
+
+        All ranks ask for the same parameters in the same order.
+        """
+        ...
+
+    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+        """The unwrapped model's trained weights and its buffers, whole, by name: on the main process, empty elsewhere.
+
+        All ranks call it. Tensors may share memory with the live model.
+        """
+        ...
+
+    def scatter(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Put whole weights back into the unwrapped model. All ranks call it; the main process's values count."""
+        ...
+
+    def pieces(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Piece]:
+        """What this rank is to save of the unwrapped model's trained weights and of the optimizer's state.
+
+        Weights are called by their name, states `<weight name>|<state name>`. The pieces of all ranks together
+        cover each tensor.
+        """
+        ...
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, read: ReadWhole) -> None:
+        """Put saved tensors, whatever strategy saved them, into the unwrapped model and the optimizer.
+
+        Raises:
+            KeyError: a trained weight is missing, or has another shape.
+        """
         ...

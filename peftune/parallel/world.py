@@ -45,6 +45,15 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        return max(self.gather([number]))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with the main process's, on each process."""
+        if self.ranks > 1:
+            dist.broadcast(tensor, src=0)
+
     def gather(self, objects: Sequence[T]) -> list[T]:
         """The objects of all processes in rank order, on each of them. For small things: records, names."""
         if self.ranks == 1:

@@ -102,11 +102,11 @@ def loss_and_gradients(
     examples = examples_of(task_name)
     batch = lay_out(examples, range(len(examples)), layout=layout, pad_id=0, kind=targets.kind, width=3,
                     device=torch.device("cpu"))
-    reference = reference_of(a_model("llama", task_name), torch.float32) if task.needs_reference else None
+    reference = reference_of(a_model("llama", task_name).eval()) if task.needs_reference else None
     if reference is not None and layout.kind != "padded":
         other = a_model("llama", task_name)
         use_packing(other, pooled=False, first_position=0)
-        reference = reference_of(other, torch.float32)
+        reference = reference_of(other.eval())
     model.zero_grad()
     losses = task.losses(task.forward(model, batch, reference), batch, targets)
     losses.sum().backward()

@@ -76,7 +76,7 @@ def stopped_run(classify, train) -> Path:
 
 def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before_it(classify, train, capsys):
     folder = stopped_run(classify, train)
-    (folder / "checkpoints" / "step-000006" / "weights.safetensors").write_bytes(b"x")
+    (folder / "checkpoints" / "step-000006" / "tensors-00000-of-00001.safetensors").write_bytes(b"x")
     capsys.readouterr()
     train({**classify, "checkpoint": {"every_steps": 2, "keep": 9}})
     said = capsys.readouterr().out

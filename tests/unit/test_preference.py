@@ -12,7 +12,7 @@ from peftune.data.canonical import preference_fields
 from peftune.data.layouts import lay_out
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
-from peftune.model.reference import reference_of
+from peftune.model.reference import frozen_copy, reference_of
 from peftune.numerics.losses import IGNORE
 from peftune.tasks.preference import encode, preference
 from peftune.tasks.task import TextEncoder
@@ -74,7 +74,7 @@ def test_log_probabilities_are_the_naive_ones_and_the_reference_keeps_its_weight
     model = AutoModelForCausalLM.from_pretrained(decoder).double().eval()
     example = encoded(tokenizer, {"prompt": "the printer", "chosen": " works again", "rejected": " was lost"})
     batch = lay_out([example], [0], pad_id=1, kind="pair", width=0, device=torch.device("cpu"))
-    task, reference = preference(TrainConfig(dpo_beta=0.5)), reference_of(model, torch.float64)
+    task, reference = preference(TrainConfig(dpo_beta=0.5)), reference_of(frozen_copy(model, torch.float64))
     with torch.no_grad():
         naive = []
         for at in (slice(0, example.first_part), slice(example.first_part, None)):

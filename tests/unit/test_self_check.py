@@ -7,10 +7,12 @@ from peftune.data.examples import Example
 from peftune.data.store import Split, write
 from peftune.errors import SelfCheckError
 from peftune.loop.self_check import SelfCheck, check_end_of_text
+from peftune.parallel.single import Single
+from peftune.parallel.world import World
 
 
 def watch(model, optimizer, steps=2, before_step=lambda step: None):
-    check = SelfCheck(model, optimizer)
+    check = SelfCheck(model, optimizer, Single(World(0, 1, 0, torch.device("cpu"), None)))
     for step in range(steps):
         optimizer.zero_grad()
         model(torch.ones(1, 3)).sum().backward()

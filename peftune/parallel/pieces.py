@@ -1,0 +1,85 @@
+"""Saved tensors in pieces: each rank writes what it holds, and any number of ranks reads them again.
+
+A piece is a run of a tensor's values in row-major order. It is all that a divided weight is under every engine: whole
+rows under FSDP2, runs of the flattened tensor under ZeRO.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PLACES = "places"
+"""Key in a file's header: JSON {name: [first value, shape of the whole tensor]}."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of values of a named tensor."""
+
+    name: str
+    values: Tensor
+    """[n], any device."""
+    begin: int
+    """Position of the first value in the flattened whole."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+def whole(name: str, tensor: Tensor) -> Piece:
+    """A piece that is all of its tensor."""
+    return Piece(name, tensor.detach().flatten(), 0, tuple(tensor.shape))
+
+
+def write_pieces(pieces: Iterable[Piece], path: Path) -> None:
+    """One safetensors file. A rank that holds nothing writes none."""
+    tensors, places = {}, {}
+    for piece in pieces:
+        tensors[piece.name] = piece.values.detach().to("cpu", copy=True).contiguous()
+        places[piece.name] = [piece.begin, list(piece.shape)]
+    if tensors:
+        save_file(tensors, path, metadata={PLACES: json.dumps(places)})
+
+
+class PieceReader:
+    """Whole tensors out of the files of all ranks, one at a time."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Raises KeyError or ValueError where a file is not one of `write_pieces`."""
+        self._places: dict[str, list[tuple[Path, int, tuple[int, ...]]]] = {}
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                places = json.loads((file.metadata() or {})[PLACES])
+            for name, (begin, shape) in places.items():
+                self._places.setdefault(name, []).append((path, begin, tuple(shape)))
+
+    def names(self) -> Iterator[str]:
+        """Of every saved tensor."""
+        return iter(self._places)
+
+    def __call__(self, name: str) -> Tensor | None:
+        """The whole tensor, or None. Raises KeyError where pieces are missing."""
+        if name not in self._places:
+            return None
+        shape = self._places[name][0][2]
+        flat, covered = None, 0
+        for path, begin, _ in sorted(self._places[name], key=lambda place: place[1]):
+            with safe_open(path, "pt") as file:
+                values = file.get_tensor(name)
+            if flat is None:
+                flat = torch.empty(math.prod(shape), dtype=values.dtype)
+            if begin > covered:
+                break
+            flat[begin : begin + values.numel()] = values
+            covered = max(covered, begin + values.numel())
+        if flat is None or covered < flat.numel():
+            raise KeyError(f"parts of {name} are missing")
+        return flat.reshape(shape)
