@@ -136,11 +136,14 @@ def _pack_inputs(
 
 
 def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Hidden states of a packed row -> a row a sequence, and the pooled output from them where the body has one."""
+    """Hidden states of a packed row -> a row a sequence, and the pooled output from them where the body has one.
+
+    The same modules run whatever the number of sequences: ranks that gather weights for them must agree on that.
+    """
     lengths = kwargs.get("segment_lengths")
     if lengths is None and kwargs.get("cu_seq_lens_q") is not None:
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
-    if lengths is None or output.last_hidden_state.shape[0] == len(lengths):
+    if lengths is None:
         return output
     output.last_hidden_state = pad_sequence(list(output.last_hidden_state[0].split(list(lengths))), batch_first=True)
     if output.get("pooler_output") is not None:

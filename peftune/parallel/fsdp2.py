@@ -142,6 +142,7 @@ def open_fsdp2(world: World) -> Fsdp2:
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise MachineError(Fault(kind="environment", message="FSDP 1 is asked for, and peftune has FSDP 2",
                                  mend="fsdp_version: 2 in the fsdp_config, as in launch/accelerate/fsdp2.yaml"))
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would leave new heads empty on ranks but 0
     return Fsdp2(world, offload=os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
 
 

@@ -1,0 +1,278 @@
+"""Does every strategy train the same model? Real launches of tiny runs, each compared with one process.
+
+    peftune bench parity [--strategies zero2 fsdp2] [--methods full lora] [--tasks causal_lm] [--layouts ...]
+                         [--to results.json] [--table table.md]
+
+A cell is a strategy, a method, a task and a layout: a run of six steps through `accelerate launch`, with two processes
+where the strategy has several, in float32. It is compared with one process on padded rows in one micro-batch: the loss
+and the gradient norm of every step, the evaluation, the weights that were saved, and the logits that the saved folder
+gives in plain peft or transformers. A cell that cannot work must be refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from peftune.config.load import load
+from peftune.config.rules import strategy_faults
+from peftune.config.schema import EvaluationConfig, TrainConfig
+from peftune.errors import PeftuneError
+from peftune.model.outputs import logits_of
+from peftune.model.save import load_trained
+from peftune.observe.manifest import environment
+from peftune.parallel.launcher import choose_launch
+from peftune.parallel.names import STRATEGIES
+from peftune.tasks import TASKS
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "peftune" / "train.py"
+
+LORA = {"method": "lora", "r": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"adapter": None},
+    "lora": {"adapter": LORA},
+    "dora": {"adapter": {**LORA, "use_dora": True}},
+    "int8+lora": {"adapter": LORA, "model": {"quantization": "int8"}},
+    "nf4+lora": {"adapter": LORA, "model": {"quantization": "nf4"}},
+}
+LAYOUTS: dict[str, list[str]] = {
+    "padded, one micro-batch": ["data.layout=padded", "train.tokens_per_micro_batch=100000"],
+    "padded, several": ["data.layout=padded", "train.tokens_per_micro_batch=150"],
+    "packed, one micro-batch": ["data.layout=packed", "train.tokens_per_micro_batch=100000"],
+    "packed, several": ["data.layout=packed", "train.tokens_per_micro_batch=60"],
+}
+REFERENCE = ("single", "padded, one micro-batch")
+TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4, "metrics": 1e-4, "weights": 1e-4, "logits": 1e-4}
+"""Largest deviation of a cell that counts as equal: relative for losses, norms and metrics, absolute for weights and
+logits. Ranks sum float32 in another order; AdamW carries that into weights by up to the learning rate (0.003)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination."""
+
+    strategy: str
+    method: str
+    task: str
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.strategy} / {self.method} / {self.task} / {self.layout}"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a cell: equal, differs, refused or failed."""
+
+    verdict: str
+    deviations: dict[str, float] = field(default_factory=dict)
+    why: str = ""
+
+
+class Bench:
+    """A folder of tiny models and rows, and the runs made with them."""
+
+    def __init__(self, folder: Path, script: Path = TRAIN) -> None:
+        self.folder, self.script = folder, script
+        self.folder.mkdir(parents=True, exist_ok=True)
+        decoder, encoder = tiny.save_decoder(folder / "decoder"), tiny.save_encoder(folder / "encoder")
+        self._tasks = {
+            "sequence_classification": self._settings(encoder, tiny.intent_rows(49), 40, max_length=64),
+            "token_classification": self._settings(encoder, tiny.tagged_rows(49), 40, max_length=64),
+            "question_answering": self._settings(encoder, tiny.question_rows(49, unanswerable=True), 40,
+                                                 max_length=48, doc_stride=16),
+            "causal_lm": self._settings(decoder, tiny.chat_rows(29), 24, max_length=128),
+            "preference": self._settings(decoder, tiny.preference_rows(31), 24, max_length=128),
+        }
+        self._references: dict[tuple[str, str], Path] = {}
+
+    def _settings(self, model: str, rows: Sequence[Any], train: int, **data: Any) -> dict[str, Any]:
+        paths = {}
+        for name, part in (("train", rows[:train]), ("validation", rows[train:])):
+            path = self.folder / f"{len(list(self.folder.glob('*.jsonl')))}-{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+            paths[name] = str(path)
+        return {"model": {"name_or_path": model, "dtype": "float32"}, "data": {**paths, **data},
+                "train": {"batch_size": 7, "max_steps": 6, "learning_rate": 0.003},
+                "evaluation": {"every_steps": 3, "max_new_tokens": 4}, "checkpoint": {"every_steps": 3},
+                "log": {"every_steps": 1, "trackers": []}}
+
+    def config(self, cell: Cell) -> Path:
+        """The cell's config file."""
+        settings, method = self._tasks[cell.task], METHODS[cell.method]
+        path = self.folder / f"{cell.task}-{cell.method}.yaml"
+        path.write_text(yaml.safe_dump({
+            **settings, "task": cell.task, "adapter": method["adapter"],
+            "model": {**settings["model"], **method.get("model", {})}}))
+        return path
+
+    def run(self, cell: Cell, *overrides: str, name: str | None = None) -> tuple[Path, subprocess.CompletedProcess[str]]:
+        """Launch a cell; its run folder, and how it ended."""
+        folder = self.folder / "runs" / (name or str(cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-"))
+        launch = choose_launch(cell.strategy, 1 if cell.strategy == "single" else 2, [
+            str(self.config(cell)), f"output_dir={folder}", *LAYOUTS[cell.layout], *overrides])
+        words = [str(self.script) if word == str(TRAIN) else word for word in launch.command]
+        done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
+                              capture_output=True, text=True, timeout=600, check=False,
+                              env={**os.environ, **launch.environment, "OMP_NUM_THREADS": "1"})
+        return folder, done
+
+    def outcome(self, cell: Cell) -> Outcome:
+        """Run a cell and compare it."""
+        refusal = self.refusal(cell)
+        if refusal:
+            return Outcome("refused", why=refusal)
+        folder, done = self.run(cell)
+        if done.returncode != 0:
+            return Outcome("failed", why=done.stderr[-2000:])
+        deviations = deviations_of(folder, self.reference(cell), cell.task)
+        equal = all(value <= TOLERANCES[name] for name, value in deviations.items())
+        return Outcome("equal" if equal else "differs", deviations)
+
+    def refusal(self, cell: Cell) -> str:
+        """Why a check of the config refuses the cell, if it does."""
+        try:
+            config = load([str(self.config(cell)), *LAYOUTS[cell.layout]])
+        except PeftuneError as error:
+            return error.faults[0].message
+        return "; ".join(fault.message for fault in strategy_faults(config, cell.strategy))
+
+    def reference(self, cell: Cell) -> Path:
+        """The run that a cell is compared with; each is made once."""
+        key = (cell.task, cell.method)
+        if key not in self._references:
+            same = Cell(REFERENCE[0], cell.method, cell.task, REFERENCE[1])
+            folder, done = self.run(same, name=f"reference-{cell.task}-{cell.method}")
+            assert done.returncode == 0, done.stderr
+            self._references[key] = folder
+        return self._references[key]
+
+
+def deviations_of(folder: Path, reference: Path, task: str) -> dict[str, float]:
+    """Largest deviation of a run from another one, by what is compared."""
+    rows, others = (_training_rows(run) for run in (folder, reference))
+    assert len(rows) == len(others), "the runs have not taken the same number of steps"
+    scores, other_scores = (json.loads((run / "summary.json").read_text())["metrics"]["validation"]
+                            for run in (folder, reference))
+    weights, other_weights = (_weights(run / "final") for run in (folder, reference))
+    assert weights.keys() == other_weights.keys(), "the saved folders hold different weights"
+    return {
+        "loss": max(_relative(a["loss"], b["loss"]) for a, b in zip(rows, others, strict=True)),
+        "grad_norm": max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(rows, others, strict=True)),
+        "metrics": max(_relative(a, b) for key in other_scores
+                       for a, b in zip(_numbers(scores[key]), _numbers(other_scores[key]), strict=True)),
+        "weights": max((weights[name].float() - other_weights[name].float()).abs().max().item() for name in weights),
+        "logits": _logit_deviation(folder / "final", reference / "final", task),
+    }
+
+
+def _training_rows(run: Path) -> list[dict[str, Any]]:
+    rows = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["split"] == "train"]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    for part in value if isinstance(value, list) else [value]:
+        yield math.nan if part is None else float(part)
+
+
+def _relative(value: float, other: float) -> float:
+    """|a - b| / |b|; below 0.1 / |b| is taken as 10: a small difference of large sums has their rounding."""
+    if math.isnan(value) or math.isnan(other):
+        return 0.0 if math.isnan(value) and math.isnan(other) else math.inf
+    return abs(value - other) / max(abs(other), 0.1)
+
+
+@torch.no_grad()
+def _logit_deviation(folder: Path, reference: Path, task: str) -> float:
+    """Of two saved folders, loaded by plain peft or transformers, on the same ids."""
+    auto_class = TASKS[task](TrainConfig(), EvaluationConfig()).auto_class
+    ids = torch.arange(5, 5 + 24).reshape(2, 12)
+    mine, other = (logits_of(load_trained(run, auto_class, dtype=torch.float32).eval(),
+                             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for run in (folder, reference))
+    return (mine - other).abs().max().item()
+
+
+def table_of(results: Mapping[Cell, Outcome]) -> str:
+    """Markdown: a row a strategy and method, a column a task; the largest loss deviation over the layouts."""
+    tasks = sorted({cell.task for cell in results})
+    lines = [f"| strategy | method | {' | '.join(tasks)} |", "| --- " * (len(tasks) + 2) + "|"]
+    for strategy in STRATEGIES:
+        for method in METHODS:
+            row = [[outcome for cell, outcome in results.items()
+                    if (cell.strategy, cell.method, cell.task) == (strategy, method, task)] for task in tasks]
+            if any(row):
+                lines.append(f"| {strategy} | {method} | {' | '.join(map(_shown, row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(outcomes: Sequence[Outcome]) -> str:
+    bad = [outcome.verdict for outcome in outcomes if outcome.verdict in ("differs", "failed")]
+    if bad:
+        return f"**{bad[0]}**"
+    losses = [outcome.deviations["loss"] for outcome in outcomes if outcome.verdict == "equal"]
+    return f"{max(losses):.0e}" if losses else "refused" if outcomes else ""
+
+
+def main() -> int:
+    """Run the cells that are asked for, write what was found after each, and say whether any is red."""
+    parser = argparse.ArgumentParser(prog="peftune bench parity", description=__doc__.splitlines()[0])
+    tasks = list(TASKS)
+    for name, choices in (("strategies", list(STRATEGIES)), ("methods", list(METHODS)), ("tasks", tasks),
+                          ("layouts", list(LAYOUTS))):
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, metavar=name[:-1].upper())
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--table", type=Path)
+    asked = parser.parse_args()
+    results: dict[Cell, Outcome] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
+        bench = Bench(Path(scratch) / "bench")
+        for cell in (Cell(strategy, method, task, layout) for task in asked.tasks for method in asked.methods
+                     for strategy in asked.strategies for layout in asked.layouts):
+            results[cell] = bench.outcome(cell)
+            print(f"{results[cell].verdict:8} {cell}  {_summary(results[cell])}", flush=True)
+            _write(asked, results)
+    red = [cell for cell, outcome in results.items() if outcome.verdict in ("differs", "failed")]
+    print(f"{len(results)} cells, {len(red)} red")
+    return 1 if red else 0
+
+
+def _summary(outcome: Outcome) -> str:
+    return outcome.why or "  ".join(f"{name} {value:.1e}" for name, value in outcome.deviations.items())
+
+
+def _write(asked: argparse.Namespace, results: Mapping[Cell, Outcome]) -> None:
+    if asked.to:
+        asked.to.parent.mkdir(parents=True, exist_ok=True)
+        asked.to.write_text(json.dumps({
+            **environment(torch.device("cpu")), "processes": 2, "tolerances": TOLERANCES, "reference": REFERENCE,
+            "largest": {name: max((o.deviations[name] for o in results.values() if o.deviations), default=None)
+                        for name in TOLERANCES},
+            "cells": [{**asdict(cell), **asdict(outcome)} for cell, outcome in results.items()]}, indent=1) + "\n")
+    if asked.table:
+        asked.table.parent.mkdir(parents=True, exist_ok=True)
+        asked.table.write_text(table_of(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
