@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,14 @@ class Cell:
         return f"{self.strategy} / {self.method} / {self.task} / {self.layout}"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a cell: equal, differs, refused or failed."""
 
     verdict: str
     deviations: dict[str, float] = field(default_factory=dict)
     why: str = ""
+    commit: str = ""
 
 
 class Bench:
@@ -146,7 +147,7 @@ class Bench:
             return Outcome("refused", why=refusal)
         folder, done = self.run(cell)
         if done.returncode != 0:
-            return Outcome("failed", why=done.stderr[-2000:])
+            return Outcome("failed", why=_said(done.stderr))
         deviations = deviations_of(folder, self.reference(cell), cell.task)
         equal = all(value <= TOLERANCES[name] for name, value in deviations.items())
         return Outcome("equal" if equal else "differs", deviations)
@@ -168,6 +169,12 @@ class Bench:
             assert done.returncode == 0, done.stderr
             self._references[key] = folder
         return self._references[key]
+
+
+def _said(stderr: str) -> str:
+    """The run's own message, or the end of what it printed."""
+    _, mark, message = stderr.partition("error: ")
+    return (mark + message)[:2000] if mark else stderr[-2000:]
 
 
 def deviations_of(folder: Path, reference: Path, task: str) -> dict[str, float]:
@@ -250,21 +257,29 @@ def main() -> int:
     for name, choices in (("strategies", list(STRATEGIES)), ("methods", list(METHODS)), ("tasks", tasks),
                           ("layouts", list(LAYOUTS))):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, metavar=name[:-1].upper())
-    parser.add_argument("--to", type=Path)
+    parser.add_argument("--to", type=Path, help="results; cells that are there already and not run now stay")
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
-    results: dict[Cell, Outcome] = {}
+    results = _earlier(asked.to)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch) / "bench")
         for cell in (Cell(strategy, method, task, layout) for task in asked.tasks for method in asked.methods
                      for strategy in asked.strategies for layout in asked.layouts):
-            results[cell] = bench.outcome(cell)
+            results[cell] = replace(bench.outcome(cell), commit=environment(torch.device("cpu"))["commit"])
             print(f"{results[cell].verdict:8} {cell}  {_summary(results[cell])}", flush=True)
             _write(asked, results)
     red = [cell for cell, outcome in results.items() if outcome.verdict in ("differs", "failed")]
     print(f"{len(results)} cells, {len(red)} red")
     return 1 if red else 0
+
+
+def _earlier(path: Path | None) -> dict[Cell, Outcome]:
+    if path is None or not path.is_file():
+        return {}
+    keys = ("strategy", "method", "task", "layout")
+    return {Cell(*(cell[key] for key in keys)): Outcome(**{k: v for k, v in cell.items() if k not in keys})
+            for cell in json.loads(path.read_text())["cells"]}
 
 
 def _summary(outcome: Outcome) -> str:

@@ -23,7 +23,7 @@ OURS = {
 }
 """Keys of the JSON that a run decides by its own config, and where."""
 LARGEST_BUCKET = 50_000_000
-"""Values exchanged at once at most; a smaller model gets smaller buckets."""
+"""Values exchanged at once at most. A smaller model gets smaller buckets where they are memory."""
 
 
 def read_zero_config() -> dict[str, Any]:
@@ -89,7 +89,7 @@ def filled(
         bfloat16: products are computed in bfloat16 over float32 trainable weights, by torch's autocast.
     """
     bucket = max(1, min(LARGEST_BUCKET, trainable))
-    auto = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
+    auto = {"reduce_bucket_size": bucket, "allgather_bucket_size": LARGEST_BUCKET, "stage3_prefetch_bucket_size": bucket,
             "stage3_param_persistence_threshold": 0, "overlap_comm": not on_cpu, "contiguous_gradients": True}
     given = {key: value for key, value in config["zero_optimization"].items() if value is not None}
     zero = auto | {key: value for key, value in given.items() if value != "auto" or key not in auto}
