@@ -129,7 +129,9 @@ class Bench:
             "model": {**settings["model"], **method.get("model", {})}}))
         return path
 
-    def run(self, cell: Cell, *overrides: str, name: str | None = None) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    def run(
+        self, cell: Cell, *overrides: str, name: str | None = None
+    ) -> tuple[Path, subprocess.CompletedProcess[str]]:
         """Launch a cell; its run folder, and how it ended."""
         folder = self.folder / "runs" / (name or str(cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-"))
         launch = choose_launch(cell.strategy, 1 if cell.strategy == "single" else 2, [
