@@ -279,9 +279,10 @@ def main() -> int:
 def _earlier(path: Path | None) -> dict[Cell, Outcome]:
     if path is None or not path.is_file():
         return {}
-    keys = ("strategy", "method", "task", "layout")
-    return {Cell(*(cell[key] for key in keys)): Outcome(**{k: v for k, v in cell.items() if k not in keys})
-            for cell in json.loads(path.read_text())["cells"]}
+    found, keys = json.loads(path.read_text()), ("strategy", "method", "task", "layout")
+    return {Cell(*(cell[key] for key in keys)):
+            Outcome(**{"commit": found["commit"], **{name: value for name, value in cell.items() if name not in keys}})
+            for cell in found["cells"]}
 
 
 def _summary(outcome: Outcome) -> str:

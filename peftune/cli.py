@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from peftune import __version__
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES
+
+BENCHMARKS = ("parity", "memory", "startup", "data_scale", "lora_vs_full")
+"""Suites of `peftune bench`: files of benchmarks/."""
 
 
 def main(arguments: list[str]) -> int:
@@ -63,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write a run's page again")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder")
+    bench = add("bench", _bench, "benchmarks: parity of strategies, memory, start-up, data, scores")
+    bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
+    bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
     add("schema", _schema, "print the JSON Schema of the config, for editors")
     for sub in (check, evaluate):
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -157,6 +164,15 @@ def _report(parsed: argparse.Namespace) -> int:
     page = write_report(Path(parsed.run), Path(parsed.to) if parsed.to else None)
     print(page)
     return EXIT_DONE
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / f"{parsed.suite}.py").is_file():
+        raise MachineError(Fault(kind="environment", message="the benchmarks lie in the source checkout alone",
+                                 mend="clone the repository, then pip install -e . in it"))
+    return subprocess.run([sys.executable, "-m", f"benchmarks.{parsed.suite}", *parsed.words], cwd=root,
+                          check=False).returncode
 
 
 def _schema(parsed: argparse.Namespace) -> int:

@@ -89,8 +89,8 @@ def filled(
         bfloat16: products are computed in bfloat16 over float32 trainable weights, by torch's autocast.
     """
     bucket = max(1, min(LARGEST_BUCKET, trainable))
-    auto = {"reduce_bucket_size": bucket, "allgather_bucket_size": LARGEST_BUCKET, "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": 0, "overlap_comm": not on_cpu, "contiguous_gradients": True}
+    auto = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
+            "allgather_bucket_size": LARGEST_BUCKET, "stage3_param_persistence_threshold": 0, "overlap_comm": not on_cpu, "contiguous_gradients": True}
     given = {key: value for key, value in config["zero_optimization"].items() if value is not None}
     zero = auto | {key: value for key, value in given.items() if value != "auto" or key not in auto}
     for key in ("offload_optimizer", "offload_param"):

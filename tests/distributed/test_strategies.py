@@ -110,8 +110,8 @@ def test_a_learned_prompt_is_refused_where_weights_are_divided_and_would_fail(be
     cell, prompt = Cell(strategy, "lora", "causal_lm", "padded, one micro-batch"), (
         "adapter={method: prompt_tuning, num_virtual_tokens: 4}")
     config = str(bench.config(cell))
-    done = subprocess.run([sys.executable, "-m", "peftune.cli", "train", config, prompt, f"output_dir={tmp_path / 'run'}",
-                           "--strategy", strategy, "--processes", "2"], cwd=ROOT, capture_output=True, text=True)
+    words = ["train", config, prompt, f"output_dir={tmp_path / 'run'}", "--strategy", strategy, "--processes", "2"]
+    done = subprocess.run([sys.executable, "-m", "peftune.cli", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and f"not with {strategy}" in done.stderr and "mend: --strategy zero2" in done.stderr
     monkeypatch.setenv("PLANTED", "no rules")
     monkeypatch.setattr(bench, "script", FAULTY)

@@ -90,7 +90,7 @@ def test_the_commands_are_these():
     done = subprocess.run([sys.executable, "-m", "peftune.cli", "--help"], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     assert re.findall(r"^    (\w+) ", done.stdout, flags=re.M) == [
-        "train", "check", "evaluate", "predict", "report", "schema"]
+        "train", "check", "evaluate", "predict", "report", "bench", "schema"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -118,4 +118,14 @@ def test_every_config_runs(path, tmp_path, launch, encoder, decoder, monkeypatch
 def test_the_readme_names_every_config_and_every_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(path.name in readme for path in CONFIGS)
-    assert all(f"peftune {word}" in readme for word in ("train", "check", "evaluate", "predict", "report", "schema"))
+    commands = ("train", "check", "evaluate", "predict", "report", "bench", "schema")
+    assert all(f"peftune {word}" in readme for word in commands)
+
+
+def test_every_suite_of_bench_is_there_and_says_its_options():
+    from peftune.cli import BENCHMARKS
+
+    for suite in BENCHMARKS:
+        done = subprocess.run([sys.executable, "-m", "peftune.cli", "bench", suite, "--help"], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and "usage" in done.stdout, done.stderr

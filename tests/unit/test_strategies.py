@@ -1,0 +1,110 @@
+"""Pieces of tensors, the DeepSpeed JSON, launch lines, and what a strategy refuses."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftune.config.load import load
+from peftune.config.rules import STRATEGY_RULES, strategy_faults
+from peftune.errors import MachineError, PeftuneError
+from peftune.parallel import zero_config
+from peftune.parallel.fsdp2 import open_fsdp2
+from peftune.parallel.launcher import choose_launch, presets
+from peftune.parallel.names import ASKED_STRATEGY, STRATEGIES, check_launched
+from peftune.parallel.pieces import Piece, PieceReader, whole, write_pieces
+from peftune.parallel.world import World
+
+WORLD = World(0, 1, 0, torch.device("cpu"), None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=st.lists(st.integers(1, 7), max_size=3), cuts=st.lists(st.integers(0, 343), max_size=4), data=st.data())
+def test_a_tensor_cut_anywhere_among_any_ranks_is_read_whole(tmp_path_factory, shape, cuts, data):
+    folder = tmp_path_factory.mktemp("pieces")
+    tensor = torch.arange(float(torch.tensor(shape).prod())).reshape(shape) if shape else torch.tensor(5.0)
+    flat = tensor.flatten()
+    borders = sorted({0, flat.numel(), *(min(cut, flat.numel()) for cut in cuts)})
+    parts = [Piece("w", flat[a:b], a, tuple(shape)) for a, b in itertools.pairwise(borders)]
+    for rank, piece in enumerate(data.draw(st.permutations(parts))):
+        write_pieces([piece, whole("w|step", torch.tensor(3.0))], folder / f"{rank}.safetensors")
+    reader = PieceReader(sorted(folder.iterdir()))
+    assert torch.equal(reader("w"), tensor) and reader("w|step") == 3 and reader("other") is None
+    assert sorted(reader.names()) == ["w", "w|step"]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_missing_piece_is_noticed(tmp_path, lost):
+    flat = torch.arange(9.0)
+    for rank in range(3):
+        if rank != lost:
+            row = Piece("w", flat[3 * rank : 3 * rank + 3], 3 * rank, (3, 3))
+            write_pieces([row], tmp_path / f"{rank}.safetensors")
+    with pytest.raises(KeyError, match="parts of w are missing"):
+        PieceReader(sorted(tmp_path.iterdir()))("w")
+
+
+def test_a_rank_that_holds_nothing_writes_no_file(tmp_path):
+    write_pieces([], tmp_path / "0.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_values_are_filled_in_and_given_ones_stay():
+    given_json = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 77,
+                                        "offload_optimizer": {"device": "cpu", "nvme_path": None},
+                                        "offload_param": {"device": "none"}}, "comms_logger": {"enabled": False}}
+    filled = zero_config.filled(given_json, ranks=4, trainable=1000, on_cpu=True, bfloat16=True)
+    zero = filled["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 1000 and zero["stage3_max_live_parameters"] == 77
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False} and "offload_param" not in zero
+    assert filled["train_batch_size"] == filled["gradient_accumulation_steps"] * 4
+    assert filled["torch_autocast"]["enabled"] and filled["comms_logger"] == {"enabled": False}
+    assert not [value for value in [*filled.values(), *zero.values()] if value == "auto"]
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", json.dumps({"bf16": {"enabled": True}})])
+def test_a_file_that_is_no_deepspeed_json_is_said(tmp_path, monkeypatch, text):
+    file = tmp_path / "own.json"
+    file.write_text(text)
+    monkeypatch.setenv(zero_config.FILE, str(file))
+    with pytest.raises(PeftuneError, match=r"own\.json: "):
+        zero_config.read_zero_config()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    assert (presets() / f"{strategy}.yaml").is_file()
+    launch = choose_launch(strategy, 1 if strategy == "single" else 2, ["c.yaml"])
+    assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
+
+
+def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch):
+    monkeypatch.setenv(ASKED_STRATEGY, "zero2")
+    with pytest.raises(MachineError, match="zero2 was asked for, and single was started"):
+        check_launched("single")
+
+
+def test_fsdp_1_is_refused(monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(MachineError, match="fsdp_version: 2"):
+        open_fsdp2(WORLD)
+
+
+@pytest.mark.parametrize(("strategy", "override"), [
+    ("zero3", "adapter={method: prompt_tuning, num_virtual_tokens: 4}"),
+    ("fsdp2", "adapter={method: prefix_tuning, num_virtual_tokens: 4}"),
+    ("zero1", "model.compile=true"), ("fsdp2", "model.compile=true"), ("zero2", "model.pure_bf16=true"),
+])
+def test_what_a_strategy_cannot_do_is_refused_with_the_nearest_that_can(tmp_path, strategy, override):
+    path = tmp_path / "c.yaml"
+    path.write_text("task: causal_lm\nmodel: {name_or_path: m}\ndata: {train: t.jsonl}\n")
+    (fault,) = strategy_faults(load([str(path), override]), strategy)
+    assert f"not with {strategy}" in fault.message and fault.mend
+    assert not strategy_faults(load([str(path), override]), "ddp")
+    assert len(STRATEGY_RULES) == 3
