@@ -59,7 +59,7 @@ class Zero:
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
         deepspeed = import_deepspeed(self.world)
-        config = self._filled(sum(parameter.numel() for parameter in trained(model).values()))
+        config = self._filled(model)
         if self.stage == 3:
             self._divide(model, config)
         else:
@@ -73,13 +73,13 @@ class Zero:
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         if self.stage < 3:
             return model.to(self.world.device)
-        config = self._filled(1)
+        config = self._filled(model)
         self._divide(model, config)
         self._engines.append(import_deepspeed(self.world).initialize(model=model, config=config)[0])
         return model
 
-    def _filled(self, trainable: int) -> dict[str, Any]:
-        return filled(self.config, ranks=self.world.ranks, trainable=trainable,
+    def _filled(self, model: nn.Module) -> dict[str, Any]:
+        return filled(self.config, ranks=self.world.ranks, weights=sum(p.numel() for p in model.parameters()),
                       on_cpu=self.world.device.type == "cpu", bfloat16=self.bfloat16)
 
     def _divide(self, model: nn.Module, config: dict[str, Any]) -> None:

@@ -23,7 +23,12 @@ OURS = {
 }
 """Keys of the JSON that a run decides by its own config, and where."""
 LARGEST_BUCKET = 50_000_000
-"""Values exchanged at once at most. A smaller model gets smaller buckets where they are memory."""
+SMALLEST_BUCKET = 500_000
+LARGEST_LIVE = 1_000_000_000
+"""Values exchanged at once, and gathered at once, at most: DeepSpeed's own. Small models get less, in proportion: with
+these sizes ZeRO-3 would hold all of one at once, and divide nothing that matters."""
+BUCKETS_OF_A_MODEL = 16
+LIVE_PARTS_OF_A_MODEL = 4
 
 
 def read_zero_config() -> dict[str, Any]:
@@ -77,20 +82,22 @@ def _device(section: Any) -> str | None:
 
 
 def filled(
-    config: dict[str, Any], *, ranks: int, trainable: int, on_cpu: bool, bfloat16: bool
+    config: dict[str, Any], *, ranks: int, weights: int, on_cpu: bool, bfloat16: bool
 ) -> dict[str, Any]:
     """The JSON for `deepspeed.initialize`.
 
     Args:
         config: from `read_zero_config`.
         ranks: processes.
-        trainable: number of trained values.
+        weights: values of the model, trained or not.
         on_cpu: no GPU takes part.
         bfloat16: products are computed in bfloat16 over float32 trainable weights, by torch's autocast.
     """
-    bucket = max(1, min(LARGEST_BUCKET, trainable))
+    bucket = min(LARGEST_BUCKET, max(SMALLEST_BUCKET, weights // BUCKETS_OF_A_MODEL))
+    live = min(LARGEST_LIVE, max(SMALLEST_BUCKET, weights // LIVE_PARTS_OF_A_MODEL))
     auto = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
-            "allgather_bucket_size": LARGEST_BUCKET, "stage3_param_persistence_threshold": 0, "overlap_comm": not on_cpu, "contiguous_gradients": True}
+            "allgather_bucket_size": LARGEST_BUCKET, "stage3_max_live_parameters": live, "stage3_max_reuse_distance": live,
+            "stage3_param_persistence_threshold": 0, "overlap_comm": not on_cpu, "contiguous_gradients": True}
     given = {key: value for key, value in config["zero_optimization"].items() if value is not None}
     zero = auto | {key: value for key, value in given.items() if value != "auto" or key not in auto}
     for key in ("offload_optimizer", "offload_param"):

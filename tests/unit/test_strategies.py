@@ -56,9 +56,9 @@ def test_auto_values_are_filled_in_and_given_ones_stay():
     given_json = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 77,
                                         "offload_optimizer": {"device": "cpu", "nvme_path": None},
                                         "offload_param": {"device": "none"}}, "comms_logger": {"enabled": False}}
-    filled = zero_config.filled(given_json, ranks=4, trainable=1000, on_cpu=True, bfloat16=True)
+    filled = zero_config.filled(given_json, ranks=4, weights=32_000_000, on_cpu=True, bfloat16=True)
     zero = filled["zero_optimization"]
-    assert zero["reduce_bucket_size"] == 1000 and zero["stage3_max_live_parameters"] == 77
+    assert zero["reduce_bucket_size"] == 2_000_000 and zero["stage3_max_live_parameters"] == 77
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False} and "offload_param" not in zero
     assert filled["train_batch_size"] == filled["gradient_accumulation_steps"] * 4
     assert filled["torch_autocast"]["enabled"] and filled["comms_logger"] == {"enabled": False}
