@@ -95,9 +95,11 @@ def filled(
     """
     bucket = min(LARGEST_BUCKET, max(SMALLEST_BUCKET, weights // BUCKETS_OF_A_MODEL))
     live = min(LARGEST_LIVE, max(SMALLEST_BUCKET, weights // LIVE_PARTS_OF_A_MODEL))
-    auto = {"reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
-            "allgather_bucket_size": LARGEST_BUCKET, "stage3_max_live_parameters": live, "stage3_max_reuse_distance": live,
-            "stage3_param_persistence_threshold": 0, "overlap_comm": not on_cpu, "contiguous_gradients": True}
+    auto = {
+        "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket, "allgather_bucket_size": LARGEST_BUCKET,
+        "stage3_max_live_parameters": live, "stage3_max_reuse_distance": live, "stage3_param_persistence_threshold": 0,
+        "overlap_comm": not on_cpu, "contiguous_gradients": True,
+    }
     given = {key: value for key, value in config["zero_optimization"].items() if value is not None}
     zero = auto | {key: value for key, value in given.items() if value != "auto" or key not in auto}
     for key in ("offload_optimizer", "offload_param"):
