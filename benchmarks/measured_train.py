@@ -49,7 +49,7 @@ KINDS = {
     "broadcast_": "broadcast", "broadcast": "broadcast", "reduce_": "reduce",
 }
 """Operators of torch.distributed and what they are; others keep their names."""
-NO_EXCHANGE = ("wait_tensor", "barrier", "monitored_barrier_")
+NO_EXCHANGE = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")
 
 
 class Exchanged(TorchDispatchMode):
