@@ -29,23 +29,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of every run")
     parser.add_argument("--to", type=Path)
     arguments = parser.parse_args()
     results = {}
     for folder in arguments.folders:
         for method, rates in RATES.items():
             for rate in rates:
-                results[f"{folder.name}/{method}/{rate}"] = one_run(folder, method, rate, arguments.epochs)
-                print(folder.name, method, rate, json.dumps(results[f"{folder.name}/{method}/{rate}"]), flush=True)
+                found = one_run(folder, method, rate, arguments.epochs, arguments.set)
+                results[f"{folder.name}/{method}/{rate}"] = found
+                print(folder.name, method, rate, json.dumps(found), flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text = json.dumps({**environment(device), "epochs": arguments.epochs, "methods": METHODS, "results": results},
-                      indent=2) + "\n"
+    text = json.dumps({**environment(device), "epochs": arguments.epochs, "settings": arguments.set,
+                       "methods": METHODS, "results": results}, indent=2) + "\n"
     if arguments.to:
         arguments.to.parent.mkdir(parents=True, exist_ok=True)
         arguments.to.write_text(text)
 
 
-def one_run(data: Path, method: str, rate: str, epochs: float) -> dict[str, object]:
+def one_run(data: Path, method: str, rate: str, epochs: float, settings: list[str]) -> dict[str, object]:
     """Train and return the validation scores of the last weights. No speed: nothing is repeated or kept quiet here."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
@@ -54,7 +56,7 @@ def one_run(data: Path, method: str, rate: str, epochs: float) -> dict[str, obje
              str(ROOT / "configs" / "quickstart.yaml"), f"output_dir={run}", f"data.train={data / 'train.jsonl'}",
              f"data.validation={data / 'validation.jsonl'}", "data.test=null", "data.max_length=64",
              f"train.num_epochs={epochs}", f"train.learning_rate={rate}",
-             "log.trackers=[]", *METHODS[method]],
+             "log.trackers=[]", *METHODS[method], *settings],
             cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run / "summary.json").read_text())
     kept = ("steps", "peak_memory_bytes", "trainable_parameters")

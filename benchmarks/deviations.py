@@ -1,0 +1,75 @@
+"""How far two runs lie apart: steps, scores, saved weights, and what the saved folders compute."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from peftune.config.schema import EvaluationConfig, TrainConfig
+from peftune.model.outputs import logits_of
+from peftune.model.save import load_trained
+from peftune.tasks import TASKS
+
+UNSEEN = ("key.bias",)
+UNSEEN_BY_ANSWERS = ("qa_outputs.bias", "encoder.layer.1.output.LayerNorm.bias")
+"""Weights that a softmax cancels, over keys or over the tokens of a text: added to each of its terms, they change no
+loss. Their gradient is rounding alone, which AdamW scales up to the learning rate; so they are not compared, and logits
+of answers only up to a constant."""
+
+
+def deviations_of(folder: Path, reference: Path, task: str) -> dict[str, float]:
+    """Largest deviation of a run from another one, by what is compared."""
+    rows, others = (_training_rows(run) for run in (folder, reference))
+    assert len(rows) == len(others), "the runs have not taken the same number of steps"
+    scores, other_scores = (json.loads((run / "summary.json").read_text())["metrics"]["validation"]
+                            for run in (folder, reference))
+    weights, other_weights = (_weights(run / "final") for run in (folder, reference))
+    assert weights.keys() == other_weights.keys(), "the saved folders hold different weights"
+    return {
+        "loss": max(_relative(a["loss"], b["loss"]) for a, b in zip(rows, others, strict=True)),
+        "grad_norm": max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(rows, others, strict=True)),
+        "metrics": max(_relative(a, b) for key in other_scores
+                       for a, b in zip(_numbers(scores[key]), _numbers(other_scores[key]), strict=True)),
+        "weights": max((weights[name].float() - other_weights[name].float()).abs().max().item() for name in weights
+                       if not name.endswith(UNSEEN + UNSEEN_BY_ANSWERS * (task == "question_answering"))),
+        "logits": _logit_deviation(folder / "final", reference / "final", task),
+    }
+
+
+def _training_rows(run: Path) -> list[dict[str, Any]]:
+    rows = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["split"] == "train"]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    for part in value if isinstance(value, list) else [value]:
+        yield math.nan if part is None else float(part)
+
+
+def _relative(value: float, other: float) -> float:
+    """|a - b| / |b|; below 0.1 / |b| is taken as 10: a small difference of large sums has their rounding."""
+    if math.isnan(value) or math.isnan(other):
+        return 0.0 if math.isnan(value) and math.isnan(other) else math.inf
+    return abs(value - other) / max(abs(other), 0.1)
+
+
+@torch.no_grad()
+def _logit_deviation(folder: Path, reference: Path, task: str) -> float:
+    """Of two saved folders, loaded by plain peft or transformers, on the same ids."""
+    auto_class = TASKS[task](TrainConfig(), EvaluationConfig()).auto_class
+    ids = torch.arange(5, 5 + 24).reshape(2, 12)
+    mine, other = (logits_of(load_trained(run, auto_class, dtype=torch.float32).eval(),
+                             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for run in (folder, reference))
+    if task == "question_answering":
+        mine, other = (logits - logits.mean(dim=1, keepdim=True) for logits in (mine, other))
+    return (mine - other).abs().max().item()
