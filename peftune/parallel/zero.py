@@ -173,9 +173,9 @@ class Zero:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: Optimizer, read: ReadWhole) -> None:
-        main = self.world.is_main
+        # every rank reads them all, so that all of them or none find one missing
         self.scatter(model, {name: saved_weight(name, self._shape(parameter), read)
-                             for name, parameter in trained(model).items() if main or self.stage == 3})
+                             for name, parameter in trained(model).items()})
         for name, parameter in trained(model).items():
             share = self._share(parameter)
             for key in STATE_NAMES if share is not None else ():
