@@ -113,6 +113,8 @@ def test_a_learned_prompt_is_refused_where_weights_are_divided_and_would_fail(be
     words = ["train", config, prompt, f"output_dir={tmp_path / 'run'}", "--strategy", strategy, "--processes", "2"]
     done = subprocess.run([sys.executable, "-m", "peftune.cli", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and f"not with {strategy}" in done.stderr and "mend: --strategy zero2" in done.stderr
+    if strategy == "zero3":  # without the rule its ranks wait for each other for ever: seen, and not to be run here
+        return
     monkeypatch.setenv("PLANTED", "no rules")
     monkeypatch.setattr(bench, "script", FAULTY)
     _, done = bench.run(cell, prompt, name=f"prompt-{strategy}")
