@@ -121,8 +121,8 @@ def open_strategy(config: RunConfig, world: World) -> Strategy:
             strategy = open_fsdp2(world)
         case _:
             strategy = Ddp(world) if world.ranks > 1 else Single(world)
-    check_launched(strategy.name)
-    refuse_broken(config, strategy.name)
+    world.on_main(lambda: check_launched(strategy.name))
+    world.on_main(lambda: refuse_broken(config, strategy.name))
     return strategy
 
 

@@ -271,7 +271,7 @@ def open_zero(world: World, *, bfloat16: bool) -> Zero:
         ConfigError: the DeepSpeed JSON decides what the run's config decides, or names no stage of ZeRO.
     """
     import_deepspeed(world).init_distributed(dist_backend=world.backend, auto_mpi_discovery=False)
-    config = read_zero_config()
+    config = world.on_main(read_zero_config)
     if stage_of(config) not in (1, 2, 3):
         raise MachineError(Fault(kind="environment", message=f"ZeRO stage {stage_of(config)} divides nothing",
                                  mend="launch/accelerate/zero1.yaml, zero2.yaml or zero3.yaml, or ddp.yaml"))

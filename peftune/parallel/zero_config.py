@@ -42,7 +42,11 @@ def read_zero_config() -> dict[str, Any]:
         _check(file)
     from accelerate.utils import DeepSpeedPlugin  # imports deepspeed
 
-    config: dict[str, Any] = dict(DeepSpeedPlugin().deepspeed_config)
+    try:
+        config: dict[str, Any] = dict(DeepSpeedPlugin().deepspeed_config)
+    except ValueError as error:  # its own checks of the file against the launcher's settings
+        raise _fault(file, str(error).splitlines()[0], "leave zero_stage, the offload keys and mixed_precision out of "
+                     "the accelerate config that names this file") from None
     return {key: value for key, value in config.items() if key not in OURS}
 
 

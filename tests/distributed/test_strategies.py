@@ -142,12 +142,19 @@ def test_a_deepspeed_file_that_decides_what_the_config_decides_is_refused(bench,
     assert done.stderr.count("error: ") == 1 and not folder.exists()
 
 
-def launched_with(bench: Bench, own: Path, tmp_path: Path):
+def test_a_preset_that_decides_beside_a_deepspeed_file_is_refused(bench, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    done, folder = launched_with(bench, own, tmp_path, more="mixed_precision: 'no'\n")
+    assert f"error: {own}: " in done.stderr and "mend: leave zero_stage" in done.stderr and not folder.exists()
+
+
+def launched_with(bench: Bench, own: Path, tmp_path: Path, more: str = ""):
     cell, folder = Cell("zero2", "lora", "causal_lm", LAYOUT), tmp_path / "run"
     launch = choose_launch("zero2", 2, [str(bench.config(cell)), f"output_dir={folder}"])
     preset = tmp_path / "own.yaml"
     preset.write_text(f"compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\n"
-                      f"mixed_precision: 'no'\ndeepspeed_config: {{deepspeed_config_file: {own}}}\n")
+                      f"{more}deepspeed_config: {{deepspeed_config_file: {own}}}\n")
     words = [str(preset) if word.endswith("zero2.yaml") else word for word in launch.command]
     done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
                           capture_output=True, text=True, env={**os.environ, **launch.environment})
