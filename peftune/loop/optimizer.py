@@ -34,4 +34,3 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-

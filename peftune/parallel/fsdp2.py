@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from peftune.errors import Fault, MachineError
 from peftune.parallel.pieces import Piece, whole
-from peftune.parallel.replicated import clip_gradients, restore_whole, saved_buffers, trained
+from peftune.parallel.replicated import apply_gradients, clip_gradients, restore_whole, saved_buffers, trained
 from peftune.parallel.strategy import BuildOptimizer, ReadWhole
 from peftune.parallel.world import World
 
@@ -84,8 +84,7 @@ class Fsdp2:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradients(optimizer)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)

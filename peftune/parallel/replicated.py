@@ -14,8 +14,14 @@ from peftune.parallel.pieces import Piece, whole
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     """torch's own, in one pass over all gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
+    reached = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(reached, math.inf if max_norm is None else max_norm)
+
+
+def apply_gradients(optimizer: Optimizer) -> None:
+    """Where torch's optimizer holds what it changes: step, and drop the gradients."""
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def all_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.parallel.pieces import Piece
-from peftune.parallel.replicated import all_weights, clip_gradients, copy_weights, restore_whole, whole_pieces
+from peftune.parallel.replicated import (
+    all_weights,
+    apply_gradients,
+    clip_gradients,
+    copy_weights,
+    restore_whole,
+    whole_pieces,
+)
 from peftune.parallel.strategy import BuildOptimizer, ReadWhole
 from peftune.parallel.world import World
 
@@ -43,8 +50,7 @@ class Single:
         return clip_gradients(model, max_norm)
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        apply_gradients(optimizer)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         return parameter
