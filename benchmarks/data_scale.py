@@ -78,6 +78,7 @@ def measure(data: Path) -> dict[str, float]:
     started = time.perf_counter()
     folder = prepare(config, text.encoder, seed=0, identity=text.identity())
     prepared = time.perf_counter()
+    after_preparing = peak(resource.RUSAGE_SELF)
     split = open_prepared(folder).splits["train"]
     opened = time.perf_counter()
     plan = BatchPlan(split.lengths, split.source, (1.0,), BATCH, 0)
@@ -89,7 +90,8 @@ def measure(data: Path) -> dict[str, float]:
         "prepare_seconds": prepared - started, "rows_per_second": rows / (prepared - started),
         "open_seconds": opened - prepared, "plan_seconds": planned - opened, "steps": plan.steps_per_epoch,
         "micro_batches_of_a_rank": micro_batches, "peak_rss_mib_before": before,
-        "peak_rss_mib": peak(resource.RUSAGE_SELF), "peak_rss_mib_worker": peak(resource.RUSAGE_CHILDREN),
+        "peak_rss_mib_prepared": after_preparing, "peak_rss_mib": peak(resource.RUSAGE_SELF),
+        "peak_rss_mib_worker": peak(resource.RUSAGE_CHILDREN),
         "cache_mib": sum(file.stat().st_size for file in folder.iterdir()) / MIB,
     }
 

@@ -23,14 +23,16 @@ class BatchPlan:
     """How often the rows of each source are seen in an epoch."""
     batch_size: int
     seed: int
+    examples_per_epoch: int = field(init=False, compare=False)
+    """Examples of one epoch; with all weights 1, the size of the split."""
     _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The order of the epoch at hand, so that it is not computed at each step."""
 
-    @property
-    def examples_per_epoch(self) -> int:
-        """Examples of one epoch; with all weights 1, the size of the split."""
+    def __post_init__(self) -> None:
+        """Count an epoch once: at each step it would cost a pass over the split."""
         counts = np.bincount(self.source, minlength=len(self.weights))
-        return sum(round(weight * int(count)) for weight, count in zip(self.weights, counts, strict=True))
+        examples = sum(round(weight * int(count)) for weight, count in zip(self.weights, counts, strict=True))
+        object.__setattr__(self, "examples_per_epoch", examples)
 
     @property
     def steps_per_epoch(self) -> int:
