@@ -33,7 +33,7 @@ from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
 from peftune.model.load import adjust_config, local_source
 from peftune.model.packing import use_packing
-from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
+from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, slow_products, uses_autocast
 from peftune.model.reference import Reference, frozen_copy, reference_of
 from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
 from peftune.numerics.schedules import learning_rate_factor
@@ -89,6 +89,8 @@ def build(config: RunConfig) -> Iterator[Built]:
         check_trackers(config.log.trackers)
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}")
+        if slow := slow_products(config.model, world.device):
+            display.warn(slow)
         text, data = _data(config, world, display)
         metric = chosen_metric(text.encoder.task, data.targets, config.evaluation.metric)
         folder = Path(config.output_dir)
