@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -28,13 +27,12 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.launches import launched
 from peftune.observe.manifest import environment
-from peftune.parallel.launcher import choose_launch
 from peftune.parallel.names import STRATEGIES
 from tests import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN, MEASURED = ROOT / "peftune" / "train.py", ROOT / "benchmarks" / "measured_train.py"
+MEASURED = Path(__file__).resolve().parent / "measured_train.py"
 PROCESSES = 2
 STEPS = 4
 METHODS: dict[str, Any] = {"full": None, "lora": {"method": "lora", "r": 16}}
@@ -110,12 +108,9 @@ class Bench:
     def measure(self, cell: Cell) -> Measured:
         """Launch a cell and read what its ranks wrote."""
         folder = self.folder / "run"
-        launch = choose_launch(cell.strategy, PROCESSES, [str(self.config(cell)), f"output_dir={folder}"])
-        words = [str(MEASURED) if word == str(TRAIN) else word for word in launch.command]
         try:
-            done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words],
-                                  cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
-                                  env={**os.environ, **launch.environment, **ALLOCATOR, "OMP_NUM_THREADS": "1"})
+            done = launched(cell.strategy, PROCESSES, [str(self.config(cell)), f"output_dir={folder}"],
+                            script=MEASURED, environment=ALLOCATOR, timeout=900)
             if done.returncode != 0:
                 return Measured(why=done.stderr[-3000:])
             ranks = [json.loads((folder / f"memory-{rank}.json").read_text()) for rank in range(PROCESSES)]

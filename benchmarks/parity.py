@@ -26,17 +26,14 @@ import torch
 import yaml
 
 from benchmarks.deviations import deviations_of
+from benchmarks.launches import TRAIN, launched
 from peftune.config.load import load
 from peftune.config.rules import strategy_faults
 from peftune.errors import PeftuneError
 from peftune.observe.manifest import environment
-from peftune.parallel.launcher import choose_launch
 from peftune.parallel.names import STRATEGIES
 from peftune.tasks import TASKS
 from tests import tiny
-
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ROOT / "peftune" / "train.py"
 
 LORA = {"method": "lora", "r": 4}
 METHODS: dict[str, dict[str, Any]] = {
@@ -123,13 +120,9 @@ class Bench:
     ) -> tuple[Path, subprocess.CompletedProcess[str]]:
         """Launch a cell; its run folder, and how it ended."""
         folder = self.folder / "runs" / (name or str(cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-"))
-        launch = choose_launch(cell.strategy, 1 if cell.strategy == "single" else 2, [
-            str(self.config(cell)), f"output_dir={folder}", *LAYOUTS[cell.layout], *overrides])
-        words = [str(self.script) if word == str(TRAIN) else word for word in launch.command]
-        done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
-                              capture_output=True, text=True, timeout=600, check=False,
-                              env={**os.environ, **launch.environment, "OMP_NUM_THREADS": "1"})
-        return folder, done
+        return folder, launched(
+            cell.strategy, 1 if cell.strategy == "single" else 2,
+            [str(self.config(cell)), f"output_dir={folder}", *LAYOUTS[cell.layout], *overrides], script=self.script)
 
     def outcome(self, cell: Cell) -> Outcome:
         """Run a cell and compare it."""
