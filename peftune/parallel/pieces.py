@@ -40,10 +40,12 @@ def whole(name: str, tensor: Tensor) -> Piece:
 
 
 def write_pieces(pieces: Iterable[Piece], path: Path) -> None:
-    """One safetensors file. A rank that holds nothing writes none."""
+    """One safetensors file, straight from the memory of tensors on the CPU. A rank that holds nothing writes none."""
     tensors, places = {}, {}
     for piece in pieces:
-        tensors[piece.name] = piece.values.detach().to("cpu", copy=True).contiguous()
+        values = piece.values.detach().to("cpu").contiguous()
+        # safetensors refuses names that share memory, as those of a step count kept once for many weights
+        tensors[piece.name] = values if values.numel() > 1 else values.clone()
         places[piece.name] = [piece.begin, list(piece.shape)]
     if tensors:
         save_file(tensors, path, metadata={PLACES: json.dumps(places)})
