@@ -17,6 +17,10 @@ _BATCH = (
     "(per device x devices x accumulation); train.tokens_per_micro_batch bounds the memory"
 )
 
+_LONG_SEQUENCES = (
+    "nothing: a sequence stays on one device. model.gradient_checkpointing=true, a smaller data.max_length, or "
+    "--strategy fsdp2 or zero3-offload make room for longer ones"
+)
 FAMILIAR: dict[str, str] = {
     "per_device_train_batch_size": _BATCH,
     "per_device_eval_batch_size": "nothing: evaluation batches are sized by train.tokens_per_micro_batch",
@@ -101,6 +105,12 @@ FAMILIAR: dict[str, str] = {
     "resume_from_checkpoint": "resume",
     "overwrite_output_dir": "output_dir: a run folder is never written over",
     "deepspeed": "nothing here: choose it at launch, with --config_file launch/accelerate/<preset>.yaml or --strategy",
+    "sequence_parallel": _LONG_SEQUENCES,
+    "sequence_parallel_size": _LONG_SEQUENCES,
+    "context_parallel_size": _LONG_SEQUENCES,
+    "sp_size": _LONG_SEQUENCES,
+    "cp_size": _LONG_SEQUENCES,
+    "ulysses": _LONG_SEQUENCES,
     "fsdp": "nothing here: choose it at launch, with --config_file launch/accelerate/<preset>.yaml or --strategy",
 }
 

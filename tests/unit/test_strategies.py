@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,22 @@ from peftune.parallel.launcher import choose_launch, presets
 from peftune.parallel.names import ASKED_STRATEGY, STRATEGIES, check_launched
 from peftune.parallel.pieces import Piece, PieceReader, whole, write_pieces
 from peftune.parallel.world import World
+
+WRITE_64_MIB = """
+import sys
+from pathlib import Path
+import torch
+from peftune.parallel.pieces import Piece, write_pieces
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+write_pieces([Piece("small", torch.ones(10), 0, (10,))], Path(sys.argv[1]))
+flat = torch.ones(2**24)
+before = peak()
+write_pieces([Piece(f"w{i}", part, 0, (len(part),)) for i, part in enumerate(flat.chunk(4))], Path(sys.argv[1]))
+print(peak() - before)
+"""
 
 WORLD = World(0, 1, 0, torch.device("cpu"), None)
 
@@ -50,6 +69,21 @@ def test_a_missing_piece_is_noticed(tmp_path, lost):
 def test_a_rank_that_holds_nothing_writes_no_file(tmp_path):
     write_pieces([], tmp_path / "0.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_share_one_step_count_are_saved(tmp_path):
+    step = torch.tensor(3.0)
+    write_pieces([whole("a|step", step), whole("b|step", step)], tmp_path / "0.safetensors")
+    reader = PieceReader([tmp_path / "0.safetensors"])
+    assert reader("a|step") == reader("b|step") == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own record of memory")
+def test_pieces_are_written_without_a_second_copy_in_memory(tmp_path):
+    grown = subprocess.run([sys.executable, "-c", WRITE_64_MIB, str(tmp_path / "0.safetensors")], check=True,
+                           capture_output=True, text=True).stdout
+    assert (tmp_path / "0.safetensors").stat().st_size > 64 * 2**20
+    assert int(grown) < 32 * 2**20
 
 
 def test_auto_values_are_filled_in_and_given_ones_stay():
@@ -88,6 +122,24 @@ def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch):
     monkeypatch.setenv(ASKED_STRATEGY, "zero2")
     with pytest.raises(MachineError, match="zero2 was asked for, and single was started"):
         check_launched("single")
+
+
+@pytest.mark.parametrize("key", ["cp_size", "sp_size", "tp_size", "dp_replicate_size"])
+def test_accelerates_other_divisions_are_refused(monkeypatch, key):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{key.upper()}", "1")
+    check_launched("ddp")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{key.upper()}", "2")
+    with pytest.raises(MachineError, match=f"parallelism_config_{key}: 2"):
+        check_launched("ddp")
+
+
+def test_a_deepspeed_json_that_divides_sequences_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "sequence_parallel_size": 2}))
+    monkeypatch.setenv(zero_config.FILE, str(file))
+    with pytest.raises(PeftuneError, match="sequence_parallel_size: 2"):
+        zero_config.read_zero_config()
 
 
 def test_fsdp_1_is_refused(monkeypatch):
