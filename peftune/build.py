@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from peftune.config.load import dump
-from peftune.config.rules import refuse_broken
+from peftune.config.rules import WITHOUT_RECOMPUTING, refuse_broken
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared, open_prepared, prepare
 from peftune.loop.checkpoint import load_checkpoint
+from peftune.loop.data_start import start_from_planned_data
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.finish import measure_baseline
 from peftune.loop.layout import choose_layout
@@ -29,13 +30,16 @@ from peftune.loop.resume import Start, find_start
 from peftune.loop.run import Every, Run
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
+from peftune.model.adalora import RankBudget, is_adalora
 from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
-from peftune.model.load import adjust_config, local_source
+from peftune.model.eva import reads_data
+from peftune.model.load import Loaded, adjust_config, local_source
 from peftune.model.packing import use_packing
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, slow_products, uses_autocast
 from peftune.model.reference import Reference, frozen_copy, reference_of
 from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
+from peftune.model.vocabulary import new_rows
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
 from peftune.observe.journal import Journal
@@ -154,17 +158,13 @@ def _run(
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
     with display.phase("model") as notes:
-        adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
-                      tokenizer=text.tokenizer)
-        source = local_source(text.source)
-        model, loaded = assemble(config.model, config.adapter, source, text.config, task.auto_class,
-                                 task=config.task, new_head=task.new_head, seed=config.seed)
+        model, loaded = _model(config, text, data, strategy)
         counts = count(model)
         memory = world.same(choose_memory(
             text.config, device=world.device, longest=int(data.splits["train"].padded_lengths.max()),
             bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
             tokens=_given(config.train.tokens_per_micro_batch),
-            checkpointing=_given(config.model.gradient_checkpointing)))
+            checkpointing=_checkpointing(config)))
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.compile:
@@ -196,9 +196,25 @@ def _run(
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
+    if is_adalora(model):
+        RankBudget(model, optimizer, steps=run.steps, done=state.step)
     if state.step == 0:
         state = replace(state, baseline=measure_baseline(run))
     return run, state
+
+
+def _model(config: RunConfig, text: Text, data: Prepared, strategy: Strategy) -> tuple[Any, Loaded]:
+    """The model as training begins with it, and what its checkpoint did not hold."""
+    task, targets = text.encoder.task, data.targets
+    adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
+                  tokenizer=text.tokenizer)
+    model, loaded = assemble(config.model, config.adapter, local_source(text.source), text.config, task.auto_class,
+                             task=config.task, new_head=task.new_head, seed=config.seed,
+                             rows=new_rows(text.tokenizer, config.model))
+    if reads_data(model):
+        start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
+                                seed=config.seed, pad_id=text.tokenizer.pad_token_id)
+    return model, loaded
 
 
 def _reference(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:
@@ -208,6 +224,13 @@ def _reference(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, l
     if layout.kind != "padded":
         use_packing(frozen, pooled=False, first_position=layout.first_position)
     return reference_of(strategy.prepare_frozen(frozen))
+
+
+def _checkpointing(config: RunConfig) -> bool | None:
+    """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
+    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
+        return False
+    return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 
 
 def _given(value: Any) -> Any:

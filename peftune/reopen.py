@@ -54,7 +54,7 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
     folder, config = _folder_and_config(Path(path), path, config_path)
     task = TASKS[config.task](config.train, config.evaluation)
     with display.phase("model") as notes:
-        text = open_text(task, ModelConfig(**{**config.model.model_dump(), "name_or_path": str(folder)}), config.data)
+        text = open_text(task, _as_trained(config.model, folder), config.data)
         adapted = (Path(text.source) / ADAPTER).is_file()
         model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
                              dtype=weight_dtype(config.model, adapted=adapted),
@@ -65,6 +65,12 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
         task, _targets(text, config.task, Path(folder)), text.tokenizer, world, autocast(config.model, world.device),
         config.evaluation.max_new_tokens, reference, display.evaluation)
     return Trained(config, model, text, evaluator)
+
+
+def _as_trained(model: ModelConfig, folder: str) -> ModelConfig:
+    """The model section for a folder of trained weights, whose tokenizer has the added tokens already."""
+    return model.model_copy(update={"name_or_path": str(folder), "revision": None, "added_tokens": (),
+                                    "added_special_tokens": ()})
 
 
 def score(trained: Trained, split: str) -> Scored:

@@ -47,6 +47,18 @@ class Rule:
     mend: str
 
 
+WITHOUT_RECOMPUTING = frozenset({"prefix_tuning"})
+"""PEFT methods whose learned part lies in the attention's cache, which recomputed activations do not have."""
+
+
+def _method(config: RunConfig) -> str | None:
+    return None if config.adapter is None else config.adapter.method.lower()
+
+
+def _is_lora(config: RunConfig) -> bool:
+    return _method(config) == "lora"
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("model", "quantization"),
@@ -131,6 +143,24 @@ RULES: tuple[Rule, ...] = (
         + "; ".join(f"{task}: {', '.join(names)}" for task, names in METRICS.items()),
     ),
     Rule(
+        ("train", "lora_plus_ratio"),
+        lambda c: c.train.lora_plus_ratio is not None and not _is_lora(c),
+        "LoRA+ gives the matrices B of LoRA a learning rate of their own, and there are none",
+        "adapter.method=lora, or train.lora_plus_ratio=null",
+    ),
+    Rule(
+        ("train", "optimizer"),
+        lambda c: _method(c) == "adalora" and c.train.optimizer != "adamw",
+        "AdaLoRA keeps the importance of its ranks beside AdamW's moments",
+        "train.optimizer=adamw, or adapter.method=lora",
+    ),
+    Rule(
+        ("model", "gradient_checkpointing"),
+        lambda c: c.model.gradient_checkpointing is True and _method(c) in WITHOUT_RECOMPUTING,
+        "a learned prefix lies in the attention's cache, and recomputed layers have none",
+        "model.gradient_checkpointing=false, or adapter.method=prompt_tuning or lora",
+    ),
+    Rule(
         ("evaluation", "max_new_tokens"),
         lambda c: c.evaluation.metric in GENERATION_METRICS
         and c.task == "causal_lm" and c.evaluation.max_new_tokens == 0,
@@ -161,6 +191,19 @@ STRATEGY_RULES: tuple[StrategyRule, ...] = (
         lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,
         "peft reads a learned prompt past the hooks that gather divided weights",
         "--strategy zero2 or ddp, or adapter.method=lora",
+    ),
+    StrategyRule(
+        ("zero", "fsdp2"), "adapter.method",
+        lambda c: c.adapter is not None and c.adapter.method.lower() == "adalora",
+        "AdaLoRA looks at whole weights with their gradients in the optimizer's step",
+        "--strategy ddp, or adapter.method=lora",
+    ),
+    StrategyRule(
+        ("zero3",), "model.added_tokens",
+        lambda c: c.adapter is not None and bool(
+            c.model.added_tokens or c.model.added_special_tokens or c.adapter.fields.get("trainable_token_indices")),
+        "peft reads the embeddings past the hooks that gather divided weights",
+        "--strategy zero2 or ddp, or adapter=null",
     ),
     StrategyRule(
         ("zero", "fsdp2"), "model.compile",

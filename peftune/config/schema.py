@@ -49,6 +49,11 @@ class ModelConfig(Section):
     """Recompute activations in backward instead of keeping them. auto: only when they would not fit."""
     compile: bool = False
     """Pass the model through torch.compile."""
+    added_tokens: tuple[str, ...] = ()
+    """Tokens to teach the model: added to the tokenizer, each with a row of the embeddings that begins as the mean of
+    the others and trains."""
+    added_special_tokens: tuple[str, ...] = ()
+    """The same for marks that are no text: they are left out of generated answers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
 
@@ -60,12 +65,16 @@ class AdapterConfig(BaseModel):
 
     method: str = "lora"
     """lora, ia3, vera, adalora, oft, prefix_tuning, ... : any PEFT type, in lower case."""
+    init_from: str | None = None
+    """Run or folder of an earlier adapter that this run trains on; its fields come with it."""
+    stack_on: str | None = None
+    """Run or folder of an earlier LoRA that stays as it is beneath the new one. Both are saved as one LoRA."""
 
     @model_validator(mode="before")
     @classmethod
     def _with_lora_defaults(cls, values: Any) -> Any:
-        """LoRA's defaults here; other methods keep PEFT's own."""
-        if isinstance(values, dict) and values.get("method", "lora") == "lora":
+        """LoRA's defaults here; other methods keep PEFT's own, and an earlier adapter brings its values."""
+        if isinstance(values, dict) and values.get("method", "lora") == "lora" and not values.get("init_from"):
             return {"method": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear",
                     **values}
         return values
@@ -154,6 +163,8 @@ class TrainConfig(Section):
     """Share of the steps over which the learning rate rises from zero."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """Optimizer over the trainable weights."""
+    lora_plus_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+ (arXiv:2402.12354): how many times faster than A the matrices B learn. null is 1; the paper takes 16."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; never applied to biases and norms."""
     max_grad_norm: PositiveFloat | None = 1.0

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerB
 
 from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
+from peftune.model.adapters import learns_prompt
 from peftune.numerics.dealing import padded_groups
 
 BUDGET_TOKENS = 8192
@@ -42,7 +43,10 @@ def generate_texts(
     keys = list(prompts)
     texts: dict[int, str] = {}
     settings = _settings(model, tokenizer, max_new_tokens)
-    groups = padded_groups([len(prompts[key]) + max_new_tokens for key in keys], BUDGET_TOKENS)
+    lengths = [len(prompts[key]) + max_new_tokens for key in keys]
+    groups = padded_groups(lengths, BUDGET_TOKENS)
+    if learns_prompt(model):
+        groups = [same for group in groups for same in _of_equal_length(group, lengths)]
     if calls is not None:
         groups += [[]] * (calls(len(groups)) - len(groups))
     for group in groups:
@@ -56,6 +60,11 @@ def generate_texts(
             texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
         progress(len(texts), len(keys))
     return texts
+
+
+def _of_equal_length(group: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Padding would lie between a learned prompt and the text, and PEFT passes no positions that skip it."""
+    return [[i for i in group if lengths[i] == length] for length in dict.fromkeys(lengths[i] for i in group)]
 
 
 def _settings(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:

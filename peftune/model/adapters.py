@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
+    AdaLoraConfig,
+    LNTuningConfig,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -23,6 +27,9 @@ from transformers import PreTrainedModel
 
 from peftune.config.schema import AdapterConfig
 from peftune.errors import ConfigError, Fault, ModelError
+from peftune.model.beneath import start_from_factors
+from peftune.model.earlier import continued, frozen_beneath
+from peftune.model.limits import LIMITS, Asked, takes_factors
 
 TASK_TYPES = {
     "sequence_classification": TaskType.SEQ_CLS, "token_classification": TaskType.TOKEN_CLS,
@@ -30,11 +37,19 @@ TASK_TYPES = {
 }
 
 
-def peft_config(adapter: AdapterConfig, task: str, new_modules: Sequence[str]) -> PeftConfig:
+def peft_config(
+    adapter: AdapterConfig, task: str, new_modules: Sequence[str], *, adds_tokens: bool = False
+) -> PeftConfig:
     """The PEFT config of the adapter section, with new modules among those to train and save.
 
+    Args:
+        adapter: the config's section.
+        task: name of the task.
+        new_modules: modules without trained weights; of their like an earlier adapter holds its own.
+        adds_tokens: rows of the embeddings are to train for new tokens.
+
     Raises:
-        ConfigError: an unknown method, or a field or value that the method does not take.
+        ConfigError: an unknown method, a field or value that the method does not take, or what cannot work.
     """
     config_class = _config_class(adapter.method)
     known = {field.name for field in fields(config_class)}
@@ -45,15 +60,23 @@ def peft_config(adapter: AdapterConfig, task: str, new_modules: Sequence[str]) -
             near = difflib.get_close_matches(key, known, n=2)
             mend = f"did you mean adapter.{' or adapter.'.join(near)}?" if near else f"{config_class.__name__} has none"
             faults.append(_fault(f"adapter.{key}: no field of {config_class.__name__}", mend))
+    asked = Asked(adapter, config_class, values, task, adds_tokens)
+    faults += [_fault(f"adapter.{limit.key}: {limit.why}", limit.mend) for limit in LIMITS if limit.broken_by(asked)]
     if faults:
         raise ConfigError(faults)
-    if "modules_to_save" in known and new_modules:
-        values["modules_to_save"] = sorted({*(values.get("modules_to_save") or ()), *new_modules})
     task_type: TaskType | None = TASK_TYPES[task]
     if task == "question_answering" and not issubclass(config_class, PromptLearningConfig):
         # peft 0.21: PeftModelForQuestionAnswering drops token_type_ids and position_ids in silence; a plain PeftModel
         # passes them on. Delete this with a peft that does so too
         task_type = None
+    if adapter.init_from is not None:
+        return continued(adapter.init_from, adapter.method, values, task_type)
+    if adapter.stack_on is not None:
+        frozen_beneath(adapter.stack_on)
+    if "modules_to_save" in known and new_modules:
+        values["modules_to_save"] = sorted({*(values.get("modules_to_save") or ()), *new_modules})
+    if config_class is AdaLoraConfig:
+        values["total_step"] = sys.maxsize  # until the run counts its steps
     try:
         return config_class(task_type=task_type, **values)
     except (TypeError, ValueError) as error:
@@ -84,6 +107,9 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ModelError: the targets match nothing, or the method does not suit the model.
     """
+    start = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    if takes_factors(start):
+        config.init_lora_weights = True  # PEFT would write into the base weights
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except NoMatchingPeftModuleError as error:
@@ -92,11 +118,13 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ModelError(Fault(
             kind="model", message=f"adapter.method = {config.peft_type.value.lower()} does not fit "
-            f"{type(model).__name__}: {error}", mend="set adapter.target_modules, or use adapter.method=lora",
+            f"{type(model).__name__}: {error}", mend=f"set adapter.target_modules ({_target_names(model, config)})",
         )) from error
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+    if takes_factors(start):
+        start_from_factors(adapted, str(start))
     return adapted
 
 
@@ -105,11 +133,18 @@ def has_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
+def learns_prompt(model: nn.Module) -> bool:
+    """Whether the adapter is a prompt in front of the text, or in the attention's cache."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
 def _target_names(model: nn.Module, config: PeftConfig) -> str:
+    norms = isinstance(config, LNTuningConfig)
     leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules()
-                     if isinstance(module, nn.Linear)})
+                     if ("Norm" in type(module).__name__ if norms else isinstance(module, nn.Linear))})
     targets = getattr(config, "target_modules", None) or ()  # not every method has targets
     wanted = [targets] if isinstance(targets, str) else list(targets)
     near = [match for name in wanted for match in difflib.get_close_matches(name, leaves, n=1)]
     hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
-    return f"{hint}linear layers here: {', '.join(leaves)}; or all-linear"
+    kind, all_of_them = ("norms", "") if norms else ("linear layers", "; or all-linear")
+    return f"{hint}{kind} here: {', '.join(leaves)}{all_of_them}"

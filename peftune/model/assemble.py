@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftune.config.schema import AdapterConfig, ModelConfig
+from peftune.errors import Fault, ModelError
 from peftune.model.adapters import attach, peft_config
+from peftune.model.beneath import put_beneath
+from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath
 from peftune.model.load import Loaded, load_weights
 from peftune.model.precision import keep_trainable_in_float32, weight_dtype
+from peftune.model.save import published_weights
+from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +32,19 @@ class Parameters:
 
 def assemble(
     model: ModelConfig, adapter: AdapterConfig | None, source: str, model_config: PreTrainedConfig, auto_class: Any, *,
-    task: str, new_head: bool, seed: int,
+    task: str, new_head: bool, seed: int, rows: NewRows = NO_ROWS,
 ) -> tuple[PreTrainedModel | PeftModel, Loaded]:
     """Load the weights, attach the adapter, set what trains. New weights depend on the seed alone.
 
-    `new_head`: the task has an output layer that a checkpoint may lack.
+    `new_head`: the task has an output layer that a checkpoint may lack. `rows`: of the added tokens.
 
     Raises:
-        ModelError, ConfigError: see `load_weights`, `peft_config`, `attach`.
+        ModelError, ConfigError: see `load_weights`, `peft_config`, `attach`, `earlier`.
     """
     torch.manual_seed(seed)
     loaded = load_weights(model, source, model_config, auto_class, new_head=new_head,
                           dtype=weight_dtype(model, adapted=adapter is not None))
+    resize(loaded.model, rows)
     if model.dropout is not None:
         for module in loaded.model.modules():
             if isinstance(module, torch.nn.Dropout):  # output layers of decoders have a rate that no config field sets
@@ -45,9 +53,64 @@ def assemble(
     if adapter is None:
         result.requires_grad_(True)
     else:
-        result = attach(loaded.model, peft_config(adapter, task, loaded.new_modules or loaded.head(new_head)))
+        result = _adapted(loaded, adapter, source, rows, task=task, new_head=new_head)
     keep_trainable_in_float32(result, model)
+    if isinstance(result, PeftModel) and adapter is not None and adapter.init_from is not None:
+        _load_earlier(result, earlier_folder("init_from", adapter.init_from), loaded.model)
     return result, loaded
+
+
+def _adapted(
+    loaded: Loaded, adapter: AdapterConfig, source: str, rows: NewRows, *, task: str, new_head: bool
+) -> PeftModel:
+    config = peft_config(adapter, task, loaded.new_modules or loaded.head(new_head), adds_tokens=bool(rows.ids))
+    if rows.ids and not adapter.init_from:
+        config.trainable_token_indices = token_rows(loaded.model, rows)
+    if adapter.init_from is not None:
+        check_same_base("init_from", config, source)
+        _check_rows(config, loaded.model, adapter.init_from)
+    if adapter.stack_on is None:
+        return attach(loaded.model, config)
+    below, folder = frozen_beneath(adapter.stack_on)
+    check_same_base("stack_on", below, source)
+    result = attach(loaded.model, config)
+    put_beneath(result, below, folder)
+    return result
+
+
+def _check_rows(config: PeftConfig, model: PreTrainedModel, name: str) -> None:
+    """An earlier adapter's rows for added tokens need the same tokens here."""
+    rows = config.trainable_token_indices or {} if isinstance(config, LoraConfig) else {}
+    ids = rows if isinstance(rows, list) else [number for part in rows.values() for number in part]
+    if max(ids, default=0) >= model.get_input_embeddings().weight.shape[0]:
+        raise _unfit(Path(name), "has rows for tokens that the model lacks",
+                     "write the earlier run's model.added_tokens here too")
+
+
+@torch.no_grad()
+def _load_earlier(model: PeftModel, folder: Path, base: PreTrainedModel) -> None:
+    """Put an earlier adapter's weights, an output layer among them, into the live model's.
+
+    Raises:
+        ModelError: they do not fit, or the output layer was trained for other classes.
+    """
+    path = folder / "config.json"
+    known = json.loads(path.read_text("utf-8")).get("id2label") if path.is_file() else None
+    theirs, mine = (list((labels or {}).values()) for labels in (known, base.config.id2label))
+    if theirs and theirs != mine and any("modules_to_save" in name for name, _ in model.named_parameters()):
+        raise _unfit(folder, f"was trained for the classes {theirs[:8]}, not {mine[:8]}",
+                     "data.labels with the earlier run's classes, in their order")
+    live, weights = dict(model.named_parameters()), published_weights(model, folder)
+    wrong = [name for name, tensor in weights.items() if tensor.shape != live[name].shape]
+    if wrong:
+        raise _unfit(folder, f"{wrong[0]} has shape {list(weights[wrong[0]].shape)}, not {list(live[wrong[0]].shape)}",
+                     "give an adapter of this very model and task")
+    for name, tensor in weights.items():
+        live[name].copy_(tensor)
+
+
+def _unfit(folder: Path, message: str, mend: str) -> ModelError:
+    return ModelError(Fault(kind="model", file=str(folder), message=f"adapter.init_from: {message}", mend=mend))
 
 
 def count(model: torch.nn.Module) -> Parameters:

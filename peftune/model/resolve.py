@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, MachineError, ModelError
+from peftune.model.vocabulary import add_tokens
 
 PACKAGE = "package:"
 PROBE_TIMEOUT_S = 10.0
@@ -95,7 +96,7 @@ def load_model_config(config: ModelConfig, source: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token (the end-of-text token where it has none of its own).
+    """The model's tokenizer, with a padding token (the end-of-text token where it has none) and the added tokens.
 
     Raises:
         ModelError: none there, or one without the offsets or the end-of-text token that the task needs.
@@ -106,6 +107,7 @@ def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreT
         )
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise _unreadable(config, "tokenizer", error) from None
+    add_tokens(tokenizer, config)
     if generates and tokenizer.eos_token_id is None:
         raise _error("the tokenizer has no end-of-text token: the model could not learn to stop",
                      "set eos_token in the folder's tokenizer_config.json")

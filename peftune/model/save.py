@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
 from peftune.model.adapters import BaseTunerLayer
+from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
+from peftune.model.earlier import ADAPTER
 from peftune.model.load import longest_input
 from peftune.model.outputs import logits_of
 
-ADAPTER = "adapter_config.json"
 CHECK_NAME = "reloaded"
+PROMPT_ENCODER = "prompt_encoder.safetensors"
+"""The network that makes a learned prompt. PEFT saves the prompt alone, which is all that inference needs."""
 PUBLISHED_LIMIT_TOKENS = 1 << 17
 """model_max_length of the saved tokenizer where the model itself has no smaller limit."""
 
@@ -38,9 +41,25 @@ def save_model(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.config.architectures = [type(base).__name__]
     with _as_published(base.config, tokenizer):
-        model.save_pretrained(str(folder), state_dict=weights)
+        if isinstance(model, PeftModel):
+            _save_adapter(model, weights, folder)
+        else:
+            model.save_pretrained(str(folder), state_dict=weights)
         base.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+
+
+def _save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """With the whole embeddings only where they train whole: trained rows suffice to make a grown table again."""
+    config = model.active_peft_config
+    embeddings: bool | str = False if isinstance(config, LoraConfig) and config.trainable_token_indices else "auto"
+    if has_beneath(model):
+        save_joined(model, weights, folder, embeddings=embeddings)
+        return
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=embeddings)
+    encoder = {name: tensor for name, tensor in weights.items() if "prompt_encoder." in name}
+    if len(encoder) > 1:
+        save_file({name: tensor.contiguous() for name, tensor in encoder.items()}, folder / PROMPT_ENCODER)
 
 
 @contextmanager
@@ -71,8 +90,7 @@ def load_trained(
                 str(folder), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
         adapter = PeftConfig.from_pretrained(str(folder))
         base_name = adapter.base_model_name_or_path
-        base = auto_class.from_pretrained(
-            base_name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+        base = _base_of(base_name, config, auto_class, dtype, trust_remote_code)
         adapted = PeftModel.from_pretrained(
             base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
@@ -81,6 +99,21 @@ def load_trained(
         raise ModelError(Fault(kind="model", file=str(folder), message=f"cannot be loaded: {reason}",
                                mend="give a run folder, or one that save_pretrained has written")) from error
     return adapted.requires_grad_(False)
+
+
+def _base_of(
+    name: str, config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model that an adapter was trained on, its embeddings as large as the adapter's config says."""
+    text = config.get_text_config()
+    rows = text.vocab_size
+    text.vocab_size = AutoConfig.from_pretrained(
+        name, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    base = auto_class.from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+    if rows > text.vocab_size:
+        base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the new rows
+    return base
 
 
 def _load_wide(model: PeftModel, folder: Path, name: str) -> None:
@@ -150,19 +183,22 @@ def reload_deviation(
 
 
 def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
-    name, trainable = model.active_adapter, [p for p in model.parameters() if p.requires_grad]
+    config, trainable = model.active_peft_config, [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    model.load_adapter(str(folder), CHECK_NAME, is_trainable=not model.peft_config[name].is_prompt_learning,
-                       autocast_adapter_dtype=False)
+    config.inference_mode = True  # AdaLoRA allows one trainable adapter
     try:
+        model.load_adapter(str(folder), CHECK_NAME, is_trainable=not config.is_prompt_learning,
+                           autocast_adapter_dtype=False)
         model.set_adapter(CHECK_NAME)
         _load_wide(model, folder, CHECK_NAME)
         model.eval()  # the new adapter's dropout begins in training mode
         return logits_of(model, inputs).float()
     finally:
-        model.set_adapter(name)
+        config.inference_mode = False
+        model.set_adapter(TRAINED)
         model.delete_adapter(CHECK_NAME)
+        activate_all(model)
         for parameter in trainable:
             parameter.requires_grad_(True)
 
@@ -177,6 +213,8 @@ def published_weights(model: PreTrainedModel | PeftModel, folder: Path) -> dict[
     names = _names_in_files(model, live)
     saved = {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
     found = {names[key]: tensor for key, tensor in saved.items() if key in names}
+    if has_beneath(model):
+        found = {name: trained_part(tensor, live[name]) for name, tensor in found.items()}
     missing = sorted(live.keys() - found.keys())
     if missing:
         raise ModelError(Fault(kind="model", file=str(folder), message=f"lacks {len(missing)} trained weights "
@@ -188,9 +226,13 @@ def _names_in_files(model: PreTrainedModel | PeftModel, live: dict[str, nn.Param
     """Key in the published file -> name in the live model. PEFT leaves the adapter's own name out of its keys."""
     if not isinstance(model, PeftModel):
         return {name: name for name in live}
-    if model.active_peft_config.is_prompt_learning:  # one tensor, whatever the prompt is made of
-        return {"prompt_embeddings": next(name for name in live if "prompt_encoder" in name),
-                **{name: name for name in live}}
     by_identity = {id(parameter): name for name, parameter in live.items()}
-    exported = get_peft_model_state_dict(model, state_dict=dict(live))
-    return {key: by_identity[id(tensor)] for key, tensor in exported.items() if id(tensor) in by_identity}
+    exported = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True))
+    found = {key: by_identity[id(tensor)] for key, tensor in exported.items() if id(tensor) in by_identity}
+    if model.active_peft_config.is_prompt_learning:
+        prompt = [name for name in live if "prompt_encoder." in name]
+        if len(prompt) == 1:
+            found["prompt_embeddings"] = prompt[0]
+        else:
+            found |= {name: name for name in prompt}  # in PROMPT_ENCODER
+    return found

@@ -85,8 +85,8 @@ def restore_whole(
     optimizer.load_state_dict(state_dict)
 
 
-STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What torch's AdamW and SGD keep for a weight."""
+STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "importance", "importance_uncertainty", "kept")
+"""What torch's AdamW and SGD keep for a weight, and AdaLoRA's budget beside them."""
 
 
 def saved_weight(name: str, shape: torch.Size | tuple[int, ...], read: Callable[[str], Tensor | None]) -> Tensor:

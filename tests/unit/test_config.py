@@ -127,6 +127,8 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
         ["data.train=[{path: a/b, shuffle_buffer: 9}]"], ["model.pure_bf16=true", "model.dtype=float32"],
         ["data.validation=1.5"], ["data.validation=null", "evaluation.patience=1"], ["evaluation.metric=foo"],
         ["evaluation.metric=rouge_l", "evaluation.max_new_tokens=0"],
+        ["train.lora_plus_ratio=4", "adapter.method=ia3"], ["train.optimizer=sgd", "adapter.method=adalora"],
+        ["model.gradient_checkpointing=true", "adapter.method=prefix_tuning"],
     ]
     said = [fault for overrides in breaking for fault in faults_of(config(tmp_path), *overrides)]
     assert any(rule.why in fault.message and fault.mend == rule.mend for fault in said)
