@@ -30,7 +30,7 @@ from peftune.loop.resume import Start, find_start
 from peftune.loop.run import Every, Run
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
-from peftune.model.adalora import RankBudget, is_adalora
+from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import assemble, count
 from peftune.model.card import model_card
 from peftune.model.eva import reads_data
@@ -188,6 +188,7 @@ def _run(
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
     folder = Path(config.output_dir)
     facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
+             "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
              "new_modules": list(loaded.new_modules), "layout": layout.name, **asdict(memory)}
     world.on_main(lambda: _open_folder(config, folder, world, strategy, data, text, facts))
     journal = Journal(
@@ -288,7 +289,8 @@ def _assembled_run(
         patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,
         log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
         checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),
-        keep_checkpoints=config.checkpoint.keep, facts=facts,
+        keep_checkpoints=config.checkpoint.keep, set_back=functools.partial(may_set_back, strategy.unwrap(model)),
+        facts=facts,
     )
 
 

@@ -16,7 +16,7 @@ from peftune.loop.step import train_step
 
 def fit(run: Run, state: TrainState) -> TrainState:
     """Train from `state` up to `run.steps`, or until patience runs out."""
-    check = SelfCheck(run.strategy.unwrap(run.model), run.optimizer, run.strategy)
+    check = SelfCheck(run.strategy.unwrap(run.model), run.optimizer, run.strategy, set_back=run.set_back)
     run.model.train()
     while state.step < run.steps and not state.stopped_early:
         started = time.perf_counter()

@@ -71,6 +71,8 @@ class Run:
     evaluation: Every
     checkpoint: Every
     keep_checkpoints: int
+    set_back: Callable[[str], bool]
+    """Whether the adapter's method may undo a step of the weight of that name."""
     facts: dict[str, Any]
     """What the summary repeats: task, parameters, strategy, world size."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,12 @@ class SelfCheck:
     up what they saw, so that all of them stop or none.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:
-        self._optimizer, self._strategy = optimizer, strategy
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, strategy: Strategy, *,
+        set_back: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """`set_back`: whether the method may undo a step of the weight of that name."""
+        self._optimizer, self._strategy, self._set_back = optimizer, strategy, set_back
         self._all = list(model.named_parameters())
         self._trainable = [(name, p) for name, p in self._all if p.requires_grad]
         self._before = self._checksums()
@@ -76,7 +81,7 @@ class SelfCheck:
             raise _failed(f"{len(changed)} frozen tensors changed", changed, "this is a fault of peftune: report it")
         mobile = self._summed([self._could_move(self._strategy.weight(p)) for _, p in self._trainable])
         stuck = sorted(name for (name, _), could in zip(self._trainable, mobile, strict=True)
-                       if could and name in self._alive - moved)
+                       if could and name in self._alive - moved and not self._set_back(name))
         if stuck:
             raise _failed(f"{len(stuck)} tensors have a gradient and did not move", stuck,
                           "raise train.learning_rate, or model.pure_bf16=false")

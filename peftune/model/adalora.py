@@ -24,6 +24,11 @@ def is_adalora(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and isinstance(model.active_peft_config, AdaLoraConfig)
 
 
+def may_set_back(model: nn.Module, name: str) -> bool:
+    """Whether a weight may be zero again after a step: the singular values outside the budget."""
+    return is_adalora(model) and ".lora_E." in name
+
+
 class RankBudget:
     """Hooks before and after each step of the optimizer."""
 

@@ -45,7 +45,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
     for name in names:
         if tokenizer.tokenize(name) != [name]:
             raise _error(f"the tokenizer does not take {name!r} as one token",
-                         "choose another name, without blanks at its ends")
+                         "choose another name")
 
 
 def new_rows(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> NewRows:
