@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peftune.errors import Fault, ModelError
 
@@ -74,7 +76,10 @@ def put_beneath(model: PeftModel, config: LoraConfig, folder: Path) -> None:
                      "the adapter beneath must be a LoRA of the same model")
     for _, layer in _layers(model):
         if BENEATH in layer.lora_A:
-            _hold(layer, layer.lora_A[BENEATH].weight.data.float(), layer.lora_B[BENEATH].weight.data.float())
+            a, b = layer.lora_A[BENEATH].weight.data.float(), layer.lora_B[BENEATH].weight.data.float()
+            if TRAINED in layer.lora_A:
+                b = b * (layer.scaling[BENEATH] / layer.scaling[TRAINED])
+            _hold(layer, a, b)
     _activate(model)
 
 
@@ -105,7 +110,6 @@ def save_joined(model: PeftModel, weights: dict[str, Tensor], folder: Path, *, e
         key_a, key_b = (f"{PREFIX}{name}.{part}.weight" for part in ("lora_A", "lora_B"))
         if below:
             a, b = (weights[f"{PREFIX}{name}.{part}.{BENEATH}.weight"].cpu() for part in ("lora_A", "lora_B"))
-            b = b if layer.scaling[BENEATH] == scale else b * (layer.scaling[BENEATH] / scale)
             state[key_a] = torch.cat([state[key_a].cpu(), a]) if mine else a
             state[key_b] = torch.cat([state[key_b].cpu(), b], dim=1) if mine else b
         ranks[name], scales[name] = state[key_a].shape[0], scale
@@ -150,10 +154,43 @@ def _activate(model: PeftModel) -> None:
 
 
 def _hold(layer: LoraLayer, a: Tensor, b: Tensor) -> None:
-    """Keep the frozen factors as buffers: every rank holds them whole, whatever divides the weights."""
+    """Keep the frozen factors as buffers: every rank holds them whole, whatever divides the weights.
+
+    `b` has the trained adapter's scale, where the layer has one.
+    """
+    if TRAINED in layer.lora_A:
+        layer.scaling[BENEATH] = layer.scaling[TRAINED]
+        layer.lora_variant |= {TRAINED: _Joined(), BENEATH: _InJoined()}
     for part, values in ((layer.lora_A[BENEATH], a), (layer.lora_B[BENEATH], b)):
         del part.weight
         part.register_buffer("weight", values)
+
+
+class _Joined(LoraVariant):
+    """Both products as one, exactly as the saved adapter computes them.
+
+    In bfloat16 it matters: a large product and its near opposite, rounded one by one, leave their rounding behind.
+    """
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        a, b = (torch.cat([part[TRAINED].weight, part[BENEATH].weight], dim=dim)
+                for dim, part in ((0, module.lora_A), (1, module.lora_B)))
+        dropout = module.lora_dropout[TRAINED]
+        if module.training and isinstance(dropout, nn.Dropout):
+            rank = len(module.lora_A[TRAINED].weight)
+            inner = torch.cat([F.linear(dropout(x), a[:rank]), F.linear(x, a[rank:])], dim=-1)
+        else:
+            inner = F.linear(x, a)
+        return result + F.linear(inner, b) * module.scaling[TRAINED]
+
+
+class _InJoined(LoraVariant):
+    """What `_Joined` has done already."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        return result
 
 
 def _layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

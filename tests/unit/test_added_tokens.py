@@ -1,4 +1,4 @@
-"""Tokens that the model does not know: their rows train, are saved, and are there again in plain peft and transformers."""
+"""Tokens that the model does not know: their rows train, and are there again in plain peft and transformers."""
 
 import pytest
 import torch
