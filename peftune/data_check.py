@@ -53,7 +53,8 @@ def check(config: RunConfig, strategy: str | None = None) -> Checked:
         faults += strategy_faults(config, strategy)
     if config.adapter is not None:
         adapter = config.adapter
-        faults += faults_of(lambda: peft_config(adapter, config.task, ()))
+        adds_tokens = bool(config.model.added_tokens or config.model.added_special_tokens)
+        faults += faults_of(lambda: peft_config(adapter, config.task, (), adds_tokens=adds_tokens))
     opened: list[tuple[Prepared, Text]] = []
 
     def open_data() -> None:

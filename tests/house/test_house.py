@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import yaml
 
 from peftune.config.load import dump, load
 from peftune.config.names import key_paths
@@ -107,9 +106,9 @@ def test_every_config_loads_and_its_dump_is_the_same_config(path, tmp_path, monk
 def test_every_config_runs(path, tmp_path, launch, encoder, decoder, monkeypatch):
     """The quickstart as it is; the others for a few steps, with a tiny model in place of the hub's."""
     overrides = [f"output_dir={tmp_path / 'run'}", "train.max_steps=3"]
-    settings = yaml.safe_load(path.read_text())
-    if not str(settings["model"]["name_or_path"]).startswith("package:"):
-        tiny = decoder if settings["task"] in ("causal_lm", "preference") else encoder
+    config = load([str(path)])
+    if not config.model.name_or_path.startswith("package:"):
+        tiny = decoder if config.task in ("causal_lm", "preference") else encoder
         overrides += [f"model.name_or_path={tiny}", "data.max_length=128", "evaluation.max_new_tokens=4"]
     done = launch(path, *overrides)
     assert done.returncode == 0, done.stderr
