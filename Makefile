@@ -32,7 +32,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,deepspeed,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,deepspeed,quantization,dev]"
 	touch $@
 
 clean:

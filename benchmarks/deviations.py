@@ -23,8 +23,8 @@ loss. Their gradient is rounding alone, which AdamW scales up to the learning ra
 of answers only up to a constant."""
 
 
-def deviations_of(folder: Path, reference: Path, task: str) -> dict[str, float]:
-    """Largest deviation of a run from another one, by what is compared."""
+def deviations_of(folder: Path, reference: Path, task: str, quantization: str = "none") -> dict[str, float]:
+    """Largest deviation of a run from another one, by what is compared; both with the same `model.quantization`."""
     rows, others = (_training_rows(run) for run in (folder, reference))
     assert len(rows) == len(others), "the runs have not taken the same number of steps"
     scores, other_scores = (json.loads((run / "summary.json").read_text())["metrics"]["validation"]
@@ -38,7 +38,7 @@ def deviations_of(folder: Path, reference: Path, task: str) -> dict[str, float]:
                        for a, b in zip(_numbers(scores[key]), _numbers(other_scores[key]), strict=True)),
         "weights": max((weights[name].float() - other_weights[name].float()).abs().max().item() for name in weights
                        if not name.endswith(UNSEEN + UNSEEN_BY_ANSWERS * (task == "question_answering"))),
-        "logits": _logit_deviation(folder / "final", reference / "final", task),
+        "logits": _logit_deviation(folder / "final", reference / "final", task, quantization),
     }
 
 
@@ -64,11 +64,11 @@ def _relative(value: float, other: float) -> float:
 
 
 @torch.no_grad()
-def _logit_deviation(folder: Path, reference: Path, task: str) -> float:
+def _logit_deviation(folder: Path, reference: Path, task: str, quantization: str) -> float:
     """Of two saved folders, loaded by plain peft or transformers, on the same ids."""
     auto_class = TASKS[task](TrainConfig(), EvaluationConfig()).auto_class
     ids = torch.arange(5, 5 + 24).reshape(2, 12)
-    mine, other = (logits_of(load_trained(run, auto_class, dtype=torch.float32).eval(),
+    mine, other = (logits_of(load_trained(run, auto_class, dtype=torch.float32, quantization=quantization).eval(),
                              {"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for run in (folder, reference))
     if task == "question_answering":
         mine, other = (logits - logits.mean(dim=1, keepdim=True) for logits in (mine, other))

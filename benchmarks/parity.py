@@ -132,7 +132,8 @@ class Bench:
         folder, done = self.run(cell)
         if done.returncode != 0:
             return Outcome("failed", why=_said(done.stderr))
-        deviations = deviations_of(folder, self.reference(cell), cell.task)
+        quantization = METHODS[cell.method].get("model", {}).get("quantization", "none")
+        deviations = deviations_of(folder, self.reference(cell), cell.task, quantization)
         equal = all(value <= TOLERANCES[name] for name, value in deviations.items())
         return Outcome("equal" if equal else "differs", deviations)
 

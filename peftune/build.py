@@ -31,12 +31,13 @@ from peftune.loop.run import Every, Run
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
-from peftune.model.assemble import assemble, count
+from peftune.model.assemble import assemble, count, weight_notes
 from peftune.model.card import model_card
 from peftune.model.eva import reads_data
 from peftune.model.load import Loaded, adjust_config, local_source
 from peftune.model.packing import use_packing
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, slow_products, uses_autocast
+from peftune.model.quantize import quantised_by, quantization_of
 from peftune.model.reference import Reference, frozen_copy, reference_of
 from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
 from peftune.model.vocabulary import new_rows
@@ -177,9 +178,7 @@ def _run(
             pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
             autocast=autocast(config.model, world.device))
         reference = _reference(model, frozen, strategy, layout) if task.needs_reference else None
-        notes.append(f"{counts.trainable:,} of {counts.total:,} weights train")
-        if loaded.new_modules:
-            notes.append(f"new: {', '.join(loaded.new_modules)}")
+        notes += weight_notes(loaded, counts)
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
     torch.manual_seed(config.seed + world.rank)
@@ -189,7 +188,8 @@ def _run(
     folder = Path(config.output_dir)
     facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
              "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
-             "new_modules": list(loaded.new_modules), "layout": layout.name, **asdict(memory)}
+             "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
+             "layout": layout.name, **asdict(memory)}
     world.on_main(lambda: _open_folder(config, folder, world, strategy, data, text, facts))
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
@@ -209,9 +209,10 @@ def _model(config: RunConfig, text: Text, data: Prepared, strategy: Strategy) ->
     task, targets = text.encoder.task, data.targets
     adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
                   tokenizer=text.tokenizer)
+    quantization_of(config.model, text.config, adapted=config.adapter is not None, divided=strategy.lockstep)
     model, loaded = assemble(config.model, config.adapter, local_source(text.source), text.config, task.auto_class,
                              task=config.task, new_head=task.new_head, seed=config.seed,
-                             rows=new_rows(text.tokenizer, config.model))
+                             rows=new_rows(text.tokenizer, config.model), device=strategy.world.device)
     if reads_data(model):
         start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
                                 seed=config.seed, pad_id=text.tokenizer.pad_token_id)
@@ -283,7 +284,7 @@ def _assembled_run(
         reload_deviation=functools.partial(
             reload_deviation, auto_class=task.auto_class, divided=strategy.lockstep,
             autocast=lambda device: autocast(config.model, device)(),
-            trust_remote_code=config.model.trust_remote_code),
+            trust_remote_code=config.model.trust_remote_code, quantization=config.model.quantization),
         reload_tolerance=_reload_tolerance(config, strategy),
         steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm, metric=metric,
         patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,

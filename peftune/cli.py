@@ -13,7 +13,7 @@ from peftune import __version__
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES
 
-BENCHMARKS = ("parity", "memory", "startup", "data_scale", "lora_vs_full")
+BENCHMARKS = ("parity", "memory", "quantization", "startup", "data_scale", "lora_vs_full")
 """Suites of `peftune bench`: files of benchmarks/."""
 
 

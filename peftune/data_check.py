@@ -17,6 +17,7 @@ from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
 from peftune.data.store import Split
 from peftune.errors import DataError, Fault, faults_of
 from peftune.model.adapters import peft_config
+from peftune.model.quantize import quantization_of, require_bitsandbytes
 from peftune.numerics.losses import IGNORE
 from peftune.observe.display import Display, Piece
 from peftune.observe.trackers import check_trackers
@@ -27,6 +28,8 @@ from peftune.tasks.text import Text, open_text, quiet_libraries
 SHOWN_PLACES = 3
 SHOWN_ERRORS = 20
 BARS = 12
+DIVIDED = ("zero3", "fsdp2")
+"""Beginnings of the names of strategies that divide each weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,22 @@ def check(config: RunConfig, strategy: str | None = None) -> Checked:
         adapter = config.adapter
         adds_tokens = bool(config.model.added_tokens or config.model.added_special_tokens)
         faults += faults_of(lambda: peft_config(adapter, config.task, (), adds_tokens=adds_tokens))
+    if config.train.optimizer.endswith("8bit"):
+        faults += faults_of(lambda: require_bitsandbytes(f"train.optimizer = {config.train.optimizer!r}"))
     opened: list[tuple[Prepared, Text]] = []
+    quantization: list[Fault] = []
 
     def open_data() -> None:
         text = open_text(task, config.model, config.data)
+        quantization.extend(faults_of(lambda: quantization_of(
+            config.model, text.config, adapted=config.adapter is not None,
+            divided=(strategy or "").startswith(DIVIDED))))
         folder = prepare(config.data, text.encoder, seed=config.seed, identity=text.identity(), inspect=True)
         opened.append((open_prepared(folder), text))
         chosen_metric(task, opened[0][0].targets, config.evaluation.metric)
 
     found = faults_of(open_data)
+    faults += quantization
     if not opened:
         if any(fault.kind != "data" for fault in found):
             found += faults_of(lambda: _raise(row_faults(config.data, task.formats, config.seed)))

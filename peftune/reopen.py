@@ -21,6 +21,7 @@ from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.model.adapters import has_adapter
 from peftune.model.load import PROBLEM_TYPES
 from peftune.model.precision import DTYPES, autocast, weight_dtype
+from peftune.model.quantize import require_bitsandbytes
 from peftune.model.reference import Reference, reference_of
 from peftune.model.resolve import resolve
 from peftune.model.save import ADAPTER, load_trained
@@ -57,8 +58,8 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
         text = open_text(task, _as_trained(config.model, folder), config.data)
         adapted = (Path(text.source) / ADAPTER).is_file()
         model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
-                             dtype=weight_dtype(config.model, adapted=adapted),
-                             trust_remote_code=config.model.trust_remote_code).to(world.device).eval()
+                             dtype=weight_dtype(config.model, adapted=adapted), **_loading(config, world),
+                             ).to(world.device).eval()
         notes.append(str(folder))
     reference = _reference(config, model, task, world) if task.needs_reference else None
     evaluator = Evaluator(
@@ -127,12 +128,20 @@ def _folder_and_config(path: Path, name: str, config_path: str | None) -> tuple[
     return name, load([config_path])
 
 
+def _loading(config: RunConfig, world: World) -> dict[str, Any]:
+    """How the run that trained the weights loaded its own."""
+    if config.model.quantization != "none":
+        require_bitsandbytes(f"model.quantization = {config.model.quantization!r}")
+    return {"trust_remote_code": config.model.trust_remote_code, "quantization": config.model.quantization,
+            "device": world.device}
+
+
 def _reference(config: RunConfig, model: nn.Module, task: Task, world: World) -> Reference:
     """What a preference run compares with: its adapter off, or the model it began from."""
     if has_adapter(model):
         return reference_of(model)
     base = load_trained(resolve(config.model), task.auto_class, dtype=DTYPES[config.model.dtype],
-                        trust_remote_code=config.model.trust_remote_code)
+                        **_loading(config, world))
     return reference_of(base.to(world.device).requires_grad_(False).eval())
 
 

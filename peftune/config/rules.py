@@ -62,15 +62,15 @@ def _is_lora(config: RunConfig) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         ("model", "quantization"),
-        lambda c: c.model.quantization != "none",
-        "this version does not load quantised weights",
-        "model.quantization=none",
+        lambda c: c.model.quantization != "none" and c.adapter is None,
+        "quantised weights do not train: a step is smaller than what separates their values",
+        "adapter.method=lora, or model.quantization=none",
     ),
     Rule(
-        ("train", "optimizer"),
-        lambda c: c.train.optimizer.endswith("8bit"),
-        "this version has no 8-bit optimizer",
-        "train.optimizer=adamw",
+        ("model", "quantization"),
+        lambda c: c.model.quantization != "none" and c.model.compile,
+        "quantised layers have not been seen to compute the same when compiled",
+        "model.compile=false, or model.quantization=none",
     ),
     Rule(
         ("data", "layout"),
@@ -210,6 +210,12 @@ STRATEGY_RULES: tuple[StrategyRule, ...] = (
         lambda c: c.model.compile,
         "a compiled model does not see the hooks that gather and divide its weights",
         "model.compile=false, or --strategy ddp",
+    ),
+    StrategyRule(
+        ("zero", "fsdp2"), "train.optimizer",
+        lambda c: c.train.optimizer.endswith("8bit"),
+        "its state is rounded in blocks of whole weights, which no rank holds: other blocks train another model",
+        "train.optimizer=adamw, whose state the ranks divide, or --strategy ddp",
     ),
     StrategyRule(
         ("zero",), "model.pure_bf16",

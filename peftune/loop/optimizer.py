@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from peftune.config.schema import TrainConfig
+from peftune.model.optimizer_8bit import adamw_8bit
 
 ADAM_BETAS = (0.9, 0.999)
 SGD_MOMENTUM = 0.9
@@ -33,6 +34,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
               for (decay, factor), params in kinds.items()]
     if config.optimizer == "sgd":
         return SGD(groups, lr=config.learning_rate, momentum=SGD_MOMENTUM)
+    if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        return adamw_8bit(groups, lr=config.learning_rate, betas=ADAM_BETAS,
+                          paged=config.optimizer == "paged_adamw_8bit")
     return AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, fused=_can_fuse(p for _, p in named))
 
 

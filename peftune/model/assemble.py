@@ -18,7 +18,8 @@ from peftune.model.beneath import put_beneath
 from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath
 from peftune.model.load import Loaded, load_weights
 from peftune.model.precision import keep_trainable_in_float32, weight_dtype
-from peftune.model.save import published_weights
+from peftune.model.quantize import stored_kind, values_in
+from peftune.model.save import CPU, published_weights
 from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
 
 
@@ -32,18 +33,19 @@ class Parameters:
 
 def assemble(
     model: ModelConfig, adapter: AdapterConfig | None, source: str, model_config: PreTrainedConfig, auto_class: Any, *,
-    task: str, new_head: bool, seed: int, rows: NewRows = NO_ROWS,
+    task: str, new_head: bool, seed: int, rows: NewRows = NO_ROWS, device: torch.device = CPU,
 ) -> tuple[PreTrainedModel | PeftModel, Loaded]:
     """Load the weights, attach the adapter, set what trains. New weights depend on the seed alone.
 
-    `new_head`: the task has an output layer that a checkpoint may lack. `rows`: of the added tokens.
+    `new_head`: the task has an output layer that a checkpoint may lack. `rows`: of the added tokens. `device`: where
+    quantised weights are made.
 
     Raises:
         ModelError, ConfigError: see `load_weights`, `peft_config`, `attach`, `earlier`.
     """
     torch.manual_seed(seed)
     loaded = load_weights(model, source, model_config, auto_class, new_head=new_head,
-                          dtype=weight_dtype(model, adapted=adapter is not None))
+                          dtype=weight_dtype(model, adapted=adapter is not None), device=device)
     resize(loaded.model, rows)
     if model.dropout is not None:
         for module in loaded.model.modules():
@@ -116,4 +118,12 @@ def _unfit(folder: Path, message: str, mend: str) -> ModelError:
 def count(model: torch.nn.Module) -> Parameters:
     """Weights of a model; shared ones count once."""
     parameters = list(model.parameters())
-    return Parameters(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+    return Parameters(sum(map(values_in, parameters)), sum(values_in(p) for p in parameters if p.requires_grad))
+
+
+def weight_notes(loaded: Loaded, counts: Parameters) -> list[str]:
+    """What trains, how the rest is kept, and what is new, for a person."""
+    kind = stored_kind(loaded.model.config)
+    kept = f", the others are kept in {kind}" if kind != "none" else ""
+    notes = [f"{counts.trainable:,} of {counts.total:,} weights train{kept}"]
+    return [*notes, f"new: {', '.join(loaded.new_modules)}"] if loaded.new_modules else notes

@@ -37,27 +37,30 @@ Trained with peftune: {facts["trainable_parameters"]:,} of {facts["total_paramet
 The run's `summary.json` and `report.html` hold its scores, `config.yaml` the settings to train it again.
 
 ```python
-{_usage(adapter, auto_class, adds_tokens=bool(facts.get("added_tokens")))}
+{_usage(adapter, auto_class, adds_tokens=bool(facts.get("added_tokens")), quantised_by=facts["quantization"])}
 ```
 """
 
 
-def _usage(adapter: bool, auto_class: str, *, adds_tokens: bool) -> str:
+def _usage(adapter: bool, auto_class: str, *, adds_tokens: bool, quantised_by: dict[str, Any]) -> str:
     if not adapter:
         return f"""from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")"""
-    own_size = grow = ""
+    own_size = grow = how = name = argument = ""
     if adds_tokens:
         own_size = "\nrows, config.vocab_size = config.vocab_size, AutoConfig.from_pretrained(base).vocab_size"
         grow = "\nmodel.resize_token_embeddings(rows)  # the adapter holds the rows of the added tokens"
+    if quantised_by:
+        how = f"how = BitsAndBytesConfig(**{quantised_by})  # as the base was while the adapter trained\n"
+        name, argument = ", BitsAndBytesConfig", ", quantization_config=how"
     return f"""from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, {auto_class}, AutoTokenizer
+from transformers import AutoConfig, {auto_class}, AutoTokenizer{name}
 
 folder = "THIS_FOLDER"
 base = PeftConfig.from_pretrained(folder).base_model_name_or_path
 config = AutoConfig.from_pretrained(folder){own_size}
-model = {auto_class}.from_pretrained(base, config=config){grow}
+{how}model = {auto_class}.from_pretrained(base, config=config{argument}){grow}
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)"""

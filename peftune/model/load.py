@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, ModelError
+from peftune.model.quantize import loading_options, make_ready
 
 PROBLEM_TYPES = {
     "single_label": "single_label_classification",
@@ -70,9 +71,9 @@ def adjust_config(
 
 def load_weights(
     config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
-    new_head: bool,
+    new_head: bool, device: torch.device,
 ) -> Loaded:
-    """Load the checkpoint's weights into the task's architecture, on the CPU.
+    """Load the checkpoint's weights into the task's architecture: on the CPU, or quantised on `device`.
 
     Args:
         config: the model section.
@@ -81,6 +82,7 @@ def load_weights(
         auto_class: a transformers Auto class.
         dtype: of the weights.
         new_head: whether the task may have an output layer that the checkpoint lacks.
+        device: that computes.
 
     Raises:
         ModelError: no weights, an architecture without such a head, or weights of the body missing.
@@ -91,7 +93,10 @@ def load_weights(
             source, config=model_config, revision=config.revision, dtype=dtype, attn_implementation=attention,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=new_head,
             use_safetensors=True,
+            **loading_options(config.quantization, auto_class, model_config, dtype=dtype, device=device,
+                              trust_remote_code=config.trust_remote_code),
         )
+        make_ready(model, dtype)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ModelError(Fault(

@@ -19,7 +19,9 @@ from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joine
 from peftune.model.earlier import ADAPTER
 from peftune.model.load import longest_input
 from peftune.model.outputs import logits_of
+from peftune.model.quantize import loading_options, make_ready, quantised_here
 
+CPU = torch.device("cpu")
 CHECK_NAME = "reloaded"
 PROMPT_ENCODER = "prompt_encoder.safetensors"
 """The network that makes a learned prompt. PEFT saves the prompt alone, which is all that inference needs."""
@@ -40,7 +42,7 @@ def save_model(
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.config.architectures = [type(base).__name__]
-    with _as_published(base.config, tokenizer):
+    with _as_published(base, tokenizer):
         if isinstance(model, PeftModel):
             _save_adapter(model, weights, folder)
         else:
@@ -63,8 +65,12 @@ def _save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) ->
 
 
 @contextmanager
-def _as_published(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """The settings that training changes for itself, set for the folder's later users."""
+    config, quantised = base.config, quantised_here(base)
+    if quantised:  # true of the weights in memory, not of the checkpoint that the folder's users will load
+        in_memory = config.quantization_config
+        del config.quantization_config
     limit, tokenizer.model_max_length = tokenizer.model_max_length, longest_input(config, PUBLISHED_LIMIT_TOKENS)
     cached = config.to_dict().get("use_cache")
     if cached is not None:
@@ -73,12 +79,23 @@ def _as_published(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     tokenizer.model_max_length = limit
     if cached is not None:
         config.use_cache = cached
+    if quantised:
+        config.quantization_config = in_memory
 
 
 def load_trained(
-    folder: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False,
+    quantization: str = "none", device: torch.device = CPU,
 ) -> PreTrainedModel | PeftModel:
     """Load a folder that `save_model`, peft or transformers has written, adapter or whole model; or a hub id.
+
+    Args:
+        folder: or hub id.
+        auto_class: a transformers Auto class.
+        dtype: of frozen weights and of products with them.
+        trust_remote_code: whether the model brings code of its own.
+        quantization: as `model.quantization` of the run that trained the adapter.
+        device: where quantised weights are made; others are loaded on the CPU.
 
     Raises:
         ModelError: the folder, or the base model its adapter names, cannot be loaded.
@@ -86,11 +103,10 @@ def load_trained(
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         if not (Path(folder) / ADAPTER).is_file():
-            return auto_class.from_pretrained(
-                str(folder), config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+            return _base(str(folder), auto_class, config, dtype, trust_remote_code, quantization, device)
         adapter = PeftConfig.from_pretrained(str(folder))
         base_name = adapter.base_model_name_or_path
-        base = _base_of(base_name, config, auto_class, dtype, trust_remote_code)
+        base = _base_of(base_name, auto_class, config, dtype, trust_remote_code, quantization, device)
         adapted = PeftModel.from_pretrained(
             base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
@@ -102,18 +118,30 @@ def load_trained(
 
 
 def _base_of(
-    name: str, config: PreTrainedConfig, auto_class: Any, dtype: torch.dtype, trust_remote_code: bool
+    name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
+    quantization: str, device: torch.device,
 ) -> PreTrainedModel:
     """The model that an adapter was trained on, its embeddings as large as the adapter's config says."""
     text = config.get_text_config()
     rows = text.vocab_size
     text.vocab_size = AutoConfig.from_pretrained(
         name, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    base = auto_class.from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+    base = _base(name, auto_class, config, dtype, trust_remote_code, quantization, device)
     if rows > text.vocab_size:
         base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the new rows
     return base
+
+
+def _base(
+    name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
+    quantization: str, device: torch.device,
+) -> PreTrainedModel:
+    model: PreTrainedModel = auto_class.from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+        **loading_options(quantization, auto_class, config, dtype=dtype, device=device,
+                          trust_remote_code=trust_remote_code))
+    make_ready(model, dtype)
+    return model
 
 
 def _load_wide(model: PeftModel, folder: Path, name: str) -> None:
@@ -150,6 +178,7 @@ def live_logits(
 def reload_deviation(
     model: PreTrainedModel | PeftModel, folder: Path, inputs: dict[str, Tensor], live: Tensor, auto_class: Any, *,
     autocast: Callable[[torch.device], AbstractContextManager[None]], trust_remote_code: bool, divided: bool,
+    quantization: str,
 ) -> float:
     """Largest absolute difference between the live model's logits and those of what `folder` loads to.
 
@@ -166,6 +195,7 @@ def reload_deviation(
         autocast: precision of forward passes, by device.
         trust_remote_code: whether the model brings code of its own.
         divided: the live model's weights are divided among the ranks.
+        quantization: as `model.quantization`.
     """
     if isinstance(model, PeftModel) and not divided:
         was_training = model.training
@@ -175,7 +205,8 @@ def reload_deviation(
         model.train(was_training)
         return (live - saved).abs().max().item()
     device = torch.device("cpu") if divided else live.device
-    other = load_trained(folder, auto_class, dtype=model.dtype, trust_remote_code=trust_remote_code).to(device).eval()
+    other = load_trained(folder, auto_class, dtype=model.dtype, trust_remote_code=trust_remote_code,
+                         quantization=quantization, device=device).to(device).eval()
     there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     with autocast(device):
         saved = logits_of(other, there).float()

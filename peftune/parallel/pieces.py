@@ -42,10 +42,12 @@ def whole(name: str, tensor: Tensor) -> Piece:
 def write_pieces(pieces: Iterable[Piece], path: Path) -> None:
     """One safetensors file, straight from the memory of tensors on the CPU. A rank that holds nothing writes none."""
     tensors, places = {}, {}
+    seen: set[int] = set()
     for piece in pieces:
         values = piece.values.detach().to("cpu").contiguous()
-        # safetensors refuses names that share memory, as those of a step count kept once for many weights
-        tensors[piece.name] = values if values.numel() > 1 else values.clone()
+        # safetensors refuses names that share memory, as those of a step count or a table kept once for many weights
+        tensors[piece.name] = values.clone() if values.data_ptr() in seen else values
+        seen.add(tensors[piece.name].data_ptr())
         places[piece.name] = [piece.begin, list(piece.shape)]
     if tensors:
         save_file(tensors, path, metadata={PLACES: json.dumps(places)})

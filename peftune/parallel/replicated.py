@@ -83,10 +83,14 @@ def restore_whole(
     live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state_dict["state"] = {i: states[id(p)] for i, p in enumerate(live) if states.get(id(p))}
     optimizer.load_state_dict(state_dict)
+    for state in optimizer.state.values():
+        if "state1" in state:
+            state["step"] = int(state["step"])  # bitsandbytes counts with a number, torch with a tensor
 
 
-STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "importance", "importance_uncertainty", "kept")
-"""What torch's AdamW and SGD keep for a weight, and AdaLoRA's budget beside them."""
+STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "importance", "importance_uncertainty", "kept",
+               "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
+"""What torch's AdamW and SGD keep for a weight, AdaLoRA's budget beside them, and bitsandbytes' 8-bit AdamW."""
 
 
 def saved_weight(name: str, shape: torch.Size | tuple[int, ...], read: Callable[[str], Tensor | None]) -> Tensor:

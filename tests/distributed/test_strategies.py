@@ -35,12 +35,17 @@ def cells():
     for i, strategy in enumerate(DIVIDING):
         for j in range(3):
             yield Cell(strategy, "full" if (i + j) % 2 else "lora", tasks[(i + 2 * j) % len(tasks)], LAYOUT)
+    for strategy, method in (("zero3", "nf4+lora"), ("zero3", "int8+lora"), ("fsdp2", "nf4+lora"),
+                             ("fsdp2", "int8+lora")):
+        yield Cell(strategy, method, "causal_lm", LAYOUT)
     yield Cell("zero3", "dora", "causal_lm", LAYOUT)
     yield Cell("fsdp2", "dora", "sequence_classification", LAYOUT)
 
 
 @pytest.mark.parametrize("cell", list(cells()), ids=str)
 def test_a_strategy_trains_scores_and_saves_as_one_process_does(bench, cell):
+    if "+" in cell.method:
+        pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
     outcome = bench.outcome(cell)
     assert outcome.verdict == "equal", (outcome.deviations, TOLERANCES, outcome.why)
 

@@ -1,0 +1,22 @@
+"""Which layers of an architecture are its output, known before any weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+POOLER = "pooler"
+"""Part of a body that classification checkpoints may lack, and which then trains."""
+
+
+def head_names(auto_class: Any, config: PreTrainedConfig, *, trust_remote_code: bool) -> list[str]:
+    """Linear layers outside the body, and what may be newly initialised inside it: never to be quantised."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    body = f"{model.base_model_prefix}."
+    out = model.get_output_embeddings()
+    return sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and (
+        module is out or POOLER in name.split(".") or not name.startswith(body)))
