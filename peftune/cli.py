@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftune import __version__
@@ -54,16 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--strategy", choices=STRATEGIES, help="also say what this strategy cannot do")
     check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
-    evaluate = add("evaluate", _evaluate, "score a finished run, or a bare model with --config")
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, its best/, or a model")
-    evaluate.add_argument("--config", help="task and data, instead of the run's own")
-    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    evaluate.add_argument("--output", help="write the predictions there, as JSON Lines")
-    predict = add("predict", _predict, "batch predictions or generations with a trained model")
-    predict.add_argument("model", metavar="RUN", help="a run folder or its best/")
-    predict.add_argument("--config", help="for a bare model")
-    predict.add_argument("--input", required=True, help="JSON Lines: text, prompt, messages or instruction")
-    predict.add_argument("--output", required=True, help="JSON Lines: id, prediction, ...")
+    evaluate, export = _using(add)
     report = add("report", _report, "write a run's page again")
     report.add_argument("run", metavar="RUN")
     report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder")
@@ -71,9 +63,41 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
     bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
     add("schema", _schema, "print the JSON Schema of the config, for editors")
-    for sub in (check, evaluate):
+    for sub in (check, evaluate, export):
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
+
+
+def _using(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The commands for trained models; those two of them that take --json."""
+    evaluate = add("evaluate", _evaluate, "score a finished run, or a bare model with --config")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, its best/, or a model")
+    evaluate.add_argument("--config", help="task and data, instead of the run's own")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--output", help="write the predictions there, as JSON Lines")
+    evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="lm-eval's tasks instead, with the adapter attached")
+    evaluate.add_argument("--include-path", metavar="DIR", help="--tasks: a folder with tasks of your own")
+    evaluate.add_argument("--batch-size", type=int, default=8, help="--tasks: rows a forward pass; default 8")
+    evaluate.add_argument("--limit", type=int, help="--tasks: rows of each task; default all")
+    predict = add("predict", _predict, "batch predictions or generations with a trained model")
+    predict.add_argument("model", metavar="RUN", help="a run folder or its best/")
+    predict.add_argument("--config", help="for a bare model")
+    predict.add_argument("--input", required=True, help="JSON Lines: text, prompt, messages or instruction")
+    predict.add_argument("--output", required=True, help="JSON Lines: id, prediction, ...")
+    export = add("export", _export, "a folder that transformers, peft, lm-eval or llama.cpp loads, its logits compared")
+    export.add_argument("source", metavar="RUN", help="a run folder, its best/, or a folder of an adapter or model")
+    export.add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--merge", action="store_true", help="fold the adapter into its base model")
+    export.add_argument("--into", default="trained", choices=("trained", "original"),
+                        help="merge into the base weights as the training held them, or as the checkpoint has them")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="of the written weights; default: the base's in training")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file; default 5GB")
+    export.add_argument("--tolerance", type=float, help="largest difference of logits, instead of our own")
+    export.add_argument("--gguf", action="store_true", help="also a GGUF file, by llama.cpp's converter")
+    export.add_argument("--llama-cpp", metavar="DIR", help="checkout of llama.cpp; default: $LLAMA_CPP")
+    export.add_argument("--config", help="task and data, instead of the run's own")
+    return evaluate, export
 
 
 def _train(parsed: argparse.Namespace) -> int:
@@ -114,6 +138,8 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
+    if parsed.tasks:
+        return _evaluate_tasks(parsed)
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
     from peftune.observe.display import Display
@@ -138,6 +164,30 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _evaluate_tasks(parsed: argparse.Namespace) -> int:
+    from peftune.harness import check_harness, evaluate_tasks
+    from peftune.observe.display import Display
+    from peftune.parallel.world import close_world, open_world
+    from peftune.reopen import find_trained, open_weights
+
+    world = open_world()
+    try:
+        display = Display(stream=sys.stderr if parsed.json else None)
+        folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
+        check_harness(config.task, parsed.include_path, world.ranks)
+        with _only_json(parsed.json):
+            scores = evaluate_tasks(open_weights(folder, config, world, display), parsed.tasks.split(","),
+                                    parsed.include_path, batch_size=parsed.batch_size, limit=parsed.limit)
+        if parsed.json:
+            print(json.dumps({"tasks": scores}, ensure_ascii=False))
+        else:
+            for name, found in scores.items():
+                display.table(name, ["", "value"], [[key, f"{value:.4f}"] for key, value in found.items()])
+    finally:
+        close_world()
+    return EXIT_DONE
+
+
 def _predict(parsed: argparse.Namespace) -> int:
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
@@ -153,6 +203,28 @@ def _predict(parsed: argparse.Namespace) -> int:
         if world.is_main:
             _writable(lambda: write_text(Path(parsed.output), prediction_lines(records)), parsed.output)
             display.say(f"{len(records):,} predictions in {parsed.output}")
+    finally:
+        close_world()
+    return EXIT_DONE
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from peftune.export import Wanted, export
+    from peftune.observe.display import Display
+    from peftune.parallel.world import close_world, open_world
+
+    world = open_world()
+    try:
+        display = Display(stream=sys.stderr if parsed.json else None)
+        wanted = Wanted(source=parsed.source, to=parsed.to, config=parsed.config, merge=parsed.merge, into=parsed.into,
+                        dtype=parsed.dtype, shard_size=parsed.max_shard_size, tolerance=parsed.tolerance,
+                        gguf=parsed.gguf, llama_cpp=parsed.llama_cpp)
+        with _only_json(parsed.json):
+            record = export(wanted, world, display)
+        if parsed.json:
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            display.say(f"{record['kind']} in {parsed.to}, {record['dtype']}")
     finally:
         close_world()
     return EXIT_DONE
@@ -180,6 +252,13 @@ def _schema(parsed: argparse.Namespace) -> int:
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _only_json(wanted: bool) -> Iterator[None]:
+    """Keep standard output for the one object: libraries that log there when they are imported go to standard error."""
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
 
 
 def _writable(write: Callable[[], None], name: str) -> None:

@@ -81,6 +81,12 @@ class SelfCheckError(PeftuneError):
     """The run found that it does not do what it says: it stops before more time is lost."""
 
 
+class ExportError(PeftuneError):
+    """What was to be exported is not the trained model: nothing is published. No mend of the user's can change it."""
+
+    exit_code = EXIT_OUR_FAULT
+
+
 def faults_of(look: Callable[[], object]) -> list[Fault]:
     """Do something for its faults alone."""
     try:

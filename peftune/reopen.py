@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftune.config.load import load
@@ -14,7 +15,7 @@ from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.examples import Example
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.sources import read_records
-from peftune.data.store import MemorySplit
+from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
@@ -23,7 +24,7 @@ from peftune.model.load import PROBLEM_TYPES
 from peftune.model.precision import DTYPES, autocast, weight_dtype
 from peftune.model.quantize import require_bitsandbytes
 from peftune.model.reference import Reference, reference_of
-from peftune.model.resolve import resolve
+from peftune.model.resolve import load_model_config, resolve
 from peftune.model.save import ADAPTER, load_trained
 from peftune.observe.display import Display
 from peftune.parallel.world import World
@@ -51,8 +52,12 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
         ConfigError: a bare model without a config.
         ModelError: weights that cannot be loaded, or a classifier without classes.
     """
+    return open_weights(*find_trained(path, config_path), world, display)
+
+
+def open_weights(folder: str, config: RunConfig, world: World, display: Display) -> Trained:
+    """Open what `find_trained` has found. Raises ModelError, as `open_trained`."""
     quiet_libraries()
-    folder, config = _folder_and_config(Path(path), path, config_path)
     task = TASKS[config.task](config.train, config.evaluation)
     with display.phase("model") as notes:
         text = open_text(task, _as_trained(config.model, folder), config.data)
@@ -81,6 +86,12 @@ def score(trained: Trained, split: str) -> Scored:
         ConfigError: the config names no such split.
         DataError: faults in its rows.
     """
+    return evaluate(trained.evaluator, trained.model, open_split(trained, split), name=split, intervals=True,
+                    generate=True)
+
+
+def open_split(trained: Trained, split: str) -> Split:
+    """The tokenised examples of a split that the config names. Raises as `score`."""
     config = trained.config
     if config.data.model_dump()[split] is None:
         raise ConfigError(Fault(kind="config", message=f"the config has no data.{split}",
@@ -88,8 +99,7 @@ def score(trained: Trained, split: str) -> Scored:
     path = trained.evaluator.world.on_main(lambda: prepare(
         config.data, trained.text.encoder, seed=config.seed, identity=trained.text.identity(),
         targets=trained.evaluator.targets, only=(split,)))
-    return evaluate(trained.evaluator, trained.model, open_prepared(path).splits[split], name=split, intervals=True,
-                    generate=True)
+    return open_prepared(path).splits[split]
 
 
 def predict_file(trained: Trained, path: str) -> list[Record]:
@@ -115,17 +125,46 @@ def predict_file(trained: Trained, path: str) -> list[Record]:
     return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
 
 
-def _folder_and_config(path: Path, name: str, config_path: str | None) -> tuple[str, RunConfig]:
+def find_trained(name: str, config_path: str | None, *, needs_data: bool = True) -> tuple[str, RunConfig]:
+    """The folder of weights (or hub id) that a name stands for, and the config it goes with.
+
+    Without `needs_data`, a bare folder needs no config: one is made from what its files say, which names no data.
+
+    Raises:
+        RunFolderError, ConfigError: as `open_trained`.
+        ModelError: the files do not say for which task the model is.
+    """
+    path = Path(name)
     for run, weights in ((path, path / "final"), (path.parent, path)):
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
             if not (weights / "config.json").is_file():
                 raise RunFolderError(Fault(kind="run_folder", file=str(run), message="no trained weights in final/",
                                            mend="let the run finish: start it again and it continues"))
             return str(weights), load([config_path or str(run / "config.yaml")])
+    if config_path is None and not needs_data:
+        return name, _config_of_folder(name)
     if config_path is None:
         raise ConfigError(Fault(kind="config", message=f"{name} is no run folder; a bare model needs a config",
                                 mend="--config CONFIG.yaml, with the task and the data"))
     return name, load([config_path])
+
+
+HEADS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",
+         "QuestionAnswering": "question_answering", "CausalLM": "causal_lm", "LMHeadModel": "causal_lm"}
+"""End of an architecture's name -> task."""
+
+
+def _config_of_folder(name: str) -> RunConfig:
+    """A config for a model of which only the files are known."""
+    model = ModelConfig(name_or_path=name)
+    known = load_model_config(model, resolve(model))
+    found = [task for end, task in HEADS.items() if str((known.architectures or [""])[0]).endswith(end)]
+    if not found:
+        raise ModelError(Fault(kind="model", file=name, message="config.json names no architecture of a task: "
+                               f"{known.architectures}", mend="--config CONFIG.yaml, with the task"))
+    dtype = "bfloat16" if known.dtype == torch.bfloat16 else "float32"
+    return RunConfig.model_validate({"task": found[0], "model": {"name_or_path": name, "dtype": dtype},
+                                     "data": {"train": name, "validation": None}})
 
 
 def _loading(config: RunConfig, world: World) -> dict[str, Any]:

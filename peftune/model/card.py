@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,7 +25,7 @@ def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
         "pipeline_tag": KINDS[task][0],
         "tags": ["peftune", method.replace(" ", "-")],
     }
-    if not base.startswith(("package:", "/", ".")):
+    if not is_local(base):
         header["base_model"] = base
     auto_class = KINDS[task][1]
     return f"""---
@@ -37,12 +38,19 @@ Trained with peftune: {facts["trainable_parameters"]:,} of {facts["total_paramet
 The run's `summary.json` and `report.html` hold its scores, `config.yaml` the settings to train it again.
 
 ```python
-{_usage(adapter, auto_class, adds_tokens=bool(facts.get("added_tokens")), quantised_by=facts["quantization"])}
+{usage(adapter, auto_class, adds_tokens=bool(facts.get("added_tokens")), quantised_by=facts["quantization"])}
 ```
 """
 
 
-def _usage(adapter: bool, auto_class: str, *, adds_tokens: bool, quantised_by: dict[str, Any]) -> str:
+def is_local(name: str) -> bool:
+    """Whether a model's name is no hub id."""
+    return name.startswith(("package:", "/", ".")) or Path(name).is_dir()
+
+
+def usage(adapter: bool, auto_class: str, *, adds_tokens: bool, quantised_by: dict[str, Any]) -> str:
+    """Python lines that load the folder. `adds_tokens`: an adapter holds rows for tokens that its base lacks.
+    `quantised_by`: arguments of BitsAndBytesConfig that the base was loaded with; none for a plain one."""
     if not adapter:
         return f"""from transformers import {auto_class}, AutoTokenizer
 

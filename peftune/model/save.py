@@ -19,7 +19,7 @@ from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joine
 from peftune.model.earlier import ADAPTER
 from peftune.model.load import longest_input
 from peftune.model.outputs import logits_of
-from peftune.model.quantize import loading_options, make_ready, quantised_here
+from peftune.model.quantize import dequantise, is_quantised, loading_options, make_ready, quantised_here
 
 CPU = torch.device("cpu")
 CHECK_NAME = "reloaded"
@@ -85,7 +85,7 @@ def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def load_trained(
     folder: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False,
-    quantization: str = "none", device: torch.device = CPU,
+    quantization: str = "none", device: torch.device = CPU, dequantised: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load a folder that `save_model`, peft or transformers has written, adapter or whole model; or a hub id.
 
@@ -96,6 +96,7 @@ def load_trained(
         trust_remote_code: whether the model brings code of its own.
         quantization: as `model.quantization` of the run that trained the adapter.
         device: where quantised weights are made; others are loaded on the CPU.
+        dequantised: put plain layers with the values of the quantised ones in their place, float32.
 
     Raises:
         ModelError: the folder, or the base model its adapter names, cannot be loaded.
@@ -103,10 +104,10 @@ def load_trained(
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         if not (Path(folder) / ADAPTER).is_file():
-            return _base(str(folder), auto_class, config, dtype, trust_remote_code, quantization, device)
+            return _base(str(folder), auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
         adapter = PeftConfig.from_pretrained(str(folder))
         base_name = adapter.base_model_name_or_path
-        base = _base_of(base_name, auto_class, config, dtype, trust_remote_code, quantization, device)
+        base = _base_of(base_name, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
         adapted = PeftModel.from_pretrained(
             base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
@@ -119,14 +120,14 @@ def load_trained(
 
 def _base_of(
     name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
-    quantization: str, device: torch.device,
+    quantization: str, device: torch.device, dequantised: bool,
 ) -> PreTrainedModel:
     """The model that an adapter was trained on, its embeddings as large as the adapter's config says."""
     text = config.get_text_config()
     rows = text.vocab_size
     text.vocab_size = AutoConfig.from_pretrained(
         name, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    base = _base(name, auto_class, config, dtype, trust_remote_code, quantization, device)
+    base = _base(name, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
     if rows > text.vocab_size:
         base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the new rows
     return base
@@ -134,13 +135,15 @@ def _base_of(
 
 def _base(
     name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
-    quantization: str, device: torch.device,
+    quantization: str, device: torch.device, dequantised: bool,
 ) -> PreTrainedModel:
     model: PreTrainedModel = auto_class.from_pretrained(
         name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
         **loading_options(quantization, auto_class, config, dtype=dtype, device=device,
                           trust_remote_code=trust_remote_code))
     make_ready(model, dtype)
+    if dequantised and is_quantised(model):
+        dequantise(model, torch.float32)
     return model
 
 
