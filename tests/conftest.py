@@ -24,6 +24,8 @@ PUBLIC_DATA = Path(os.environ.get("PEFTUNE_PUBLIC_DATA", ROOT.parent / "shared" 
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PEFTUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # DeepSpeed's kernels are compiled once a session: what a killed build elsewhere left behind stays elsewhere
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
 
 
 @pytest.fixture(scope="session")

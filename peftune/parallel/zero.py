@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.errors import Fault, MachineError
+from peftune.parallel.extensions import refuse_abandoned_builds
 from peftune.parallel.pieces import Piece, whole
 from peftune.parallel.replicated import (
     STATE_NAMES,
@@ -267,9 +268,10 @@ def open_zero(world: World, *, bfloat16: bool) -> Zero:
     """The strategy that the launcher's environment describes.
 
     Raises:
-        MachineError: DeepSpeed is not installed.
+        MachineError: DeepSpeed is not installed, or waits for a build that nobody makes.
         ConfigError: the DeepSpeed JSON decides what the run's config decides, or names no stage of ZeRO.
     """
+    world.on_main(refuse_abandoned_builds)
     import_deepspeed(world).init_distributed(dist_backend=world.backend, auto_mpi_discovery=False)
     config = world.on_main(read_zero_config)
     if stage_of(config) not in (1, 2, 3):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from importlib import metadata
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from peftune.cli import BENCHMARKS
 from peftune.config.load import dump, load
 from peftune.config.names import key_paths
 from tests.conftest import ROOT
@@ -122,10 +124,9 @@ def test_the_readme_names_every_config_and_every_command():
     assert all(f"peftune {word}" in readme for word in commands)
 
 
-def test_every_suite_of_bench_is_there_and_says_its_options():
-    from peftune.cli import BENCHMARKS
-
-    for suite in BENCHMARKS:
-        done = subprocess.run([sys.executable, "-m", "peftune.cli", "bench", suite, "--help"], cwd=ROOT,
-                              capture_output=True, text=True)
-        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
+@pytest.mark.parametrize("suite", BENCHMARKS)
+def test_every_suite_of_bench_is_there_and_says_its_options(suite, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{suite}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"benchmarks.{suite}", run_name="__main__")
+    assert not stopped.value.code and "usage" in capsys.readouterr().out

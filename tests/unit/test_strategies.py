@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from peftune.config.load import load
 from peftune.config.rules import STRATEGY_RULES, strategy_faults
 from peftune.errors import MachineError, PeftuneError
 from peftune.parallel import zero_config
+from peftune.parallel.extensions import refuse_abandoned_builds
 from peftune.parallel.fsdp2 import open_fsdp2
 from peftune.parallel.launcher import choose_launch, presets
 from peftune.parallel.names import ASKED_STRATEGY, STRATEGIES, check_launched
@@ -140,6 +143,23 @@ def test_a_deepspeed_json_that_divides_sequences_is_refused(tmp_path, monkeypatc
     monkeypatch.setenv(zero_config.FILE, str(file))
     with pytest.raises(PeftuneError, match="sequence_parallel_size: 2"):
         zero_config.read_zero_config()
+
+
+@pytest.mark.parametrize("folder", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
+def test_the_lock_of_a_killed_build_is_named_and_that_of_a_live_one_is_waited_for(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    build = tmp_path / folder
+    build.mkdir(parents=True)
+    refuse_abandoned_builds()
+    lock, source = build / "lock", build / "build.ninja"
+    for path in (lock, source):
+        path.touch()
+        os.utime(path, (time.time() - 3600,) * 2)
+    with pytest.raises(MachineError) as caught:
+        refuse_abandoned_builds()
+    assert caught.value.faults[0].mend == f"rm {lock}"
+    source.touch()
+    refuse_abandoned_builds()
 
 
 def test_fsdp_1_is_refused(monkeypatch):
