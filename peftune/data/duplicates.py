@@ -63,7 +63,7 @@ class View:
     input: int
     """Hash of what the model is given, case folded; of the whole row for generation and preference."""
     label: str | None
-    """What the input is taught to mean, where two meanings contradict each other: a class, or the tags."""
+    """What the input is taught to mean, where two meanings contradict each other: a class, the tags, or the answers."""
     parts: tuple[str, ...]
     """The texts in which near duplicates resemble each other, each to its counterpart."""
     context: str
@@ -112,7 +112,8 @@ def _ner(fields: Mapping[str, Any]) -> _Pieces:
 def _squad(fields: Mapping[str, Any]) -> _Pieces:
     question, context = fields["question"], fields["context"]
     answers = sorted({answer["text"].casefold() for answer in fields["answers"]})
-    return [question, context], None, (question,), f"{hash_of([context, answers], fold=True):x}", question
+    place = f"{hash_of([context, answers], fold=True):x}"
+    return [question, context], " | ".join(answers), (question,), place, question
 
 
 def _generation(fields: Mapping[str, Any]) -> _Pieces:

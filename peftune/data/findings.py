@@ -23,15 +23,16 @@ class Finding:
     """One thing to look at in a split."""
 
     kind: str
-    """leak | near_leak | conflicting_label | exact_duplicate | near_duplicate | tag_scheme | imbalance | few_examples |
-    too_long | no_target."""
+    """leak | near_leak | conflicting_label | exact_duplicate | near_duplicate | tag_scheme | lost_characters |
+    imbalance | few_examples | label_spelling | round_trip | too_long | no_target."""
     split: str
     message: str
     mend: str
     count: int
     """How many rows are concerned, shown or not."""
     places: tuple[Place, ...]
-    """The first of them, in order; of imbalance and few_examples the first row of each class."""
+    """The first of them, in order; of imbalance and few_examples the first row of each class, of too_long the
+    longest."""
 
 
 def as_faults(findings: Iterable[Finding], severity: Literal["error", "warning"]) -> Iterator[Fault]:

@@ -22,7 +22,7 @@ from peftune.data.spool import SPLITS, Spool, needed_sources, spool_rows
 from peftune.data.store import Split
 from peftune.data.survey import Survey
 from peftune.data.targets import Targets
-from peftune.data.tokenise import Counts, Outcome, RowEncoder, Work, tokenise
+from peftune.data.tokenise import Counts, Outcome, RowEncoder, Work, longest, tokenise
 from peftune.errors import DataError, Fault, MachineError
 
 LOOKED_AT = 200
@@ -206,11 +206,11 @@ def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterato
         verb = "dropped" if config.too_long == "drop" else "cut"
         yield Finding("too_long", name, f"{too_long:,} of {counts.rows:,} rows of {name} are too long and were {verb}",
                       f"raise data.max_length (the longest has {counts.longest:,} tokens), or delete them", too_long,
-                      tuple(outcome.too_long))
+                      tuple(place for _, place in longest(outcome.too_long)))
     if counts.dropped_no_target:
-        yield Finding("no_target", name, f"{counts.dropped_no_target:,} rows of {name} were dropped: nothing of them "
-                      "is to be learned", "raise data.max_length, or look at data.train_on", counts.dropped_no_target,
-                      tuple(outcome.no_target))
+        yield Finding("no_target", name, f"{counts.dropped_no_target:,} of {counts.rows:,} rows of {name} were "
+                      "dropped: nothing of them is to be learned", "raise data.max_length, or look at data.train_on",
+                      counts.dropped_no_target, tuple(outcome.no_target))
 
 
 def _empty(name: str, why: str, spool: Spool) -> Fault:

@@ -122,6 +122,16 @@ def _record(value: Any, file: Path, line: int, faults: Faults) -> RawRow | None:
     return None
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A record of which each key is there once: of two, JSON readers silently take the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.40} is there twice in one record")
+    return record
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
@@ -133,7 +143,7 @@ def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
                 continue
             try:
                 text = content.decode("utf-8-sig" if line == 1 else "utf-8")
-                value = json.loads(text, parse_constant=_no_constant)
+                value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
             except UnicodeDecodeError as error:
                 faults.add(_fault(str(file), line, f"not UTF-8 at byte {error.start} of the line", "save as UTF-8"))
             except (ValueError, RecursionError) as error:
@@ -146,7 +156,7 @@ def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
 
 def _read_json(file: Path, faults: Faults) -> Iterator[RawRow]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant)
+        values = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         mend = "one record a line is JSON Lines: name the file .jsonl" if error.msg == "Extra data" else "mend the JSON"
         faults.add(_fault(str(file), error.lineno, f"broken JSON: {error.msg}", mend))
@@ -178,19 +188,38 @@ def _questions(values: list[Any]) -> Iterator[Any]:
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    header: list[str] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
-            for values in reader:
-                if None in values or None in values.values():
-                    faults.add(_fault(str(file), reader.line_num, "other columns than the header",
-                                         f"give {len(reader.fieldnames or ())} columns, with quotes around delimiters"))
+            for line, record in _csv_records(file, csv.reader(stream, delimiter=delimiter, strict=True), faults):
+                if not header:
+                    header = record
+                elif len(record) != len(header):
+                    faults.add(_fault(str(file), line, f"{len(record)} columns, and the header has {len(header)}",
+                                      f"give {len(header)} columns, with quotes around fields that hold {delimiter!r}"))
                 else:
-                    yield RawRow(values, str(file), reader.line_num)
+                    yield RawRow(dict(zip(header, record, strict=True)), str(file), line)
     except UnicodeDecodeError as error:
         faults.add(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
-    except csv.Error as error:
-        faults.add(_fault(str(file), None, f"broken CSV: {error}", "quote fields that hold delimiters"))
+
+
+def _csv_records(file: Path, reader: Any, faults: Faults) -> Iterator[tuple[int, list[str]]]:
+    """Each record with the line it begins on."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            said, mend = f"broken CSV: {error}", 'write a quote inside a quoted field twice: ""'
+            if "unexpected end of data" in str(error):
+                said = f"a quote opens in this record and never closes: it takes all {reader.line_num - line + 1} lines"
+                mend = 'close the quote, or write it twice inside a quoted field: ""'
+            faults.add(_fault(str(file), line, said, mend))
+            continue
+        if record:
+            yield line, record
 
 
 def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:

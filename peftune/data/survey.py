@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftune.data.canonical import class_names
+from peftune.data.class_counts import ClassCounts
 from peftune.data.duplicates import NearIndex, View, view
 from peftune.data.findings import Finding, Place
 from peftune.data.first_seen import FirstSeen
 from peftune.data.rows import Row
+from peftune.data.tag_schemes import read_tags
 
-SHOWN_PLACES, SHOWN_CLASSES = 1000, 5
-RAREST, FEWEST_EXAMPLES = 50, 4
-"""The commonest class may have so many times the rows of another; a class needs so many rows."""
+SHOWN_PLACES = 1000
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 20
 """Texts that wait for near-duplicate search, at most."""
+LOST = re.compile("[\\x00-\\x08\\x0b\\x0e-\\x1f\\ufffd]")
+"""Control characters that are no white space; U+FFFD, which converters put in place of bytes they could not read."""
+LABEL = {"ner": "tags", "squad": "answers"}
+"""What contradicts what, by kind; else a label."""
 MOST_ROWS, MOST_FEATURES = 100_000, 50_000_000
 """So many rows, or hashes of their words at 4 bytes each, are indexed at most."""
 
 WORDS: dict[str, tuple[str, str]] = {
     "leak": ("of {split} {are} in {others} too", "delete them from {split} or from {others}: they raise the scores"),
     "near_leak": ("of {split} nearly repeat{s} a row of {others}", "look at them; delete those that say the same"),
-    "conflicting_label": ("of {split} {have} the input of an earlier row, not its label", "mend or delete one"),
+    "conflicting_label": ("of {split} {have} the input of an earlier row, not its {label}", "mend or delete one"),
+    "lost_characters": ("of {split} hold{s} characters that no text has", "convert the source from its own encoding"),
     "exact_duplicate": ("of {split} repeat{s} an earlier row exactly", "delete the repeats"),
     "near_duplicate": ("of {split} nearly repeat{s} an earlier row", "look at them; delete those that say the same"),
     "BIO": ("of {split} break{s} the BIO scheme of tags", "begin each entity with B-, go on with I- of its type"),
@@ -46,16 +52,6 @@ class _Tally:
     """Splits of the earlier rows."""
 
 
-@dataclass(slots=True)
-class _Class:
-    """A class, or a type of entity, of the training rows, and where it is first seen."""
-
-    file: str
-    line: int
-    examples: int = 0
-    rows: int = 0
-
-
 class Survey:
     """Looks over the rows of all splits once. Keeps hashes and numbers of each row, and texts of those it shows.
 
@@ -64,12 +60,12 @@ class Survey:
     - leak: the input (text and pair; tokens; question and context) equals that of a row of an earlier split, upper and
       lower case taken as equal. Of generation and preference the whole row must be equal: one prompt may well have
       two answers.
-    - conflicting_label: the same input, as for leak, with another label or other tags than the first row that has it,
-      in whatever split.
+    - conflicting_label: the same input, as for leak, with another label, other tags or other answers than the first row
+      that has it, in whatever split.
     - near_duplicate, near_leak: similar to an earlier row of the same, or of another split, as `NearIndex` defines it.
       Rows of the lists above are not listed again. Rows of fewer than six words are not compared.
-    - imbalance: classes with fewer than 1/50 of the training rows of the commonest one.
-    - few_examples: classes with fewer than 4 training rows, types with fewer than 4 entities.
+    - lost_characters: control characters, or U+FFFD.
+    - imbalance, few_examples, label_spelling of the training rows: as `ClassCounts` has them.
     - tag_scheme: an I-X does not continue a B-X or I-X; or, where any row has an E- or S- tag, an entity does not run
       B- I- E- or S-.
     """
@@ -87,8 +83,8 @@ class Survey:
         self._whole: dict[str, FirstSeen] = {}
         self._input = FirstSeen()
         self._tallies: defaultdict[tuple[str, str], _Tally] = defaultdict(_Tally)
-        self._classes: dict[str, _Class] = {}
-        self._are_scores = self._are_names = self._bioes = False
+        self._classes = ClassCounts("entity" if kind == "ner" else "row")
+        self._bioes = False
         self._near = NearIndex()
         self._waiting: list[tuple[int, Row, View, bool]] = []
         self._waiting_characters = self._uncompared = 0
@@ -109,11 +105,10 @@ class Survey:
         if repeated != number:
             self._note("exact_duplicate", split, row, f"repeats {self._where(repeated, row)}: {seen.shown!r}")
         listed = self._note_same_input(split, row, seen, number)
-        if self._kind == "classification":
+        self._look_at_characters(split, row)
+        if self._kind == "classification" and split == self._train:
             label = row.fields["label"]
-            self._are_names |= not isinstance(label, int | float)
-            self._are_scores |= isinstance(label, float) and not label.is_integer()
-            self._count(split, row, class_names(label))
+            self._classes.add(row, class_names(label), label)
         elif self._kind == "ner":
             self._look_at_tags(split, row, row.fields["tags"])
         if repeated == number:
@@ -122,8 +117,8 @@ class Survey:
     def findings(self) -> list[Finding]:
         """All findings so far, by split, the gravest first."""
         self._compare_waiting()
-        return [finding for split in self._splits for look in (self._row_findings, self._class_findings)
-                for finding in look(split)]
+        return [finding for split in self._splits for finding in (
+            *self._row_findings(split), *(self._classes.findings(split) if split == self._train else ()))]
 
     def _note_same_input(self, split: str, row: Row, seen: View, number: int) -> bool:
         """Note a leak from, or a conflict with, the first row of the same input; say whether there is one."""
@@ -137,9 +132,18 @@ class Survey:
             self._note("leak", split, row, f"is {where} too: {seen.shown!r}", other)
         conflict = self._label_of[first] != self._label_of[number]
         if conflict:
-            labels = "other tags than" if self._kind == "ner" else f"label {seen.label!r:.60}, but {self._label(first)}"
+            labels = (f"other {LABEL[self._kind]} than" if self._kind in LABEL else
+                      f"label {seen.label!r:.60}, but {self._label(first)}")
             self._note("conflicting_label", split, row, f"{labels} at {where}: {seen.shown!r}")
         return other != split or conflict
+
+    def _look_at_characters(self, split: str, row: Row) -> None:
+        for text in _texts(row.fields):
+            lost = LOST.search(text)
+            if lost:
+                near = text[max(0, lost.start() - 20) : lost.start() + 20]
+                self._note("lost_characters", split, row, f"U+{ord(lost.group()):04X} in {near!r}")
+                return
 
     def _look_at_tags(self, split: str, row: Row, tags: list[Any]) -> None:
         if not all(isinstance(tag, str) for tag in tags):
@@ -149,14 +153,8 @@ class Survey:
         for scheme, said in faults.items():
             if said:
                 self._note(scheme, split, row, said[0] + (f", and {len(said) - 1} more" if said[1:] else ""))
-        self._count(split, row, types)
-
-    def _count(self, split: str, row: Row, examples: Iterable[str]) -> None:
         if split == self._train:
-            for name, count in Counter(examples).items():
-                known = self._classes.setdefault(name, _Class(row.file, row.line))
-                known.examples += count
-                known.rows += 1
+            self._classes.add(row, types)
 
     def _wait(self, split: str, row: Row, seen: View, number: int, listed: bool) -> None:
         """Let the row wait for near-duplicate search, unless the training rows have filled the index."""
@@ -199,24 +197,11 @@ class Survey:
             if not (tally.count or unsaid) or kind == ("BIO" if self._bioes else "BIOES"):
                 continue
             rows, s, are, have = ("row", "s", "is", "has") if tally.count == 1 else ("rows", "", "are", "have")
-            names = {"split": split, "others": " and ".join(tally.others), "s": s, "are": are, "have": have}
+            names = {"split": split, "others": " and ".join(tally.others), "s": s, "are": are, "have": have,
+                     "label": LABEL.get(self._kind, "label")}
             yield Finding("tag_scheme" if kind.startswith("BIO") else kind, split,
                           f"{tally.count:,} {rows} {message.format(**names)}{said}", mend.format(**names), tally.count,
                           tuple(tally.places))
-
-    def _class_findings(self, split: str) -> Iterator[Finding]:
-        if split != self._train or not self._classes or (self._are_scores and not self._are_names):
-            return  # fractions are what regression learns, not classes
-        unit = "entities" if self._kind == "ner" else "rows"
-        most = max(known.examples for known in self._classes.values())
-        rare = {name: known for name, known in self._classes.items() if known.examples * RAREST < most}
-        few = {name: known for name, known in self._classes.items() if known.examples < FEWEST_EXAMPLES}
-        if rare and self._kind == "classification":
-            yield _class_finding("imbalance", split, rare, unit, f"under 1/{RAREST} of the commonest's {most:,} rows",
-                                 "gather rows of the rare classes, or judge by macro_f1, which weighs classes alike")
-        if few:
-            yield _class_finding("few_examples", split, few, unit, f"fewer than {FEWEST_EXAMPLES} {unit}",
-                                 "add examples, or merge them into other classes")
 
     def _note(self, kind: str, split: str, row: Row, message: str, other: str = "") -> None:
         tally = self._tallies[kind, split]
@@ -238,41 +223,13 @@ class Survey:
         return f"{name}:{self._place_of[2][number]}"
 
 
-def _class_finding(kind: str, split: str, classes: dict[str, _Class], unit: str, why: str, mend: str) -> Finding:
-    named = [f"{name!r:.60} has {known.examples:,}" for name, known in classes.items()]
-    more = [f"and {len(named) - SHOWN_CLASSES:,} more"] if len(named) > SHOWN_CLASSES else []
-    places = tuple(Place(known.file, known.line, f"{name!r:.60} has {known.examples:,} {unit}; this is the first")
-                   for name, known in list(classes.items())[:SHOWN_PLACES])
-    said = f"{len(named):,} {'class' if len(named) == 1 else 'classes'} of {split} with {why}"
-    return Finding(kind, split, f"{said}: {', '.join(named[:SHOWN_CLASSES] + more)}", mend,
-                   sum(known.rows for known in classes.values()), places)
-
-
-def _split_tag(tag: str) -> tuple[str, str]:
-    """O -> ("O", ""); I-person -> ("I", "person"); person, of a scheme without prefixes -> ("", "person")."""
-    prefix, dash, name = tag.partition("-")
-    prefix = {"L": "E", "U": "S", "M": "I"}.get(prefix, prefix)  # as BILOU and BMES call them
-    if dash and prefix in ("B", "I", "E", "S"):
-        return prefix, name
-    return ("O", "") if tag == "O" else ("", tag)
-
-
-def read_tags(tags: Sequence[str], tokens: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The type of each entity of a row, a tag that continues nothing beginning one; and what breaks each scheme."""
-    types: list[str] = []
-    faults: dict[str, list[str]] = {"BIO": [], "BIOES": []}
-    before = ("O", "")
-    for number, (tag, token) in enumerate(zip((*tags, "O"), (*tokens, ""))):
-        prefix, name = _split_tag(tag)
-        wants_more, continues = before[0] in ("B", "I"), prefix in ("I", "E")
-        fits = wants_more and name == before[1]
-        after = f"after {tags[number - 1]}" if number else "at the start"
-        said = f"{tag} {after} at token {number + 1} {token!r:.40}" if number < len(tags) else f"the end {after}"
-        if continues and not fits:
-            faults["BIO"].append(said)
-        if (continues and not fits) or (wants_more and not continues):
-            faults["BIOES"].append(said)
-        if prefix in ("B", "S") or (continues and not fits) or (prefix == "" and before != (prefix, name)):
-            types.append(name)
-        before = (prefix, name)
-    return types, faults
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _texts(member)
+    elif isinstance(value, list | tuple):
+        for member in value:
+            yield from _texts(member)

@@ -84,8 +84,8 @@ class Outcome:
 
     counts: Counts = field(default_factory=Counts)
     faults: Faults = field(default_factory=Faults)
-    too_long: list[Place] = field(default_factory=list)
-    """The first rows that were cut or dropped for their length."""
+    too_long: list[tuple[int, Place]] = field(default_factory=list)
+    """The longest rows that were cut or dropped for their length, and their tokens."""
     no_target: list[Place] = field(default_factory=list)
     """The first rows that were dropped because nothing of them is to be learned."""
 
@@ -94,7 +94,7 @@ class Outcome:
         self.counts.add(other.counts)
         self.faults.add_all(other.faults.kept)
         self.faults.count += other.faults.count - len(other.faults.kept)
-        self.too_long += other.too_long[: SHOWN_PLACES - len(self.too_long)]
+        self.too_long = longest(self.too_long + other.too_long)
         self.no_target += other.no_target[: SHOWN_PLACES - len(self.no_target)]
 
 
@@ -162,7 +162,9 @@ def _examples(work: Work, begin: int, end: int | None, outcome: Outcome) -> Iter
         counts.longest = max(counts.longest, full_length)
         too_long = full_length > work.encoder.max_length
         if too_long:
-            _note(outcome.too_long, row, f"{full_length:,} tokens")
+            outcome.too_long.append((full_length, Place(row.file, row.line, f"{full_length:,} tokens")))
+            if len(outcome.too_long) > 2 * SHOWN_PLACES:
+                outcome.too_long = longest(outcome.too_long)
         if too_long and config.too_long == "error":
             counts.bad += 1
             outcome.faults.add(Fault(
@@ -189,3 +191,8 @@ def _examples(work: Work, begin: int, end: int | None, outcome: Outcome) -> Iter
 def _note(places: list[Place], row: Row, message: str) -> None:
     if len(places) < SHOWN_PLACES:
         places.append(Place(row.file, row.line, message))
+
+
+def longest(places: list[tuple[int, Place]]) -> list[tuple[int, Place]]:
+    """The longest ones, the longest first, in file order where equal."""
+    return sorted(places, key=lambda known: -known[0])[:SHOWN_PLACES]

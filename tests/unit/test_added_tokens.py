@@ -108,7 +108,7 @@ def test_an_encoder_learns_added_tokens_too(classify, write_rows, tmp_path):
             for i in range(40)]
     settings = {**classify, "model": {**classify["model"], "added_tokens": ["<up>", "<down>"]},
                 "data": {"train": write_rows("t.jsonl", rows[:30]), "validation": write_rows("v.jsonl", rows[30:])}}
-    settings["train"] = {**settings["train"], "max_steps": 40, "learning_rate": 0.02}
+    settings["train"] = {**settings["train"], "max_steps": 80, "learning_rate": 0.01}
     run, result, inputs, live = trained(settings, tmp_path)
     assert result["metrics"]["validation"]["accuracy"] == 1.0
     loaded = in_plain_peft(settings, run.folder / "final")

@@ -79,6 +79,7 @@ def test_a_folder_and_a_glob_give_the_rows_of_their_files_in_order(tmp_path):
     (b'{"text": "a"}\n{"text": "\xff"}\n', 2, "UTF-8"),
     (b'{"text": "a"}\n\n[1]\n', 3, "not a record"),
     (b'{"text": NaN}\n', 1, "NaN"),
+    (b'{"text": "a"}\n{"text": "b", "n": {"k": 1, "k": 2}}\n', 2, "'k' is there twice"),
     (b"", None, "no rows"),
 ])
 def test_a_bad_line_is_named(tmp_path, content, line, said):
@@ -88,6 +89,17 @@ def test_a_bad_line_is_named(tmp_path, content, line, said):
         rows_of(path)
     fault = caught.value.faults[0]
     assert fault.line == line and said in fault.message and fault.file == str(path)
+
+
+def test_broken_records_of_a_csv_are_each_named_at_the_line_where_they_begin(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text('text,label\n\n"two\nlines",x\na,b,c\n"said "so", twice",y\ngood,x\n"opened,y\nlost,x\n')
+    faults = Faults()
+    rows = [(row.line, row.values) for row in read(Source(path=str(path)), faults)]
+    assert rows == [(3, {"text": "two\nlines", "label": "x"}), (7, {"text": "good", "label": "x"})]
+    assert [fault.line for fault in faults.kept] == [5, 6, 8]
+    said = faults.kept[-1]
+    assert "never closes: it takes all 2 lines" in said.message and "close the quote" in said.mend
 
 
 def test_a_missing_file_is_said_with_what_is_there(tmp_path):

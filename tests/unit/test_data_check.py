@@ -111,6 +111,13 @@ def test_a_place_at_line_100_is_not_an_emoji(classify, write_rows, tmp_path, cap
     assert "many.jsonl:100: " in capsys.readouterr().out
 
 
+def test_the_longest_of_many_rows_that_are_cut_is_named_first(converse, write_rows, tmp_path, capsys):
+    rows = [{"prompt": "why", "completion": "word " * (40 + 5 * (n == 17))} for n in range(30)]
+    data = {"train": write_rows("long.jsonl", rows), "max_length": 16}
+    _, report = checked({**converse, "data": data}, tmp_path, capsys)
+    assert [fault["line"] for fault in report["faults"] if fault["kind"] == "too_long"][:3] == [18, 1, 2]
+
+
 def test_rows_cut_or_without_a_target_are_named(converse, write_rows, tmp_path, capsys):
     rows = [{"prompt": "the printer " * 30, "completion": "x"}, *({"prompt": f"q {i}", "completion": "y"}
                                                                   for i in range(12))]

@@ -129,6 +129,20 @@ def test_labels_in_another_order_do_not_contradict_each_other():
     assert "conflicting_label" not in look("classification", [classed("x", ["a", "b"]), classed("x", ["b", "a"])])
 
 
+def test_the_same_question_with_another_answer_contradicts_the_first():
+    found = look("squad", [asked(QUESTION), asked(f"{QUESTION.upper()} ", "five"), asked(QUESTION, "FOUR")])
+    assert lines(found["conflicting_label"]) == [2]
+    assert "not its answers" in found["conflicting_label"].message
+    assert "other answers than at train.jsonl:1" in found["conflicting_label"].places[0].message
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x1b", "\ufffd"])
+def test_characters_that_a_conversion_has_lost_are_said(character):
+    found = look("generation", [prompted("good\n\ttext \u200b", "fine"), prompted("what", f"caf{character} au lait")])
+    assert lines(found["lost_characters"]) == [2]
+    assert f"U+{ord(character):04X} in 'caf" in found["lost_characters"].places[0].message
+
+
 def test_the_same_tokens_with_other_tags_contradict_each_other():
     rows = [tagged("Bob/B-person", "left/O"), tagged("Bob/O", "left/O")]
     assert lines(look("ner", rows)["conflicting_label"]) == [2]
@@ -216,6 +230,25 @@ def test_four_rows_a_class_and_a_fiftieth_are_enough():
 
 def test_numbers_with_fractions_are_no_classes():
     assert not look("classification", [classed("bad", 0.5), classed("fine", 3), classed("good", 4.5)])
+
+
+@pytest.mark.parametrize("odd", ["pos ", "Pos", "POS", "pos\u00a0"])
+def test_a_class_written_in_two_ways_is_said_where_it_is_rarer(odd):
+    rows = [classed(f"text {n}", ("pos", "neg")[n % 2]) for n in range(20)] + [classed(f"odd {n}", odd) for n in (1, 2)]
+    finding = look("classification", rows)["label_spelling"]
+    assert lines(finding) == [21, 22] and finding.count == 2
+    assert f"{odd!r} is spelled like 'pos', which has 10 rows" in finding.message
+
+
+def test_a_number_among_the_names_of_classes_is_said():
+    rows = [classed(f"text {n}", ("pos", "neg")[n % 2]) for n in range(20)] + [classed("odd", 1)]
+    assert lines(look("classification", rows)["label_spelling"]) == [21]
+    assert not look("classification", [classed(f"text {n}", n % 3) for n in range(20)])
+
+
+def test_one_row_is_said_as_one():
+    rows = [classed(f"text {n}", "common") for n in range(20)] + [classed("odd", "rare")]
+    assert look("classification", rows)["few_examples"].places[0].message == "'rare' has 1 row; this is the first"
 
 
 def test_entity_types_are_counted_by_entity():
