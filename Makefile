@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.demo
 	$(BIN)/accelerate launch peftune/train.py configs/quickstart.yaml
 
-test: lint $(VENV)/.dev
-	$(BIN)/python -m pytest
+test: lint fast
+	$(BIN)/python -m pytest -m slow
 
 fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,deepspeed,quantization,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,deepspeed,quantization,eval,dev]"
 	touch $@
 
 clean:

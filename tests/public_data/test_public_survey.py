@@ -41,7 +41,7 @@ def test_the_planted_faults_of_the_dirty_sets_are_found_at_their_lines_and_nothi
 
 @pytest.mark.parametrize(("name", "kind", "format", "kinds"), [
     ("sst2", "classification", "classification", {"exact_duplicate": 9}),
-    ("squad", "squad", "squad", {"exact_duplicate": 2}),
+    ("squad", "squad", "squad", {"exact_duplicate": 2, "conflicting_label": 1}),
     ("gsm8k", "generation", "messages", {}),
     ("instructions", "generation", "alpaca", {}),
     ("shakespeare", "generation", "text", {}),

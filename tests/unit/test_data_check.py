@@ -145,6 +145,7 @@ def test_answers_that_do_not_come_back_from_their_tokens_are_said(write_rows, tm
     assert {fault["line"] for fault in report["faults"] if fault["kind"] == "round_trip"} == {1, 2, 3, 4, 5}
 
 
+@pytest.mark.slow
 def test_several_processes_tokenise_as_one(encoder, write_rows, monkeypatch):
     from peftune.config.schema import ModelConfig
     from peftune.tasks.sequence_classification import SEQUENCE_CLASSIFICATION

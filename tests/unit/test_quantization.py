@@ -233,6 +233,7 @@ def test_what_cannot_be_quantised_is_refused_with_the_config(changes, said, conv
         load([str(write_config(converse, tmp_path)), *changes])
 
 
+@pytest.mark.slow
 def test_without_bitsandbytes_one_message_says_how_to_install_it(command, converse, tmp_path):
     hidden = ("import importlib.util as u, sys; find = u.find_spec; "
               "u.find_spec = lambda name, *a: None if name == 'bitsandbytes' else find(name, *a); "

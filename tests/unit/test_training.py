@@ -15,7 +15,7 @@ and 0.12."""
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
 @pytest.mark.parametrize("task", EVERY_TASK)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, request, train):
     settings = request.getfixturevalue(task)
     settings = {**settings, "adapter": adapter, "model": {**settings["model"], "dtype": dtype}}
