@@ -166,7 +166,7 @@ def show_examples(checked: Checked, display: Display, count: int) -> None:
     for position in range(min(count, len(split))):
         example = split[position]
         display.say(f"-- {example.record['source']}: {len(example.input_ids):,} tokens, "
-                    f"{example.num_targets:,} targets")
+                    f"{example.num_targets:,} target{'s' if example.num_targets != 1 else ''}")
         display.pieces(pieces_of(example, checked.data, checked.text))
 
 

@@ -59,6 +59,11 @@ def _is_lora(config: RunConfig) -> bool:
     return _method(config) == "lora"
 
 
+def _start(config: RunConfig) -> str:
+    """`adapter.init_lora_weights`, in lower case."""
+    return "" if config.adapter is None else str(config.adapter.fields.get("init_lora_weights", "")).lower()
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("model", "quantization"),
@@ -71,6 +76,12 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.model.quantization != "none" and c.model.compile,
         "quantised layers have not been seen to compute the same when compiled",
         "model.compile=false, or model.quantization=none",
+    ),
+    Rule(
+        ("model", "quantization"),
+        lambda c: c.model.quantization == "none" and _start(c) == "loftq",
+        "LoftQ starts from what quantisation has rounded away",
+        "model.quantization=nf4, or adapter.init_lora_weights=true",
     ),
     Rule(
         ("data", "layout"),

@@ -77,6 +77,8 @@ def peft_config(
         values["modules_to_save"] = sorted({*(values.get("modules_to_save") or ()), *new_modules})
     if config_class is AdaLoraConfig:
         values["total_step"] = sys.maxsize  # until the run counts its steps
+    if asked.start == "loftq":
+        values.setdefault("loftq_config", {"loftq_bits": 4})  # PEFT wants it; the bits are model.quantization's
     try:
         return config_class(task_type=task_type, **values)
     except (TypeError, ValueError) as error:

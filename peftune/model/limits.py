@@ -106,8 +106,12 @@ LIMITS: tuple[Limit, ...] = (
         "adapter.init_lora_weights=eva, which reads the data too, or pissa",
     ),
     Limit(
-        "init_lora_weights", lambda a: a.start == "loftq",
-        "it simulates a quantised base in full precision, so the adapter would fit neither",
+        "init_lora_weights", lambda a: a.start == "loftq" and bool(a.values.get("use_dora")),
+        "DoRA's magnitudes are those of the rounded weights", "adapter.use_dora=false",
+    ),
+    Limit(
+        "init_lora_weights", lambda a: a.start == "loftq" and a.task == "preference",
+        "the reference is the model without its adapter, which would lack what was rounded away",
         "adapter.init_lora_weights=true",
     ),
     Limit(
@@ -115,8 +119,9 @@ LIMITS: tuple[Limit, ...] = (
         "only LoRA can be saved as one with a LoRA beneath it", f"adapter.method=lora, or {FINISHED}",
     ),
     Limit(
-        "stack_on", lambda a: a.adapter.stack_on is not None and takes_factors(a.start),
-        "PiSSA and OLoRA keep their own start there", f"adapter.init_lora_weights=true, or {FINISHED}",
+        "stack_on", lambda a: a.adapter.stack_on is not None
+        and (takes_factors(a.start) or a.start == "loftq"),
+        "PiSSA, OLoRA and LoftQ keep their own start there", f"adapter.init_lora_weights=true, or {FINISHED}",
     ),
     Limit(
         "stack_on", lambda a: a.adapter.stack_on is not None and a.adapter.init_from is not None,

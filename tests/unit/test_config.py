@@ -120,7 +120,8 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{'.'.join(rule.key)}: {rule.why[:30]}")
 def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
     breaking = [
-        ["model.quantization=nf4", "adapter=null"], ["model.quantization=int8", "model.compile=true"],
+        ["model.quantization=nf4", "adapter=null"], ["adapter.init_lora_weights=loftq"],
+        ["model.quantization=int8", "model.compile=true"],
         ["data.layout=packed", "model.compile=true"], ["data.layout=packed", "model.attention=eager"],
         ["task=sequence_classification", "data.format=text"], ["task=preference", "data.too_long=split"],
         ["task=sequence_classification", "data.train_on=all"], ["task=question_answering", "data.doc_stride=512"],

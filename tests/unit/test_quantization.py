@@ -163,6 +163,45 @@ def test_a_run_in_bfloat16_trains_reloads_and_is_scored_the_same_again(kind, cla
     assert "BitsAndBytesConfig(**{" in (folder / "final" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_loftq_starts_as_near_to_the_whole_weights_as_its_rank_allows(kind, decoder):
+    def assembled(**fields):
+        section = ModelConfig(name_or_path=decoder, dtype="float32", quantization=kind)
+        return assemble(section, AdapterConfig(r=4, lora_alpha=12, **fields), decoder,
+                        AutoConfig.from_pretrained(decoder), AutoModelForCausalLM, task="causal_lm", new_head=False,
+                        seed=0)[0]
+
+    begun, plain = assembled(init_lora_weights="loftq"), assembled()
+    whole = dict(AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32).named_parameters())
+    layers = [(name, layer) for name, layer in begun.get_base_model().named_modules() if hasattr(layer, "lora_A")]
+    assert layers
+    for name, layer in layers:
+        a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
+        residual = whole[f"{name}.weight"].detach().double() - dequantised_weight(layer.get_base_layer()).double()
+        left = torch.linalg.matrix_norm(residual - 3 * b @ a)
+        assert left == pytest.approx(torch.linalg.svdvals(residual)[4:].norm().item(), rel=1e-4)
+    ids = {"input_ids": torch.arange(5, 17).reshape(1, 12)}
+    target = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32).eval()(**ids).logits
+    near, far = ((model.eval()(**ids).logits - target).norm() for model in (begun, plain))
+    assert near < 0.9 * far
+
+
+def test_a_loftq_run_learns_and_its_folder_is_a_plain_lora_over_the_quantised_base(converse, train):
+    folder = train(converse, "model.quantization=nf4", "adapter.init_lora_weights=loftq")
+    assert summary(folder)["reload_deviation"] <= 1e-4
+    losses = [row["loss"] for row in metric_rows(folder, "train")]
+    assert losses[-1] < losses[0]
+    assert json.loads((folder / "final" / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+def test_loftq_over_a_checkpoint_that_is_quantised_already_is_refused(stored, converse, tmp_path):
+    section = ModelConfig(name_or_path=stored["nf4"], dtype="float32", quantization="nf4")
+    with pytest.raises(ModelError, match="what was rounded away is not in them"):
+        assemble(section, AdapterConfig(init_lora_weights="loftq"), stored["nf4"],
+                 AutoConfig.from_pretrained(stored["nf4"]), AutoModelForCausalLM, task="causal_lm", new_head=False,
+                 seed=0)
+
+
 def test_the_model_card_s_own_lines_load_the_quantised_base(converse, train):
     folder = train(converse, "model.quantization=nf4") / "final"
     lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
