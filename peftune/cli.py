@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftune import __version__
-from peftune.errors import EXIT_DONE, EXIT_MENDABLE, Fault, MachineError, PeftuneError, guarded
+from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES
 
 BENCHMARKS = ("parity", "memory", "quantization", "startup", "data_scale", "lora_vs_full")
@@ -219,8 +219,14 @@ def _export(parsed: argparse.Namespace) -> int:
         wanted = Wanted(source=parsed.source, to=parsed.to, config=parsed.config, merge=parsed.merge, into=parsed.into,
                         dtype=parsed.dtype, shard_size=parsed.max_shard_size, tolerance=parsed.tolerance,
                         gguf=parsed.gguf, llama_cpp=parsed.llama_cpp)
-        with _only_json(parsed.json):
-            record = export(wanted, world, display)
+        try:
+            with _only_json(parsed.json):
+                record = export(wanted, world, display)
+        except ExportError as error:
+            if parsed.json:
+                faults = [fault.as_json() for fault in error.faults]
+                print(json.dumps({"published": False, "faults": faults}, ensure_ascii=False))
+            raise
         if parsed.json:
             print(json.dumps(record, ensure_ascii=False))
         else:

@@ -119,10 +119,11 @@ def test_bfloat16_weights_merge_in_float32_and_are_rounded_once(run, converse):
     assert exact <= 1e-4 and again <= 1e-4 < rounded <= record["tolerance"] < 0.5
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_over_a_quantised_base_the_adapter_merges_into_the_values_it_trained_beside(run, converse, kind):
+@pytest.mark.parametrize(("kind", "start"), [("int8", True), ("nf4", True), ("nf4", "loftq")])
+def test_over_a_quantised_base_the_adapter_merges_into_the_values_it_trained_beside(run, converse, kind, start):
     pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
-    folder = run("converse", model={**converse["model"], "quantization": kind})
+    folder = run("converse", model={**converse["model"], "quantization": kind},
+                 adapter={"method": "lora", "r": 4, "init_lora_weights": start})
     merged, record = exported(folder, "--merge")
     assert record["deviation"] <= 1e-4 and kind in record["merged_into"]
     assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.float32
@@ -151,8 +152,12 @@ def test_a_wrong_scale_is_caught_and_nothing_is_published(run, monkeypatch, caps
     folder = run("converse")
     monkeypatch.setattr(export, *(("merge", scale_once_more) if merged else ("copy_adapter", copy_with_another_alpha)))
     target = folder.parent / "wrong"
-    assert code("export", folder, "--to", target, *(["--merge"] if merged else [])) == 1
-    assert "logits differ by" in capsys.readouterr().err and nothing_left(target)
+    capsys.readouterr()
+    assert code("export", folder, "--to", target, "--json", *(["--merge"] if merged else [])) == 1
+    said = capsys.readouterr()
+    assert "logits differ by" in said.err and nothing_left(target)
+    told = json.loads(said.out)
+    assert told["published"] is False and "logits differ by" in told["faults"][0]["message"]
 
 
 @pytest.mark.parametrize("fields", [
