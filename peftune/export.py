@@ -18,7 +18,7 @@ from peftune.data.layouts import lay_out
 from peftune.errors import ConfigError, ExportError, Fault, MachineError, PeftuneError, RunFolderError
 from peftune.loop.publish import published, write_json, write_text
 from peftune.model.adapters import has_adapter
-from peftune.model.compare import Rows, deviation, made_rows, rounding_tolerance
+from peftune.model.compare import Rows, deviation, largest_logit, made_rows, rounding_tolerance
 from peftune.model.export_card import Story, export_card
 from peftune.model.llama_cpp import Converter, convert, find_converter
 from peftune.model.merge import Adapter, adapter_of, merge, refuse_unmergeable
@@ -33,7 +33,8 @@ from peftune.reopen import Trained, find_trained, open_split, open_weights
 
 RECORD = "export.json"
 EXACT = 1e-4
-"""Largest difference of logits between equal weights in float32: room for sums in another order."""
+"""Largest difference of logits between equal weights in float32, for each unit of the largest logit and for one unit at
+least: room for sums in another order."""
 ROW_TOKENS, ROWS = 2048, 16
 """Bounds on what is compared: enough to see a wrong scale anywhere, little enough for a CPU."""
 SPLITS = ("test", "validation")
@@ -127,9 +128,10 @@ def _fill(
         again = _plain(draft, trained_with, auto_class, dtype, world)
         of_folder = rows.logits(again)
         del again
+        exact = _exact(logits)
         if wanted.merge or adapter is None:
-            checks.append(Check("folder, read again, = what was written, float32", deviation(of_folder, source), EXACT))
-        tolerance = rounding_tolerance(dtype, logits, EXACT, layers) if kind != "adapter" else EXACT
+            checks.append(Check("folder, read again, = what was written, float32", deviation(of_folder, source), exact))
+        tolerance = rounding_tolerance(dtype, logits, exact, layers) if kind != "adapter" else exact
         checks.append(Check("folder = trained model", deviation(of_folder, logits),
                             tolerance if wanted.tolerance is None else wanted.tolerance))
         gguf = None if converter is None else _gguf(converter, draft, dtype, rows, of_folder, auto_class, checks)
@@ -176,7 +178,7 @@ def _write(
     checks = []
     if has_adapter(plain):
         plain = merge(plain, wanted.source)
-        checks.append(Check("merged = attached, float32", deviation(rows.logits(plain), attached), EXACT))
+        checks.append(Check("merged = attached, float32", deviation(rows.logits(plain), attached), _exact(attached)))
     save_whole(plain, draft, dtype, wanted.shard_size)
     return rows.logits(plain), checks, attached, distance
 
@@ -185,6 +187,10 @@ def _plain(folder: Path | str, settings: ModelConfig, auto_class: Any, dtype: to
     """The folder's model in float32, with the values that quantised weights stand for in plain layers."""
     return load_trained(folder, auto_class, dtype=dtype, trust_remote_code=settings.trust_remote_code,
                         quantization=settings.quantization, device=world.device, dequantised=True).float()
+
+
+def _exact(logits: list[Tensor]) -> float:
+    return EXACT * max(1.0, largest_logit(logits))
 
 
 def _base(model: Any) -> PreTrainedModel:
@@ -241,7 +247,8 @@ def _gguf(
     """Convert the folder, load the file through transformers and compare it; the file's part of the record."""
     made = convert(converter, draft, str(dtype).removeprefix("torch."))
     again = auto_class.from_pretrained(str(draft), gguf_file=made.name, dtype=torch.float32)
-    checks.append(Check("gguf, read by transformers, = folder", deviation(rows.logits(again), of_folder), EXACT))
+    checks.append(Check("gguf, read by transformers, = folder", deviation(rows.logits(again), of_folder),
+                        _exact(of_folder)))
     return {"file": made.name, "converter": str(converter.script), "bytes": made.stat().st_size}
 
 

@@ -56,7 +56,7 @@ def nothing_left(folder: Path) -> bool:
 def test_merged_is_attached_to_1e4_in_float32_and_says_on_which_rows(run):
     _, record = exported(run("converse"), "--merge")
     assert record["kind"] == "merged" and record["dtype"] == "float32" and record["merged_into"]
-    assert 0 < record["deviation"] <= record["tolerance"] <= 1e-4
+    assert 0 < record["deviation"] <= 1e-4 <= record["tolerance"]
     assert record["rows"] == {"from": "validation rows of the run", "held_out": True, "count": 5}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= record["files"].keys()
     assert "adapter_config.json" not in record["files"]

@@ -100,7 +100,7 @@ def test_a_method_learns_and_is_the_same_model_in_plain_peft_and_merged(method, 
     if method in PROMPTS:
         assert attached.active_peft_config.is_prompt_learning  # there is nothing to merge
         return
-    assert (logits(attached.merge_and_unload(), inputs) - live).abs().max() <= TOLERANCE
+    assert (logits(attached.merge_and_unload(), inputs) - live).abs().max() <= TOLERANCE * max(1, live.abs().max())
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
