@@ -9,10 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftune import __version__
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES
+
+if TYPE_CHECKING:  # torch comes with them, and help must not wait for it
+    from peftune.observe.display import Display
+    from peftune.parallel.world import World
 
 BENCHMARKS = ("parity", "memory", "quantization", "startup", "data_scale", "lora_vs_full")
 """Suites of `peftune bench`: files of benchmarks/."""
@@ -142,14 +147,10 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         return _evaluate_tasks(parsed)
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
-    from peftune.observe.display import Display
-    from peftune.parallel.world import close_world, open_world
     from peftune.reopen import open_trained, score
     from peftune.report import show_metrics
 
-    world = open_world()
-    try:
-        display = Display(quiet=not world.is_main, stream=sys.stderr if parsed.json else None)
+    with _opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         scored = score(trained, parsed.split)
         if world.is_main:
@@ -159,20 +160,14 @@ def _evaluate(parsed: argparse.Namespace) -> int:
                 print(json.dumps({parsed.split: scored.metrics}, ensure_ascii=False))
             else:
                 show_metrics(display, parsed.split, scored.metrics)
-    finally:
-        close_world()
     return EXIT_DONE
 
 
 def _evaluate_tasks(parsed: argparse.Namespace) -> int:
     from peftune.harness import check_harness, evaluate_tasks
-    from peftune.observe.display import Display
-    from peftune.parallel.world import close_world, open_world
     from peftune.reopen import find_trained, open_weights
 
-    world = open_world()
-    try:
-        display = Display(stream=sys.stderr if parsed.json else None)
+    with _opened(only_json=parsed.json) as (world, display):
         folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
         check_harness(config.task, parsed.include_path, world.ranks)
         with _only_json(parsed.json):
@@ -183,39 +178,27 @@ def _evaluate_tasks(parsed: argparse.Namespace) -> int:
         else:
             for name, found in scores.items():
                 display.table(name, ["", "value"], [[key, f"{value:.4f}"] for key, value in found.items()])
-    finally:
-        close_world()
     return EXIT_DONE
 
 
 def _predict(parsed: argparse.Namespace) -> int:
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
-    from peftune.observe.display import Display
-    from peftune.parallel.world import close_world, open_world
     from peftune.reopen import open_trained, predict_file
 
-    world = open_world()
-    try:
-        display = Display(quiet=not world.is_main)
+    with _opened(only_json=False) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         records = predict_file(trained, parsed.input)
         if world.is_main:
             _writable(lambda: write_text(Path(parsed.output), prediction_lines(records)), parsed.output)
             display.say(f"{len(records):,} predictions in {parsed.output}")
-    finally:
-        close_world()
     return EXIT_DONE
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from peftune.export import Wanted, export
-    from peftune.observe.display import Display
-    from peftune.parallel.world import close_world, open_world
 
-    world = open_world()
-    try:
-        display = Display(stream=sys.stderr if parsed.json else None)
+    with _opened(only_json=parsed.json) as (world, display):
         wanted = Wanted(source=parsed.source, to=parsed.to, config=parsed.config, merge=parsed.merge, into=parsed.into,
                         dtype=parsed.dtype, shard_size=parsed.max_shard_size, tolerance=parsed.tolerance,
                         gguf=parsed.gguf, llama_cpp=parsed.llama_cpp)
@@ -231,8 +214,6 @@ def _export(parsed: argparse.Namespace) -> int:
             print(json.dumps(record, ensure_ascii=False))
         else:
             display.say(f"{record['kind']} in {parsed.to}, {record['dtype']}")
-    finally:
-        close_world()
     return EXIT_DONE
 
 
@@ -258,6 +239,19 @@ def _schema(parsed: argparse.Namespace) -> int:
 
     print(json.dumps(RunConfig.model_json_schema(), indent=2, ensure_ascii=False))
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _opened(*, only_json: bool) -> Iterator[tuple[World, Display]]:
+    """The processes of a command, until it ends, and what it tells a person: on standard error beside a JSON object."""
+    from peftune.observe.display import Display
+    from peftune.parallel.world import close_world, open_world
+
+    world = open_world()
+    try:
+        yield world, Display(quiet=not world.is_main, stream=sys.stderr if only_json else None)
+    finally:
+        close_world()
 
 
 @contextlib.contextmanager

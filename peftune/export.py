@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from peftune.config.schema import ModelConfig, RunConfig
+from peftune.config.schema import GENERATIVE, ModelConfig, RunConfig
 from peftune.data.layouts import lay_out
 from peftune.errors import ConfigError, ExportError, Fault, MachineError, PeftuneError, RunFolderError
 from peftune.loop.publish import published, write_json, write_text
-from peftune.model.adapters import has_adapter
+from peftune.model.adapters import base_of, has_adapter
 from peftune.model.compare import Rows, deviation, largest_logit, made_rows, rounding_tolerance
 from peftune.model.export_card import Story, export_card
 from peftune.model.llama_cpp import Converter, convert, find_converter
@@ -107,7 +105,7 @@ def _refuse(wanted: Wanted, config: RunConfig, adapter: Adapter | None) -> None:
         refuse_unmergeable(adapter, wanted.source)
     if wanted.into == "original" and not (wanted.merge and adapter is not None):
         raise refused("--into: nothing is merged here", "add --merge for an adapter, or leave --into out")
-    if wanted.gguf and config.task not in ("causal_lm", "preference"):
+    if wanted.gguf and config.task not in GENERATIVE:
         raise refused(f"--gguf: llama.cpp runs no {config.task}", "leave --gguf out")
 
 
@@ -122,7 +120,7 @@ def _fill(
         dtype = _dtype(wanted, trained, adapter)
         source, checks, logits, distance = _write(wanted, trained, adapter, rows, draft, dtype)
         layers = trained.text.config.get_text_config().num_hidden_layers
-        quantization = quantised_by(_base(trained.model))
+        quantization = quantised_by(base_of(trained.model))
         trained_with = config.model if kind == "adapter" else config.model.model_copy(update={"quantization": "none"})
         del trained  # one model in memory at a time
         again = _plain(draft, trained_with, auto_class, dtype, world)
@@ -166,7 +164,7 @@ def _write(
     if adapter is not None and wanted.into == "original":
         model = load_trained(source, auto_class, dtype=own_dtype(adapter.base, remote), trust_remote_code=remote,
                              device=trained.evaluator.world.device, dequantised=True)
-    elif is_quantised(_base(model)):
+    elif is_quantised(base_of(model)):
         model = _plain(source, settings, auto_class, weight_dtype(settings, adapted=True), trained.evaluator.world)
     plain = model.float()
     attached = rows.logits(plain)
@@ -191,11 +189,6 @@ def _plain(folder: Path | str, settings: ModelConfig, auto_class: Any, dtype: to
 
 def _exact(logits: list[Tensor]) -> float:
     return EXACT * max(1.0, largest_logit(logits))
-
-
-def _base(model: Any) -> PreTrainedModel:
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base
 
 
 def _dtype(wanted: Wanted, trained: Trained, adapter: Adapter | None) -> torch.dtype:

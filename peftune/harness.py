@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peftune.config.schema import GENERATIVE
 from peftune.errors import ConfigError, Fault, MachineError
 from peftune.reopen import Trained
-
-GENERATIVE = ("causal_lm", "preference")
 
 
 def check_harness(task: str, include: str | None, ranks: int) -> None:

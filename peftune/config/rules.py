@@ -59,11 +59,6 @@ def _is_lora(config: RunConfig) -> bool:
     return _method(config) == "lora"
 
 
-def _start(config: RunConfig) -> str:
-    """`adapter.init_lora_weights`, in lower case."""
-    return "" if config.adapter is None else str(config.adapter.fields.get("init_lora_weights", "")).lower()
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         ("model", "quantization"),
@@ -79,7 +74,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("model", "quantization"),
-        lambda c: c.model.quantization == "none" and _start(c) == "loftq",
+        lambda c: c.model.quantization == "none" and c.adapter is not None and c.adapter.start == "loftq",
         "LoftQ starts from what quantisation has rounded away",
         "model.quantization=nf4, or adapter.init_lora_weights=true",
     ),

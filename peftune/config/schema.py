@@ -18,6 +18,8 @@ from pydantic import (
 TaskName = Literal[
     "sequence_classification", "token_classification", "question_answering", "causal_lm", "preference"
 ]
+GENERATIVE = ("causal_lm", "preference")
+"""Tasks of language models."""
 
 
 class Section(BaseModel):
@@ -83,6 +85,11 @@ class AdapterConfig(BaseModel):
     def fields(self) -> dict[str, Any]:
         """The PEFT config's fields."""
         return dict(self.model_extra or {})
+
+    @property
+    def start(self) -> str:
+        """`init_lora_weights`, in lower case."""
+        return str(self.fields.get("init_lora_weights", "")).lower()
 
 
 class Source(Section):

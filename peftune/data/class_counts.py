@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from peftune.data.findings import Finding, Place
+from peftune.data.findings import SHOWN_PLACES, Finding, Place
 from peftune.data.rows import Row
 
 RAREST, FEWEST_EXAMPLES = 50, 4
 """The commonest class may have so many times the rows of another; a class needs so many rows."""
-SHOWN_CLASSES, SHOWN_PLACES, SHOWN_ROWS = 5, 1000, 20
+SHOWN_CLASSES, SHOWN_ROWS = 5, 20
 _BLANKS = re.compile(r"[\s_-]+")
 
 

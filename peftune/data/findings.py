@@ -8,6 +8,9 @@ from typing import Literal
 
 from peftune.errors import Fault
 
+SHOWN_PLACES = 1000
+"""A finding names so many rows at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -13,12 +13,11 @@ from typing import Any
 from peftune.data.canonical import class_names
 from peftune.data.class_counts import ClassCounts
 from peftune.data.duplicates import NearIndex, View, view
-from peftune.data.findings import Finding, Place
+from peftune.data.findings import SHOWN_PLACES, Finding, Place
 from peftune.data.first_seen import FirstSeen
 from peftune.data.rows import Row
 from peftune.data.tag_schemes import read_tags
 
-SHOWN_PLACES = 1000
 BATCH_ROWS, BATCH_CHARACTERS = 1024, 1 << 20
 """Texts that wait for near-duplicate search, at most."""
 LOST = re.compile("[\\x00-\\x08\\x0b\\x0e-\\x1f\\ufffd]")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from peftune.config.schema import DataConfig
 from peftune.data.examples import Example
-from peftune.data.findings import Place
+from peftune.data.findings import SHOWN_PLACES, Place
 from peftune.data.rows import Faults, Row
 from peftune.data.spool import Spool
 from peftune.data.store import write
@@ -23,7 +23,6 @@ PARALLEL_FROM_ROWS = 30_000
 """Fewer rows are tokenised before other processes have started."""
 MOST_PROCESSES = 16
 PARTS_PER_PROCESS = 4
-SHOWN_PLACES = 1000
 
 
 class RowEncoder(Protocol):

@@ -78,7 +78,7 @@ def peft_config(
     if config_class is AdaLoraConfig:
         values["total_step"] = sys.maxsize  # until the run counts its steps
     if asked.start == "loftq":
-        values.setdefault("loftq_config", {"loftq_bits": 4})  # PEFT wants it; the bits are model.quantization's
+        values |= {"init_lora_weights": True, "loftq_config": {}}  # PEFT's own start knows one kind of four bits
     try:
         return config_class(task_type=task_type, **values)
     except (TypeError, ValueError) as error:
@@ -133,6 +133,12 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 def has_adapter(model: nn.Module) -> bool:
     """Whether a PEFT method is attached."""
     return isinstance(model, PeftModel)
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without its adapter, or itself."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
 
 
 def learns_prompt(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from peftune.model.adapters import attach, peft_config
 from peftune.model.beneath import put_beneath
 from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath
 from peftune.model.load import Loaded, load_weights
-from peftune.model.loftq import start_from_rounding, starts_from_rounding, whole_weights
+from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import keep_trainable_in_float32, weight_dtype
 from peftune.model.quantize import stored_kind, values_in
 from peftune.model.save import CPU, published_weights
@@ -56,8 +56,8 @@ def assemble(
     if adapter is None:
         result.requires_grad_(True)
     else:
-        result, from_rounding = _adapted(loaded, adapter, source, rows, task=task, new_head=new_head)
-        if from_rounding:
+        result = _adapted(loaded, adapter, source, rows, task=task, new_head=new_head)
+        if adapter.start == "loftq" and adapter.init_from is None:
             start_from_rounding(result, whole_weights(
                 model, source, model_config, auto_class, loaded.model, new_head=new_head,
                 dtype=weight_dtype(model, adapted=True)))
@@ -69,24 +69,20 @@ def assemble(
 
 def _adapted(
     loaded: Loaded, adapter: AdapterConfig, source: str, rows: NewRows, *, task: str, new_head: bool
-) -> tuple[PeftModel, bool]:
-    """The model with its adapter, and whether that is yet to start from what quantisation has rounded away."""
+) -> PeftModel:
     config = peft_config(adapter, task, loaded.new_modules or loaded.head(new_head), adds_tokens=bool(rows.ids))
     if rows.ids and not adapter.init_from:
         config.trainable_token_indices = token_rows(loaded.model, rows)
     if adapter.init_from is not None:
         check_same_base("init_from", config, source)
         _check_rows(config, loaded.model, adapter.init_from)
-    from_rounding = adapter.init_from is None and starts_from_rounding(config)
-    if from_rounding and isinstance(config, LoraConfig):
-        config.init_lora_weights, config.loftq_config = True, {}  # PEFT's own start knows one kind of four bits
     if adapter.stack_on is None:
-        return attach(loaded.model, config), from_rounding
+        return attach(loaded.model, config)
     below, folder = frozen_beneath(adapter.stack_on)
     check_same_base("stack_on", below, source)
     result = attach(loaded.model, config)
     put_beneath(result, below, folder)
-    return result, False
+    return result
 
 
 def _check_rows(config: PeftConfig, model: PreTrainedModel, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PromptLearningConfig
 
-from peftune.config.schema import AdapterConfig
+from peftune.config.schema import GENERATIVE, AdapterConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Asked:
     @property
     def start(self) -> str:
         """`init_lora_weights`, in lower case."""
-        return str(self.values.get("init_lora_weights", "")).lower()
+        return self.adapter.start
 
     def has(self, field: str) -> bool:
         """Whether the method has such a field."""
@@ -74,7 +74,7 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(
         "method", lambda a: not a.has("modules_to_save") and not issubclass(a.config_class, PromptLearningConfig)
-        and a.task not in ("causal_lm", "preference"),
+        and a.task not in GENERATIVE,
         "this method cannot train an output layer beside it", "adapter.method=lora",
     ),
     Limit(
@@ -104,6 +104,10 @@ LIMITS: tuple[Limit, ...] = (
         "init_lora_weights", lambda a: a.start in ("corda", "lora_ga"),
         "it needs statistics that PEFT gathers in steps of their own before, and writes into the base weights",
         "adapter.init_lora_weights=eva, which reads the data too, or pissa",
+    ),
+    Limit(
+        "init_lora_weights", lambda a: a.start == "loftq" and a.has("init_lora_weights") and not _is_lora(a),
+        "only LoRA starts from what quantisation has rounded away", "adapter.method=lora",
     ),
     Limit(
         "init_lora_weights", lambda a: a.start == "loftq" and bool(a.values.get("use_dora")),

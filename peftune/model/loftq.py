@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,11 +21,6 @@ from peftune.model.load import load_weights
 from peftune.model.quantize import dequantised_weight, quantised_here
 
 ADAPTER = "default"
-
-
-def starts_from_rounding(config: PeftConfig) -> bool:
-    """Whether the section asks for it: `init_lora_weights: loftq`."""
-    return isinstance(config, LoraConfig) and str(config.init_lora_weights).lower() == "loftq"
 
 
 def whole_weights(

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftune.model.adapters import base_of
 from peftune.model.outputs import logits_of
 
 SEGMENTS = "sdpa_segments"
@@ -94,7 +95,7 @@ def use_packing(
     Returns:
         segments or varlen; None where this attention or adapter cannot keep sequences apart.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return None
     attention = base.config._attn_implementation

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
-from peftune.model.adapters import BaseTunerLayer
+from peftune.model.adapters import BaseTunerLayer, base_of
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
 from peftune.model.earlier import ADAPTER
 from peftune.model.load import longest_input
@@ -40,7 +40,7 @@ def save_model(
         tokenizer: saved beside them.
         folder: to fill.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     base.config.architectures = [type(base).__name__]
     with _as_published(base, tokenizer):
         if isinstance(model, PeftModel):

@@ -279,6 +279,7 @@ def test_eva_says_which_layer_sees_too_few_rows(classify, tmp_path):
     ("causal_lm", {"init_lora_weights": "corda"}, "statistics"),
     ("causal_lm", {"init_lora_weights": "loftq", "use_dora": True}, "magnitudes are those of the rounded"),
     ("causal_lm", {"init_lora_weights": "loftq", "stack_on": "x"}, "their own start"),
+    ("causal_lm", {"method": "adalora", "init_lora_weights": "loftq"}, "only LoRA starts"),
     ("preference", {"init_lora_weights": "loftq"}, "lack what was rounded away"),
     ("causal_lm", {"method": "ia3", "stack_on": "x"}, "only LoRA can be saved as one"),
     ("causal_lm", {"init_lora_weights": "pissa", "stack_on": "x"}, "their own start"),
