@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftune.build_model import model_for_training, reference_for, wants_recomputing
 from peftune.config.load import dump
-from peftune.config.rules import WITHOUT_RECOMPUTING, refuse_broken
+from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared, open_prepared, prepare
 from peftune.loop.checkpoint import load_checkpoint
-from peftune.loop.data_start import start_from_planned_data
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.finish import measure_baseline
 from peftune.loop.layout import choose_layout
@@ -31,16 +31,12 @@ from peftune.loop.run import Every, Run
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
-from peftune.model.assemble import assemble, count, weight_notes
+from peftune.model.assemble import count, weight_notes
 from peftune.model.card import model_card
-from peftune.model.eva import reads_data
-from peftune.model.load import Loaded, adjust_config, local_source
-from peftune.model.packing import use_packing
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, slow_products, uses_autocast
-from peftune.model.quantize import quantised_by, quantization_of
-from peftune.model.reference import Reference, frozen_copy, reference_of
+from peftune.model.quantize import quantised_by
+from peftune.model.reference import frozen_copy
 from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
-from peftune.model.vocabulary import new_rows
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
 from peftune.observe.journal import Journal
@@ -159,13 +155,13 @@ def _run(
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
     with display.phase("model") as notes:
-        model, loaded = _model(config, text, data, strategy)
+        model, loaded = model_for_training(config, text, data, strategy)
         counts = count(model)
         memory = world.same(choose_memory(
             text.config, device=world.device, longest=int(data.splits["train"].padded_lengths.max()),
             bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
             tokens=_given(config.train.tokens_per_micro_batch),
-            checkpointing=_checkpointing(config)))
+            checkpointing=wants_recomputing(config)))
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.compile:
@@ -177,7 +173,7 @@ def _run(
             config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
             pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
             autocast=autocast(config.model, world.device))
-        reference = _reference(model, frozen, strategy, layout) if task.needs_reference else None
+        reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
         notes += weight_notes(loaded, counts)
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
@@ -202,37 +198,6 @@ def _run(
     if state.step == 0:
         state = replace(state, baseline=measure_baseline(run))
     return run, state
-
-
-def _model(config: RunConfig, text: Text, data: Prepared, strategy: Strategy) -> tuple[Any, Loaded]:
-    """The model as training begins with it, and what its checkpoint did not hold."""
-    task, targets = text.encoder.task, data.targets
-    adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
-                  tokenizer=text.tokenizer)
-    quantization_of(config.model, text.config, adapted=config.adapter is not None, divided=strategy.lockstep)
-    model, loaded = assemble(config.model, config.adapter, local_source(text.source), text.config, task.auto_class,
-                             task=config.task, new_head=task.new_head, seed=config.seed,
-                             rows=new_rows(text.tokenizer, config.model), device=strategy.world.device)
-    if reads_data(model):
-        start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
-                                seed=config.seed, pad_id=text.tokenizer.pad_token_id)
-    return model, loaded
-
-
-def _reference(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:
-    """The model without its adapter; a copy that is placed and packed as the model itself, where there is none."""
-    if frozen is None:
-        return reference_of(model)
-    if layout.kind != "padded":
-        use_packing(frozen, pooled=False, first_position=layout.first_position)
-    return reference_of(strategy.prepare_frozen(frozen))
-
-
-def _checkpointing(config: RunConfig) -> bool | None:
-    """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
-    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
-        return False
-    return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 
 
 def _given(value: Any) -> Any:

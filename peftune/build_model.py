@@ -1,0 +1,53 @@
+"""The part of the composition root that makes the model: loaded, adapted, and compared with a frozen twin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peftune.config.rules import WITHOUT_RECOMPUTING
+from peftune.config.schema import RunConfig
+from peftune.data.layouts import Layout
+from peftune.data.prepare import Prepared
+from peftune.loop.data_start import start_from_planned_data
+from peftune.model.assemble import assemble
+from peftune.model.eva import reads_data
+from peftune.model.load import Loaded, adjust_config, local_source
+from peftune.model.packing import use_packing
+from peftune.model.quantize import quantization_of
+from peftune.model.reference import Reference, reference_of
+from peftune.model.vocabulary import new_rows
+from peftune.parallel.strategy import Strategy
+from peftune.tasks.text import Text
+
+
+def model_for_training(config: RunConfig, text: Text, data: Prepared, strategy: Strategy) -> tuple[Any, Loaded]:
+    """The model as training begins with it, and what its checkpoint did not hold."""
+    task, targets = text.encoder.task, data.targets
+    adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
+                  tokenizer=text.tokenizer)
+    quantization_of(config.model, text.config, adapted=config.adapter is not None, divided=strategy.lockstep)
+    model, loaded = assemble(config.model, config.adapter, local_source(text.source), text.config, task.auto_class,
+                             task=config.task, new_head=task.new_head, seed=config.seed,
+                             rows=new_rows(text.tokenizer, config.model), device=strategy.world.device)
+    if reads_data(model):
+        start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
+                                seed=config.seed, pad_id=text.tokenizer.pad_token_id)
+    return model, loaded
+
+
+def reference_for(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:
+    """The model without its adapter; a copy that is placed and packed as the model itself, where there is none."""
+    if frozen is None:
+        return reference_of(model)
+    if layout.kind != "padded":
+        use_packing(frozen, pooled=False, first_position=layout.first_position)
+    return reference_of(strategy.prepare_frozen(frozen))
+
+
+def wants_recomputing(config: RunConfig) -> bool | None:
+    """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
+    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
+        return False
+    return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
