@@ -28,6 +28,7 @@ from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text
 from peftune.loop.resume import Start, find_start
 from peftune.loop.run import Every, Run
+from peftune.loop.saving import went_on
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
@@ -46,6 +47,7 @@ from peftune.parallel.ddp import Ddp
 from peftune.parallel.fsdp2 import open_fsdp2
 from peftune.parallel.names import check_launched, launched_kind
 from peftune.parallel.single import Single
+from peftune.parallel.stop import Stop
 from peftune.parallel.strategy import Strategy
 from peftune.parallel.world import World, close_world, open_world
 from peftune.parallel.zero import open_zero
@@ -74,10 +76,14 @@ class Built:
 
 
 @contextlib.contextmanager
-def build(config: RunConfig) -> Iterator[Built]:
+def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
     """Start the processes' group, prepare the data, load the model, and find where the run stands.
 
     Nothing is written into `output_dir` before all of it has succeeded.
+
+    Args:
+        config: of the run.
+        stop: whether this process has been told to stop; None: nobody tells it.
 
     Raises:
         PeftuneError: whatever the user can mend.
@@ -101,7 +107,8 @@ def build(config: RunConfig) -> Iterator[Built]:
         if start.summary is not None:
             yield Built(None, TrainState(), display, start.summary)
             return
-        run, state = _run(config, world, strategy, display, text, data, start, metric)
+        run, state = _run(config, world, strategy, display, text, data, start, metric,
+                          stop or Stop())
         try:
             yield Built(run, state, display)
         finally:
@@ -151,7 +158,7 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
 
 def _run(
     config: RunConfig, world: World, strategy: Strategy, display: Display, text: Text, data: Prepared, start: Start,
-    metric: str,
+    metric: str, stop: Stop,
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
     with display.phase("model") as notes:
@@ -191,7 +198,7 @@ def _run(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
-                          config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep)
+                          config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep, stop)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):
         RankBudget(model, optimizer, steps=run.steps, done=state.step)
@@ -220,6 +227,7 @@ def _open_folder(
                               for finding in data.findings]},
     })
     write_text(folder / "config.yaml", dump(config))
+    went_on(folder)
 
 
 def _assembled_run(
@@ -256,7 +264,7 @@ def _assembled_run(
         log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
         checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),
         keep_checkpoints=config.checkpoint.keep, set_back=functools.partial(may_set_back, strategy.unwrap(model)),
-        facts=facts,
+        stop=evaluator.stop, facts=facts,
     )
 
 

@@ -27,7 +27,7 @@ class Fault:
     """One thing to mend. `line` counts from 1; `file` is as the user wrote it."""
 
     kind: str
-    """config | data | model | environment | run_folder | self_check, or the kind of a finding in data."""
+    """config | data | model | environment | run_folder | self_check | preempted, or the kind of a finding in data."""
     message: str
     mend: str = ""
     file: str | None = None
@@ -48,6 +48,8 @@ class PeftuneError(ValueError):
     """Something the user can mend. The doors print it without a traceback and exit with `exit_code`."""
 
     exit_code = EXIT_MENDABLE
+    heading = "error"
+    """Before the message."""
 
     def __init__(self, faults: Fault | Sequence[Fault]) -> None:
         self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)
@@ -81,6 +83,13 @@ class SelfCheckError(PeftuneError):
     """The run found that it does not do what it says: it stops before more time is lost."""
 
 
+class Preempted(PeftuneError):
+    """The run was told to stop and has saved what it had: started again, it goes on."""
+
+    exit_code = EXIT_PREEMPTED
+    heading = "stopped"
+
+
 class ExportError(PeftuneError):
     """What was to be exported is not the trained model: nothing is published. No mend of the user's can change it."""
 
@@ -106,22 +115,33 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         code = door(arguments)
     except PeftuneError as error:
-        if _is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"{error.heading}: {error}")
         code = error.exit_code
     except Exception:
         if not several:
             raise
         traceback.print_exc()  # what python itself would do next, had the process not to end below
         _end_process(EXIT_OUR_FAULT)
-    report = os.environ.get(EXIT_CODE_FILE)
-    if report is not None:
-        if _is_main():
-            Path(report).write_text(str(code))
-        code = EXIT_DONE
+    code = report_exit_code(code)
     if several:
         _end_process(code)
     return code
+
+
+def report_exit_code(code: int) -> int:
+    """Leave the code for `peftune train`, if that has launched this process; return the one to end with."""
+    report = os.environ.get(EXIT_CODE_FILE)
+    if report is None:
+        return code
+    if _is_main():
+        Path(report).write_text(str(code))
+    return EXIT_DONE
+
+
+def say(message: str) -> None:
+    """One message on standard error, from the main process alone."""
+    if _is_main():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _is_main() -> bool:

@@ -9,11 +9,16 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # run as a script, python searches peftune/ itself first: search the folder above it instead
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from peftune.parallel.stop import Stop, listen
+
+LISTENING = listen() if __name__ == "__main__" else None
+"""A process of its own listens for signals before it imports anything that takes time."""
+
 from peftune.config.load import load
 from peftune.errors import EXIT_DONE, guarded
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], stop: Stop | None = None) -> int:
     """Train, evaluate and save one run; return the exit code."""
     config = load(arguments)  # before torch: a fault in the config is said at once
 
@@ -22,10 +27,12 @@ def main(arguments: list[str]) -> int:
     from peftune.loop.fit import fit
     from peftune.report import show_summary, write_report
 
-    with build(config) as built:
+    stop = stop or Stop()
+    with build(config, stop) as built:
         if built.run is None:
             show_summary(built.display, config.output_dir, built.summary or {}, done_before=True)
             return EXIT_DONE
+        stop.wait_for_steps(config.deadline_s)
         with built.display.training(built.run.steps, built.state.step):
             state = fit(built.run, built.state)
             state, summary = finish(built.run, state)
@@ -36,4 +43,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(guarded(lambda arguments: main(arguments, LISTENING), sys.argv[1:]))

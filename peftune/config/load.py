@@ -141,6 +141,8 @@ def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
     said = [f"{word} {context[key]}" for key, word in bounds.items() if key in context]
     if said:
         return "out of range", f"use {' and '.join(said)}"
+    if detail["type"] == "value_error":
+        return "not of this form", f"use {context['error']}"
     messages = dict.fromkeys(d["msg"] for d in details)
     needs = " or ".join(message.removeprefix("Input should be ").replace("valid ", "") for message in messages)
     return "wrong type", f"use {needs}"

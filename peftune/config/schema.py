@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -217,6 +219,20 @@ class LogConfig(Section):
     """Names of accelerate's trackers: tensorboard, wandb, mlflow, ..."""
 
 
+def seconds_of(duration: str) -> int:
+    """3h55m, 90m or 45s in seconds. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    seconds = sum(int(number or 0) * unit for number, unit in zip(found.groups(), (3600, 60, 1))) if found else 0
+    if not seconds:
+        raise ValueError("3h55m, 90m or 45s")
+    return seconds
+
+
+def _duration(text: str) -> str:
+    seconds_of(text)
+    return text
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -228,6 +244,9 @@ class RunConfig(Section):
     """Decides the order of the data, the split, and every newly initialised weight."""
     resume: str = "auto"
     """auto (continue if the folder holds this run) | never | a checkpoint folder."""
+    deadline: Annotated[str, AfterValidator(_duration)] | None = None
+    """Time from the command's start, as 3h55m, 90m or 45s, before which the run saves and ends with exit code 75; null
+    has none. Time for the checkpoint is left as measured."""
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
     """null fine-tunes all weights."""
@@ -236,3 +255,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def deadline_s(self) -> int | None:
+        """In seconds."""
+        return None if self.deadline is None else seconds_of(self.deadline)

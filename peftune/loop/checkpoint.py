@@ -23,7 +23,7 @@ from peftune.parallel.strategy import Strategy
 
 MANIFEST = "manifest.json"
 SAFE = ".safetensors"
-FREE_KEYS = ("output_dir", "resume", "log", "checkpoint", "train.tokens_per_micro_batch")
+FREE_KEYS = ("output_dir", "resume", "deadline", "log", "checkpoint", "train.tokens_per_micro_batch")
 """Config keys that may differ between a checkpoint and the run that continues it: none changes the training."""
 
 
@@ -40,8 +40,8 @@ def all_checkpoints(run_folder: Path) -> list[Path]:
 def save_checkpoint(
     run_folder: Path, state: TrainState, model: nn.Module, optimizer: Optimizer, strategy: Strategy, *,
     config_yaml: str, keep: int,
-) -> None:
-    """Write the checkpoint of `state` and delete all but the newest `keep`. Does nothing if it is there.
+) -> bool:
+    """Write the checkpoint of `state` and delete all but the newest `keep`; return False if it was there already.
 
     Every rank writes what it holds of the trained weights and the optimizer's state into a file of its own; no rank
     gathers them. Whatever strategy and number of ranks can read them again.
@@ -58,7 +58,7 @@ def save_checkpoint(
     folder, world = folder_of(run_folder, state.step), strategy.world
     random_states = world.gather([_random_state(world.device)])
     if world.on_main(folder.exists):
-        return
+        return False
     with published(folder) if world.is_main else contextlib.nullcontext(draft_of(folder)) as draft:
         world.barrier()  # the draft is there
         write_pieces(strategy.pieces(model, optimizer), draft / f"tensors-{world.rank:05d}-of-{world.ranks:05d}{SAFE}")
@@ -75,6 +75,7 @@ def save_checkpoint(
         for old in all_checkpoints(run_folder)[:-keep]:
             shutil.rmtree(old)
     world.barrier()
+    return True
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> TrainState:

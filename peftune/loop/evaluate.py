@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from peftune.data.store import Readable
 from peftune.data.targets import Targets
 from peftune.loop.generate import generate_texts
 from peftune.model.reference import Reference
+from peftune.parallel.stop import Stop, StopAgreed
 from peftune.parallel.world import World
 from peftune.tasks.task import Metrics, Record, Task
 
@@ -39,6 +40,12 @@ class Evaluator:
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
     lockstep: bool = False
     """Forward passes are joint: ranks with less to do take part in the others' with nothing of their own."""
+    stop: Stop = field(default_factory=Stop)
+
+    def agree(self) -> None:
+        """Before each batch. Raises StopAgreed on all ranks if one of them has been asked to stop."""
+        if self.world.any(self.stop.asked()):
+            raise StopAgreed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,9 @@ def evaluate(
         name: of the split, for the progress display.
         intervals: also bootstrap intervals.
         generate: also generated text and its metrics, where the task has them.
+
+    Raises:
+        StopAgreed: a rank was asked to stop; heard by all within a batch.
     """
     records = predict(evaluator, model, split, name=name, generate=generate)
     metrics = evaluator.world.on_main(lambda: evaluator.task.metrics(records, evaluator.targets, intervals))
@@ -93,10 +103,12 @@ def _forward_records(
     world, task = evaluator.world, evaluator.task
     batches = evaluation_batches(split.padded_lengths.tolist(), rank=world.rank, ranks=world.ranks,
                                  budget_tokens=BUDGET_TOKENS)
-    if evaluator.lockstep:
-        batches += [[]] * (world.largest(len(batches)) - len(batches))
+    batches += [[]] * (world.largest(len(batches)) - len(batches))
     records: list[Record] = []
     for number, positions in enumerate(batches, start=1):
+        evaluator.agree()
+        if not positions and not evaluator.lockstep:
+            continue
         examples = [split[i] for i in positions]
         if task.generates and not scored:
             records += [_record(i, example) for i, example in zip(positions, examples, strict=True)]
@@ -130,6 +142,6 @@ def _add_generations(
     texts = generate_texts(
         model, evaluator.tokenizer, prompts, max_new_tokens=evaluator.max_new_tokens, device=evaluator.world.device,
         autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total),
-        calls=evaluator.world.largest if evaluator.lockstep else None)
+        calls=evaluator.world.largest, joint=evaluator.lockstep, before=evaluator.agree)
     for i, text in texts.items():
         by_position[i]["prediction"] = text

@@ -15,7 +15,9 @@ from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.judge import judge
 from peftune.loop.publish import published, write_json, write_text
 from peftune.loop.run import Run
+from peftune.loop.saving import leave
 from peftune.loop.state import TrainState
+from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import Record
 
 CHECKED_EXAMPLES = 4
@@ -48,8 +50,21 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
 
     Raises:
         SelfCheckError: the published folder does not reload to the same logits; nothing is published then.
+        Preempted: the ranks have agreed to stop; the next start does the end of the run again.
     """
     deviation = publish_final(run)
+    try:
+        state, metrics, best = _last_scores(run, state)
+    except StopAgreed:
+        leave(run, state)
+    summary = _summary(run, state, metrics, best, deviation)
+    if run.strategy.world.is_main:
+        write_json(run.folder / "summary.json", summary)
+    return state, summary
+
+
+def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    """Of the last weights and, if they are another step's, of the best."""
     metrics: dict[str, Any] = {}
     for name in SCORED_SPLITS:
         if name in run.data.splits:
@@ -65,10 +80,7 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         _put_back(run, "best")
         best = {name: _score(run, name).metrics for name in metrics}
         _put_back(run, "final")
-    summary = _summary(run, state, metrics, best, deviation)
-    if run.strategy.world.is_main:
-        write_json(run.folder / "summary.json", summary)
-    return state, summary
+    return state, metrics, best
 
 
 def publish_final(run: Run) -> float:

@@ -22,7 +22,7 @@ def generate_texts(
     model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, prompts: Mapping[int, Sequence[int]], *,
     max_new_tokens: int, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    calls: Callable[[int], int] | None = None,
+    calls: Callable[[int], int] = lambda mine: mine, joint: bool = False, before: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """Key -> prompt ids to key -> generated text, special tokens removed.
 
@@ -37,8 +37,9 @@ def generate_texts(
         device: of the model.
         autocast: precision of the forward passes.
         progress: called with prompts done and their number.
-        calls: where forward passes are joint: this rank's number of batches -> the largest of all ranks'. Each
-            batch then goes on until every rank's is done.
+        calls: this rank's number of batches -> the largest of all ranks'.
+        joint: forward passes are joint: each batch goes on until every rank's is done.
+        before: called before each batch, equally often on all ranks.
     """
     keys = list(prompts)
     texts: dict[int, str] = {}
@@ -47,15 +48,17 @@ def generate_texts(
     groups = padded_groups(lengths, BUDGET_TOKENS)
     if learns_prompt(model):
         groups = [same for group in groups for same in _of_equal_length(group, lengths)]
-    if calls is not None:
-        groups += [[]] * (calls(len(groups)) - len(groups))
+    groups += [[]] * (calls(len(groups)) - len(groups))
     for group in groups:
+        before()
+        if not group and not joint:
+            continue
         members = [keys[i] for i in group]
         examples = [Example(prompts[key], [0], 0, len(prompts[key]), {}) for key in members]
         batch = lay_out(examples, members, kind="class", width=0, pad_id=settings.pad_token_id, device=device,
                         left=True)
         with autocast():
-            ids = model.generate(**batch.inputs, generation_config=settings, synced_gpus=calls is not None)
+            ids = model.generate(**batch.inputs, generation_config=settings, synced_gpus=joint)
         for key, row in zip(members, ids[:len(members), batch.inputs["input_ids"].shape[1]:], strict=True):
             texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
         progress(len(texts), len(keys))

@@ -7,17 +7,26 @@ from dataclasses import replace
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.publish import published
 from peftune.loop.run import Run
+from peftune.loop.saving import leave
 from peftune.loop.state import TrainState
+from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import better
 
 
 def evaluate_and_judge(run: Run, state: TrainState) -> TrainState:
-    """Score the validation split, if there is one, and judge the outcome."""
+    """Score the validation split, if there is one, and judge the outcome.
+
+    Raises:
+        Preempted: the ranks have agreed to stop; the next start does the evaluation again.
+    """
     if "validation" not in run.data.splits:
-        return state
-    scored = evaluate(run.evaluator, run.strategy.unwrap(run.model), run.data.splits["validation"],
-                      name="validation", generate=run.generate_every_time)
-    return judge(run, state, scored)
+        return replace(state, evaluation_owed=False)
+    try:
+        scored = evaluate(run.evaluator, run.strategy.unwrap(run.model), run.data.splits["validation"],
+                          name="validation", generate=run.generate_every_time)
+    except StopAgreed:
+        leave(run, state)
+    return judge(run, replace(state, evaluation_owed=False), scored)
 
 
 def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:

@@ -18,6 +18,7 @@ from peftune.data.prepare import Prepared
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.step import StepWork
 from peftune.observe.journal import Journal
+from peftune.parallel.stop import Stop
 from peftune.parallel.strategy import Strategy
 
 
@@ -73,6 +74,7 @@ class Run:
     keep_checkpoints: int
     set_back: Callable[[str], bool]
     """Whether the adapter's method may undo a step of the weight of that name."""
+    stop: Stop
     facts: dict[str, Any]
     """What the summary repeats: task, parameters, strategy, world size."""
 

@@ -25,6 +25,8 @@ class TrainState:
     best_step: int | None = None
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    evaluation_owed: bool = False
+    """The evaluation after this step is still to be done."""
     window_loss_sum: float = 0.0
     """Loss over the steps since the last log row, not yet written."""
     window_targets: int = 0
@@ -33,12 +35,13 @@ class TrainState:
     baseline: dict[str, Any] = field(default_factory=dict)
     """Metrics of the untrained model by split, and of the majority guess."""
 
-    def after(self, stats: StepStats, seconds: float) -> TrainState:
+    def after(self, stats: StepStats, seconds: float, *, evaluation_owed: bool) -> TrainState:
         """The state one step later."""
         return replace(
             self, step=self.step + 1, examples=self.examples + stats.examples, tokens=self.tokens + stats.tokens,
             supervised_tokens=self.supervised_tokens + stats.targets, seconds=self.seconds + seconds,
             window_loss_sum=self.window_loss_sum + stats.loss_sum, window_targets=self.window_targets + stats.targets,
+            evaluation_owed=evaluation_owed,
         )
 
     @property

@@ -39,12 +39,14 @@ class StepStats:
     tokens: int
     targets: int
     grad_norm: float
+    stop: bool
+    """Some rank was asked to stop: all of them know it now."""
 
 
 def train_step(
     model: nn.Module, work: StepWork, optimizer: Optimizer, strategy: Strategy, *,
     losses: Callable[[nn.Module, Batch], torch.Tensor], autocast: Callable[[], AbstractContextManager[None]],
-    max_grad_norm: float | None, inspect: Callable[[nn.Module], None] | None = None,
+    max_grad_norm: float | None, inspect: Callable[[nn.Module], None] | None = None, stop: bool = False,
 ) -> StepStats:
     """Take one optimizer step on the mean loss over every target of every rank and micro-batch.
 
@@ -60,6 +62,7 @@ def train_step(
         autocast: the precision of the forward pass.
         max_grad_norm: bound on the global gradient norm, or None.
         inspect: called with the gradients in place, before the weights change.
+        stop: this rank was asked to stop; the ranks tell each other beside the loss.
 
     Raises:
         SelfCheckError: a gradient is not finite; no weight was changed.
@@ -81,5 +84,5 @@ def train_step(
     if inspect is not None:
         inspect(model)
     strategy.apply(model, optimizer)
-    total = strategy.world.sum(loss_sum).item()
-    return StepStats(total, work.examples, work.tokens, work.targets, grad_norm.item())
+    total, asked = strategy.world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))])).tolist()
+    return StepStats(total, work.examples, work.tokens, work.targets, grad_norm.item(), stop=asked > 0)

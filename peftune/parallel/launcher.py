@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftune.errors import EXIT_CODE_FILE, EXIT_OUR_FAULT, Fault, MachineError
+from peftune.errors import EXIT_CODE_FILE, EXIT_DONE, EXIT_OUR_FAULT, EXIT_PREEMPTED, Fault, MachineError, say
 from peftune.parallel.names import ASKED, ASKED_STRATEGY, STRATEGIES
+from peftune.parallel.stop import SIGNALS, STARTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +75,49 @@ def run(launch: Launch) -> int:
     """Run it and return the exit code that the training itself decided on.
 
     Launchers report any failure as 1 with a trace of their own. So the training leaves its code for an outcome
-    that is not a crash in a file, and ends with 0.
+    that is not a crash in a file, and ends with 0. Signals go to the training processes and to them alone, in a process
+    group of their own: launchers would end before them, or tell them twice.
     """
     with tempfile.TemporaryDirectory(prefix="peftune-") as folder:
         code = Path(folder) / "exit-code"
-        environment = {**os.environ, **launch.environment, EXIT_CODE_FILE: str(code),
+        environment = {**os.environ, **launch.environment, EXIT_CODE_FILE: str(code), STARTED: str(time.time()),
                        ASKED: str(launch.processes), ASKED_STRATEGY: launch.strategy}
-        done = subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch.command],
-                              env=environment, check=False)
+        passing = _PassOn(code)
+        for number in (*SIGNALS, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, passing)
+        passing.launcher = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch.command], env=environment,
+            process_group=0)
+        ended = passing.launcher.wait()
         if code.is_file():
             return int(code.read_text())
-        return done.returncode if done.returncode in (0, EXIT_OUR_FAULT) else EXIT_OUR_FAULT
+        if passing.told_launcher:
+            say("stopped before the first step: nothing was to be saved. Start the same command again")
+            return EXIT_PREEMPTED
+        return ended if ended in (EXIT_DONE, EXIT_OUR_FAULT) else EXIT_OUR_FAULT
+
+
+@dataclass(slots=True)
+class _PassOn:
+    """Hands signals to the training processes, which say who they are by files beside that of the exit code."""
+
+    code: Path
+    launcher: subprocess.Popen[bytes] | None = None
+    told_launcher: bool = False
+    """No training process was there yet."""
+
+    def __call__(self, number: int, frame: object) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone
+            number = signal.SIGTERM
+        listening = [int(file.suffix[1:]) for file in self.code.parent.glob(f"{self.code.name}.*")]
+        for process in listening:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        if not listening:
+            self.told_launcher = True
+            if self.launcher is not None:
+                os.killpg(self.launcher.pid, signal.SIGTERM)
 
 
 def presets() -> Path:

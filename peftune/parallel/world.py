@@ -45,6 +45,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on at least one process."""
+        return mine if self.ranks == 1 else self.sum(torch.tensor(float(mine), device=self.device)).item() > 0
+
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
         return max(self.gather([number]))
@@ -101,12 +105,28 @@ def open_world() -> World:
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise _wrong_world("accelerate launch was asked for several processes and started one plain process")
     use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    _join_after_restart(use_cpu)
     state = PartialState(cpu=use_cpu)
     if state.num_processes != asked:
         raise _wrong_world(f"{asked} processes were asked for, {state.num_processes} run together")
     if use_cpu:
         _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return World(state.process_index, state.num_processes, state.local_process_index, state.device, state.backend)
+
+
+def _join_after_restart(use_cpu: bool) -> None:
+    """Processes that torchrun has started again (`--max_restarts`) must not meet those that are gone.
+
+    The launcher's store outlives them (torch 2.13, static rendezvous), and with it the addresses under which they met:
+    joined the usual way, new processes try to reach old ones. So they meet under names of their own. Delete this when
+    torch makes a new store for each start.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, is_master=False)
+        dist.init_process_group("gloo" if use_cpu else None, rank=rank, world_size=ranks,
+                                store=dist.PrefixStore(f"restart-{restart}", store))
 
 
 def _share_cores(processes: int) -> None:

@@ -1,0 +1,231 @@
+"""A run that is told to stop saves, ends with 75, and goes on as if it had not been stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from peftune.config.schema import seconds_of
+from peftune.errors import EXIT_CODE_FILE, guarded
+from peftune.parallel.stop import Stop
+from peftune.train import main
+from tests.conftest import ROOT, free_port, metric_rows, summary, write_config
+
+TRAIN = [sys.executable, str(ROOT / "peftune" / "train.py")]
+KEPT = ("step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "accuracy")
+
+
+@dataclass(slots=True)
+class AfterLooks(Stop):
+    """Told to stop when the run has looked so many times whether it is."""
+
+    looks: int = 0
+
+    def asked(self, next_s: float = 0.0) -> bool:
+        self.looks -= self.waiting
+        return self.waiting and self.looks < 0
+
+
+def told(folder: Path) -> list[dict]:
+    return [{key: row[key] for key in KEPT if key in row} for row in metric_rows(folder)]
+
+
+def same_run(ours: Path, theirs: Path) -> None:
+    assert told(ours) == told(theirs)
+    mine, other = (load_file(next((run / "final").glob("*.safetensors"))) for run in (ours, theirs))
+    assert mine.keys() == other.keys() and all((mine[key] == other[key]).all() for key in other)
+    for key in ("metrics", "baseline", "best", "best_step", "steps"):
+        assert summary(ours)[key] == summary(theirs)[key]
+
+
+@pytest.mark.parametrize("task", ["classify", "converse"])
+def test_stopped_at_every_place_where_it_looks_a_run_ends_as_the_unbroken_one(task, request, train, tmp_path, capsys):
+    """Between steps, between the batches of an evaluation and of generation, and in the last scores."""
+    settings = request.getfixturevalue(task)
+    settings["evaluation"] = {**settings["evaluation"], "every_steps": 2}
+    unbroken = train(settings, name="unbroken")
+    folder = tmp_path / "stopped"
+    config = str(write_config({**settings, "output_dir": str(folder)}, tmp_path / "c"))
+    looks, codes, steps = 0, [], set()
+    while not codes or codes[-1] == 75:
+        codes.append(guarded(lambda words: main(words, AfterLooks(looks=looks)), [config]))  # noqa: B023
+        if codes[-1] == 75:
+            left = json.loads((folder / "stopped.json").read_text())
+            stuck = left["step"] in steps
+            steps.add(left["step"])
+            assert (folder / left["checkpoint"]).is_dir() and left["exit_code"] == 75
+            assert left["go_on"] == f"peftune train {folder / 'config.yaml'}"
+        # one look further each time that it came no further, so that each place is met once
+        looks = looks + 1 if codes[-1] == 75 and stuck else 0
+    assert codes[-1] == 0 and len(codes) > 8 and steps == set(range(1, 7))
+    assert not (folder / "stopped.json").exists()
+    assert ": 6 of 6 steps are done and saved" in capsys.readouterr().err
+    same_run(folder, unbroken)
+
+
+def test_a_deadline_that_has_passed_costs_the_first_step_only(classify, train, tmp_path):
+    unbroken = train(classify, name="unbroken")
+    folder, codes = tmp_path / "late", []
+    config = str(write_config({**classify, "output_dir": str(folder)}, tmp_path / "c"))
+    while not codes or codes[-1] == 75:
+        codes.append(guarded(main, [config, "deadline=1s"] if len(codes) < 3 else [config]))
+        assert len(codes) < 5
+    assert codes == [75, 75, 75, 0]
+    same_run(folder, unbroken)
+
+
+def test_a_far_deadline_changes_nothing_and_measures_a_checkpoint(classify, train):
+    plain = train(classify, "checkpoint.every_steps=4", name="plain")
+    timed = train(classify, "checkpoint.every_steps=4", "checkpoint.keep=9", "deadline=3h55m", name="timed")
+    same_run(timed, plain)
+    assert [path.name for path in sorted((timed / "checkpoints").iterdir())] == [
+        "step-000001", "step-000004", "step-000006"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("3h55m", 14100), ("90m", 5400), ("45s", 45), ("1h1m1s", 3661)])
+def test_durations_are_seconds(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "soon", "5", "3:55:00", "5m3h"])
+def test_what_is_no_duration_is_refused_with_examples(text, classify, tmp_path, capsys):
+    config = str(write_config({**classify, "deadline": text}, tmp_path / "c"))
+    assert guarded(main, [config]) == 2
+    said = capsys.readouterr().err
+    assert "deadline" in said and "mend: use 3h55m, 90m or 45s" in said
+
+
+class Started:
+    """A command in the background, with what it says in files."""
+
+    def __init__(self, words: list, folder: Path, **variables: str) -> None:
+        self.said = folder / "stderr"
+        with self.said.open("w") as stderr, (folder / "stdout").open("w") as stdout:
+            self.process = subprocess.Popen([str(word) for word in words], stdout=stdout, stderr=stderr, cwd=ROOT,
+                                            env={**os.environ, **variables})
+
+    def wait_until(self, happened, seconds: float = 180) -> None:
+        until = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < until, self.said.read_text()
+            time.sleep(0.02)
+
+    def ends_with(self, code: int, seconds: float = 60) -> str:
+        assert self.process.wait(seconds) == code, self.said.read_text()
+        return self.said.read_text()
+
+
+def reached(folder: Path, step: int):
+    return lambda: (folder / "metrics.jsonl").is_file() and any(
+        row["split"] == "train" and row["step"] >= step for row in metric_rows(folder))
+
+
+@pytest.fixture
+def long(classify, tmp_path):
+    """A run of many steps with few checkpoints, and its folder."""
+    classify["train"]["max_steps"] = 400
+    classify["checkpoint"] = classify["evaluation"] = {"every_steps": 300}
+    folder = Path(classify["output_dir"])
+    return write_config(classify, tmp_path / "c"), folder
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_the_process_with_75_and_leaves_nothing(long, tmp_path):
+    config, folder = long
+    code = tmp_path / "code"
+    started = Started([*TRAIN, config], tmp_path, **{EXIT_CODE_FILE: str(code)})
+    started.wait_until(lambda: any(tmp_path.glob("code.*")))  # it listens; torch is not imported yet
+    started.process.send_signal(signal.SIGTERM)
+    said = started.ends_with(0, seconds=5)
+    assert code.read_text() == "75" and "stopped by SIGTERM before the first step" in said
+    assert "Traceback" not in said and not folder.exists()
+
+
+def test_repetitions_within_two_seconds_are_one_request_and_a_later_one_stops_at_once(tmp_path):
+    """The keyboard, a launcher and a cluster may each send the same request."""
+    script = ("import time; from peftune.parallel.stop import listen; stop = listen(); stop.wait_for_steps(None)\n"
+              "while not stop.asked(): time.sleep(0.01)\nprint('noted', flush=True); time.sleep(60)")
+    started = Started([sys.executable, "-c", script], tmp_path, **{EXIT_CODE_FILE: str(tmp_path / "code")})
+    started.wait_until(lambda: any(tmp_path.glob("code.*")))
+    time.sleep(0.2)
+    for _ in range(3):
+        started.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    started.wait_until(lambda: "noted" in (tmp_path / "stdout").read_text())
+    time.sleep(2.1)
+    assert started.process.poll() is None
+    started.process.send_signal(signal.SIGINT)
+    assert "stopped at once by a second signal, SIGINT" in started.ends_with(0, seconds=2)
+    assert (tmp_path / "code").read_text() == "130"
+
+
+def listeners(folder: Path) -> list[int]:
+    """Process ids, lowest first, of the training processes of a run."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = line.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if len(words) > 2 and words[1:3] == [b"-u", str(ROOT / "peftune" / "train.py").encode()] and any(
+                str(folder).encode() in word for word in words):
+            found.append(int(line.parent.name))
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_whoever_is_told_and_torchrun_restarts_them(long, tmp_path):
+    config, _ = long
+    words = [sys.executable, "-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2"]
+    told_one = [*words, f"output_dir={tmp_path / 'one'}"]
+    started = Started(told_one, tmp_path)
+    started.wait_until(reached(tmp_path / "one", 5))
+    os.kill(listeners(tmp_path / "one")[1], signal.SIGUSR1)
+    said = started.ends_with(75)
+    assert said.count("stopped: SIGUSR1 came: ") == 1 and "Traceback" not in said
+
+    started = Started(told_one, tmp_path)
+    began = json.loads((tmp_path / "one" / "stopped.json").read_text())["step"]
+    started.wait_until(lambda: began < 390 and reached(tmp_path / "one", began + 5)())
+    before = time.monotonic()
+    started.process.send_signal(signal.SIGINT)
+    said = started.ends_with(75)
+    assert time.monotonic() - before < 20
+    assert said.count("stopped: SIGINT came: ") == 1 and "Traceback" not in said
+    left = json.loads((tmp_path / "one" / "stopped.json").read_text())
+    assert began < left["step"] < 400 and left["go_on"].endswith("--strategy ddp --processes 2")
+    assert (tmp_path / "one" / left["checkpoint"]).is_dir()
+    Started(told_one, tmp_path).ends_with(0, seconds=180)
+
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+                  ROOT / "launch" / "accelerate" / "ddp-cpu.yaml", "--main_process_port", free_port(),
+                  "--max_restarts", "1", *TRAIN[1:], config, f"output_dir={tmp_path / 'two'}",
+                  "checkpoint.every_steps=20"]
+    started = Started(accelerate, tmp_path, ACCELERATE_USE_CPU="true")
+    started.wait_until(reached(tmp_path / "two", 50))
+    os.kill(listeners(tmp_path / "two")[1], signal.SIGKILL)
+    started.ends_with(0, seconds=180)
+    assert "continuing after step" in (tmp_path / "stdout").read_text()
+    same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_accelerate_alone_ends_a_told_run_with_a_checkpoint_and_its_message(long, tmp_path):
+    config, folder = long
+    started = Started([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+                       ROOT / "launch" / "accelerate" / "single.yaml", *TRAIN[1:], config], tmp_path)
+    started.wait_until(reached(folder, 1))
+    os.kill(listeners(folder)[0], signal.SIGTERM)
+    said = started.ends_with(1)  # accelerate's own, for any code but 0
+    assert "SIGTERM: saving after this step" in said and "stopped: SIGTERM came: " in said and "exit 75" in said
+    assert f"to go on: peftune train {folder / 'config.yaml'}" in said
+    left = json.loads((folder / "stopped.json").read_text())
+    assert left["why"] == "SIGTERM came" and (folder / left["checkpoint"]).is_dir()
