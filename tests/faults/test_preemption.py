@@ -175,57 +175,47 @@ def listeners(folder: Path) -> list[int]:
             words = line.read_bytes().split(b"\0")
         except OSError:
             continue
-        if len(words) > 2 and words[1:3] == [b"-u", str(ROOT / "peftune" / "train.py").encode()] and any(
-                str(folder).encode() in word for word in words):
+        ours = words[1:3] == [b"-u", str(ROOT / "peftune" / "train.py").encode()]
+        if ours and any(word.startswith(str(folder.parent).encode()) for word in words):
             found.append(int(line.parent.name))
     return sorted(found)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_whoever_is_told_and_torchrun_restarts_them(long, tmp_path):
-    config, _ = long
-    words = [sys.executable, "-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2"]
-    told_one = [*words, f"output_dir={tmp_path / 'one'}"]
-    started = Started(told_one, tmp_path)
-    started.wait_until(reached(tmp_path / "one", 5))
-    os.kill(listeners(tmp_path / "one")[1], signal.SIGUSR1)
-    said = started.ends_with(75)
-    assert said.count("stopped: SIGUSR1 came: ") == 1 and "Traceback" not in said
-
-    started = Started(told_one, tmp_path)
-    began = json.loads((tmp_path / "one" / "stopped.json").read_text())["step"]
-    started.wait_until(lambda: began < 390 and reached(tmp_path / "one", began + 5)())
+def test_an_interrupt_of_peftune_train_ends_it_with_75_one_message_and_a_checkpoint(long, tmp_path):
+    config, folder = long
+    started = Started([sys.executable, "-m", "peftune.cli", "train", config], tmp_path)
+    started.wait_until(reached(folder, 1))
     before = time.monotonic()
     started.process.send_signal(signal.SIGINT)
     said = started.ends_with(75)
     assert time.monotonic() - before < 20
-    assert said.count("stopped: SIGINT came: ") == 1 and "Traceback" not in said
-    left = json.loads((tmp_path / "one" / "stopped.json").read_text())
-    assert began < left["step"] < 400 and left["go_on"].endswith("--strategy ddp --processes 2")
-    assert (tmp_path / "one" / left["checkpoint"]).is_dir()
-    Started(told_one, tmp_path).ends_with(0, seconds=180)
-
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-                  ROOT / "launch" / "accelerate" / "ddp-cpu.yaml", "--main_process_port", free_port(),
-                  "--max_restarts", "1", *TRAIN[1:], config, f"output_dir={tmp_path / 'two'}",
-                  "checkpoint.every_steps=20"]
-    started = Started(accelerate, tmp_path, ACCELERATE_USE_CPU="true")
-    started.wait_until(reached(tmp_path / "two", 50))
-    os.kill(listeners(tmp_path / "two")[1], signal.SIGKILL)
-    started.ends_with(0, seconds=180)
-    assert "continuing after step" in (tmp_path / "stdout").read_text()
-    same_run(tmp_path / "two", tmp_path / "one")
+    assert "SIGINT: saving after this step" in said and said.count("stopped: SIGINT came: ") == 1
+    assert f"to go on: peftune train {folder / 'config.yaml'}, or" in said and "Traceback" not in said
+    left = json.loads((folder / "stopped.json").read_text())
+    assert left["why"] == "SIGINT came" and 0 < left["step"] < 400 and (folder / left["checkpoint"]).is_dir()
 
 
 @pytest.mark.slow
-def test_accelerate_alone_ends_a_told_run_with_a_checkpoint_and_its_message(long, tmp_path):
+def test_two_processes_stop_when_one_is_told_and_go_on_after_a_death_that_torchrun_mends(long, tmp_path):
     config, folder = long
-    started = Started([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-                       ROOT / "launch" / "accelerate" / "single.yaml", *TRAIN[1:], config], tmp_path)
-    started.wait_until(reached(folder, 1))
-    os.kill(listeners(folder)[0], signal.SIGTERM)
-    said = started.ends_with(1)  # accelerate's own, for any code but 0
-    assert "SIGTERM: saving after this step" in said and "stopped: SIGTERM came: " in said and "exit 75" in said
-    assert f"to go on: peftune train {folder / 'config.yaml'}" in said
+    words = [sys.executable, "-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2"]
+    started = Started(words, tmp_path)
+    started.wait_until(reached(folder, 5))
+    os.kill(listeners(folder)[1], signal.SIGUSR1)
+    said = started.ends_with(75)
+    assert said.count("stopped: SIGUSR1 came: ") == 1 and "Traceback" not in said
     left = json.loads((folder / "stopped.json").read_text())
-    assert left["why"] == "SIGTERM came" and (folder / left["checkpoint"]).is_dir()
+    assert left["go_on"].endswith("--strategy ddp --processes 2")
+
+    started = Started([
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+        ROOT / "launch" / "accelerate" / "ddp-cpu.yaml", "--main_process_port", free_port(), "--max_restarts", "1",
+        *TRAIN[1:], config, "checkpoint.every_steps=20"], tmp_path, ACCELERATE_USE_CPU="true")
+    assert left["step"] < 340
+    started.wait_until(reached(folder, left["step"] + 30))
+    os.kill(listeners(folder)[1], signal.SIGKILL)
+    started.ends_with(0, seconds=180)
+    assert (tmp_path / "stdout").read_text().count("continuing after step") == 2
+    Started([*words, f"output_dir={tmp_path / 'unbroken'}"], tmp_path).ends_with(0, seconds=180)
+    same_run(folder, tmp_path / "unbroken")
