@@ -58,6 +58,8 @@ from peftune.tasks.text import Text, data_notes, data_warnings, open_text, quiet
 
 SHOWN_PLACES = 20
 """Rows of a finding that the manifest names; `peftune check` names more."""
+LEAKS = ("leak", "near_leak")
+"""Of these findings the manifest names every row: the report scores them apart."""
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
 code, so this is only room for kernels that sum in varying order."""
@@ -223,7 +225,8 @@ def _open_folder(
                  "counts": {name: asdict(counts) for name, counts in data.counts.items()},
                  "bad_rows": [str(fault) for fault in data.faults],
                  "findings": [{**asdict(finding), "places": [f"{place.file}:{place.line}: {place.message}"
-                                                             for place in finding.places[:SHOWN_PLACES]]}
+                                                             for place in finding.places[
+                                                                 :None if finding.kind in LEAKS else SHOWN_PLACES]]}
                               for finding in data.findings]},
     })
     write_text(folder / "config.yaml", dump(config))

@@ -92,6 +92,34 @@ class Split:
         return (json.loads(text) for chunk in self._chunks for text in chunk["record"].to_pylist())
 
 
+class Part:
+    """Rows of a split, spread evenly over it, with all the examples that each of them makes."""
+
+    def __init__(self, split: Split, rows: int) -> None:
+        """`rows`: how many rows at most; examples of one row lie together and have one source."""
+        self._split = split
+        starts = np.unique(np.linspace(0, len(split) - 1, min(rows, len(split))).astype(int))
+        self.positions = sorted({at for start in starts for at in self._row_around(int(start))})
+        self.padded_lengths = split.padded_lengths[self.positions]
+
+    def _row_around(self, at: int) -> Iterator[int]:
+        def same(other: int) -> bool:
+            return bool(self._split[other].record["source"] == source)
+
+        source, first = self._split[at].record["source"], at
+        while first and same(first - 1):
+            first -= 1
+        yield first
+        while (first := first + 1) < len(self._split) and same(first):
+            yield first
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, position: int) -> Example:
+        return self._split[self.positions[position]]
+
+
 class MemorySplit:
     """Examples in memory, for records that are used once."""
 

@@ -19,7 +19,7 @@ from peftune.loop.generate import generate_texts
 from peftune.model.reference import Reference
 from peftune.parallel.stop import Stop, StopAgreed
 from peftune.parallel.world import World
-from peftune.tasks.task import Metrics, Record, Task
+from peftune.tasks.task import Metrics, Record, Task, with_intervals
 
 BUDGET_TOKENS = 4096
 """Padded tokens of an evaluation batch. Fixed, so that scores do not depend on the training's memory knob."""
@@ -77,7 +77,8 @@ def evaluate(
         StopAgreed: a rank was asked to stop; heard by all within a batch.
     """
     records = predict(evaluator, model, split, name=name, generate=generate)
-    metrics = evaluator.world.on_main(lambda: evaluator.task.metrics(records, evaluator.targets, intervals))
+    metrics = evaluator.world.on_main(
+        lambda: with_intervals(evaluator.task.metrics(records, evaluator.targets, intervals)))
     return Scored(metrics, records)
 
 
@@ -89,8 +90,10 @@ def predict(
     model.eval()
     with torch.no_grad():
         mine = _forward_records(evaluator, model, split, name, scored)
-        if generate and evaluator.task.generates and evaluator.max_new_tokens > 0:
-            _add_generations(evaluator, model, split, mine, name)
+        if generate and evaluator.task.generates:
+            _add_given(evaluator, split, mine)
+            if evaluator.max_new_tokens > 0:
+                _add_generations(evaluator, model, split, mine, name)
     model.train(was_training)
     records = sorted(evaluator.world.gather(mine), key=lambda record: record["position"])
     assert [record["position"] for record in records] == list(range(len(split)))
@@ -130,6 +133,14 @@ def _forward_records(
 
 def _record(position: int, example: Example) -> Record:
     return {"position": position, **example.record}
+
+
+def _add_given(evaluator: Evaluator, split: Readable, records: Sequence[Record]) -> None:
+    """For people who read the records: the prompt as the model is given it, marks included; else the whole text."""
+    for record in records:
+        length = record.get("prompt_length")
+        text = evaluator.tokenizer.decode(split[record["position"]].input_ids[:length or None])
+        record["prompt" if length else "text"] = text
 
 
 def _add_generations(

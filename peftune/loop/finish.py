@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftune.data.layouts import lay_out
+from peftune.data.store import Part
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.judge import judge
@@ -22,6 +23,9 @@ from peftune.tasks.task import Record
 
 CHECKED_EXAMPLES = 4
 SCORED_SPLITS = ("validation", "test")
+TRAIN_PART_ROWS = 500
+"""Training rows that are scored like the other splits, to say what the model knows by heart; no more than the largest
+of those has."""
 HIDDEN_KEYS = ("position", "prompt_length", "words")
 
 
@@ -54,17 +58,17 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """
     deviation = publish_final(run)
     try:
-        state, metrics, best = _last_scores(run, state)
+        state, scores = _last_scores(run, state)
     except StopAgreed:
         leave(run, state)
-    summary = _summary(run, state, metrics, best, deviation)
+    summary = _summary(run, state, scores, deviation)
     if run.strategy.world.is_main:
         write_json(run.folder / "summary.json", summary)
     return state, summary
 
 
-def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-    """Of the last weights and, if they are another step's, of the best."""
+def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Of the last weights, also on rows they have learned from, and, if they are another step's, of the best."""
     metrics: dict[str, Any] = {}
     for name in SCORED_SPLITS:
         if name in run.data.splits:
@@ -75,12 +79,13 @@ def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any
                 state = judge(run, state, scored)
             else:
                 run.journal.evaluation_row(state, name, scored.metrics, epoch=run.epochs_of(state.step))
+    train_part = _score_train_part(run) if metrics else {}
     best: dict[str, Any] = {}
     if state.best_step not in (None, state.step):
         _put_back(run, "best")
         best = {name: _score(run, name).metrics for name in metrics}
         _put_back(run, "final")
-    return state, metrics, best
+    return state, {"metrics": metrics, "best": best or metrics, "train_part": train_part}
 
 
 def publish_final(run: Run) -> float:
@@ -135,9 +140,16 @@ def _score(run: Run, name: str) -> Scored:
                     intervals=True, generate=True)
 
 
-def _summary(
-    run: Run, state: TrainState, metrics: dict[str, Any], best: dict[str, Any], deviation: float
-) -> dict[str, Any]:
+def _score_train_part(run: Run) -> dict[str, Any]:
+    """Metrics of some training rows, with the last weights."""
+    largest = max(len(run.data.splits[name]) for name in SCORED_SPLITS if name in run.data.splits)
+    part = Part(run.data.splits["train"], min(TRAIN_PART_ROWS, largest))
+    scored = evaluate(run.evaluator, run.strategy.unwrap(run.model), part, name="train part", intervals=True,
+                      generate=run.generate_every_time)
+    return {"rows": len(scored.records), "metrics": scored.metrics}
+
+
+def _summary(run: Run, state: TrainState, scores: dict[str, Any], deviation: float) -> dict[str, Any]:
     return {
         "task": run.facts["task"], "exit": "stopped_early" if state.stopped_early else "done",
         "steps": state.step, "examples": state.examples, "tokens": state.tokens,
@@ -147,7 +159,7 @@ def _summary(
         "trainable_parameters": run.facts["trainable_parameters"],
         "total_parameters": run.facts["total_parameters"],
         "strategy": run.strategy.name, "world_size": run.strategy.world.ranks,
-        "metric": run.metric, "best_step": state.best_step, "metrics": metrics,
-        "best": best or metrics, "baseline": state.baseline.get("untrained", {}),
+        "metric": run.metric, "best_step": state.best_step, **scores,
+        "baseline": state.baseline.get("untrained", {}),
         "majority": state.baseline.get("majority", {}), "reload_deviation": deviation,
     }

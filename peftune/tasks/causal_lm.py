@@ -15,7 +15,7 @@ from peftune.data.examples import Batch, Example
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
 from peftune.numerics import scores
-from peftune.numerics.intervals import bootstrap_of_sums
+from peftune.numerics.intervals import resampled_sums
 from peftune.numerics.losses import IGNORE, next_token_nats
 from peftune.tasks import generated
 from peftune.tasks.supervision import prompt_tokens, round_trip_doubt, supervised_tokens
@@ -97,19 +97,19 @@ def predictions(
     return [{} for _ in records]
 
 
-def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
+def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
     """Loss in nats a token and perplexity; scores of generated text where there is some."""
     result: Metrics = {}
     loss = mean_loss(records)
     sums_N2 = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
-    low, high = map(rounded, bootstrap_of_sums(sums_N2, scores.ratio)) if intervals else (loss, loss)
-    put(result, "loss", loss, (lambda: (low, high)) if intervals else None)
-    put(result, "perplexity", _exp(loss), (lambda: (_exp(low), _exp(high))) if intervals else None)
+    losses = [rounded(value) for value in resampled_sums(sums_N2, scores.ratio)] if resample else []
+    put(result, "loss", loss, (lambda: np.array(losses)) if resample else None)
+    put(result, "perplexity", _exp(loss), (lambda: np.array([_exp(nats) for nats in losses])) if resample else None)
     answered = [r for r in records if r.get("prediction") is not None and r.get("reference") is not None]
     if answered:
-        for name, value, interval in generated.generation_scores(
+        for name, value, resampled in generated.generation_scores(
                 [r["prediction"] for r in answered], [r["reference"] for r in answered]):
-            put(result, name, value, interval if intervals else None)
+            put(result, name, value, resampled if resample else None)
     return result
 
 

@@ -11,12 +11,12 @@ from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
 from peftune.numerics import scores
-from peftune.numerics.intervals import bootstrap_of_sums
+from peftune.numerics.intervals import resampled_sums
 
 NAMES = ("exact_match", "rouge_l", "bleu", "final_number")
 
-Score = tuple[str, float, Callable[[], tuple[float, float]]]
-"""Name, value, and what gives its interval."""
+Score = tuple[str, float, Callable[[], np.ndarray]]
+"""Name, value, and what gives its values in resamples."""
 
 FINAL_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 """How GSM8K marks an answer (Cobbe et al., 2021, arXiv:2110.14168)."""
@@ -32,7 +32,7 @@ def generation_scores(predictions: Sequence[str], references: Sequence[str]) -> 
     yield _mean("exact_match", [float(got.strip() == want.strip()) for got, want in pairs])
     yield _mean("rouge_l", [scorer.score(want, got)["rougeL"].fmeasure for got, want in pairs])
     yield ("bleu", BLEU().corpus_score(list(predictions), [list(references)]).score,
-           partial(_bleu_interval, predictions, references))
+           partial(_bleu_resampled, predictions, references))
     numbers = [final_number(want) for want in references]
     if all(number is not None for number in numbers):
         yield _mean("final_number", [float(final_number(got) == number)
@@ -47,15 +47,15 @@ def final_number(text: str) -> str | None:
 
 def _mean(name: str, values: Sequence[float]) -> Score:
     table = np.column_stack([values, np.ones(len(values))])
-    return name, float(np.mean(values)), lambda: bootstrap_of_sums(table, scores.ratio)
+    return name, float(np.mean(values)), lambda: resampled_sums(table, scores.ratio)
 
 
-def _bleu_interval(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+def _bleu_resampled(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """BLEU is a function of sums over sentences: matching and possible n-grams, and the two lengths."""
     metric = BLEU(effective_order=True)
     parts = [metric.sentence_score(got, [want]) for got, want in zip(predictions, references, strict=True)]
     sums = np.array([[*part.counts, *part.totals, part.sys_len, part.ref_len] for part in parts])
-    return bootstrap_of_sums(sums, lambda table: np.array([_bleu(row.astype(int).tolist()) for row in table]))
+    return resampled_sums(sums, lambda table: np.array([_bleu(row.astype(int).tolist()) for row in table]))
 
 
 def _bleu(row: list[int]) -> float:

@@ -22,7 +22,7 @@ from peftune.data.targets import Targets
 from peftune.model.outputs import logits_of
 from peftune.model.reference import Reference
 from peftune.numerics import scores
-from peftune.numerics.intervals import bootstrap_of_sums
+from peftune.numerics.intervals import resampled_sums
 from peftune.numerics.losses import IGNORE, next_token_nats, preference_margins, preference_nats
 from peftune.tasks.supervision import supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
@@ -43,10 +43,16 @@ def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     sides = [_side(row.fields, answer, text) for answer in ("chosen", "rejected")]
     cut = [(ids[: text.max_length], targets[: text.max_length]) for ids, targets in sides]
     learned = all(any(target != IGNORE for target in targets[1:]) for _, targets in cut)
-    record = {"id": row.id, "reference": "chosen", "source": f"{row.file}:{row.line}"}
+    record = {"id": row.id, "reference": "chosen", "source": f"{row.file}:{row.line}",
+              "prompt": row.fields.get("prompt") or _shown(row.fields["messages"]),
+              "chosen": row.fields["chosen"], "rejected": row.fields["rejected"]}
     return [Example(
         [*cut[0][0], *cut[1][0]], [*cut[0][1], *cut[1][1]], int(learned), max(len(ids) for ids, _ in sides), record,
         source=row.source, first_part=len(cut[0][0]))]
+
+
+def _shown(messages: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
 
 def _side(fields: Mapping[str, Any], answer: str, text: TextEncoder) -> tuple[list[int], list[int]]:
@@ -97,7 +103,7 @@ def predictions(
     ]
 
 
-def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
+def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
     """Mean loss, share of pairs whose chosen answer has gained more than the rejected one, mean margin and rewards."""
     columns: list[tuple[str, float, list[float]]] = [("loss", mean_loss(records), [r["loss_sum"] for r in records])]
     right = [float(r["margin"] > 0) for r in records]
@@ -107,13 +113,13 @@ def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Met
         columns.append((name, rounded(float(np.mean(values))), values))
     result: Metrics = {}
     for name, value, values in columns:
-        put(result, name, value, _interval(values) if intervals else None)
+        put(result, name, value, _resampled(values) if resample else None)
     return result
 
 
-def _interval(values: Sequence[float]) -> Callable[[], tuple[float, float]]:
+def _resampled(values: Sequence[float]) -> Callable[[], np.ndarray]:
     table = np.column_stack([values, np.ones(len(values))])
-    return lambda: bootstrap_of_sums(table, scores.ratio)
+    return lambda: resampled_sums(table, scores.ratio)
 
 
 def metric_names(targets: Targets) -> tuple[str, ...]:

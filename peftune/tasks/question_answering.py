@@ -17,7 +17,7 @@ from peftune.data.layouts import rows_of
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.numerics import scores, squad
-from peftune.numerics.intervals import bootstrap_of_sums
+from peftune.numerics.intervals import resampled_sums
 from peftune.numerics.losses import CANDIDATE, END, IGNORE, START, span_nats
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put
 
@@ -175,27 +175,27 @@ def _question(position: int, windows: Sequence[Record], settings: EvaluationConf
     return {**kept, "position": position, **answer, **sums, "no_answer_margin": margin, "n_best": n_best}
 
 
-def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
+def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
     """Exact match and F1 from 0 to 1; where questions may have no answer, those of either kind too."""
     result: Metrics = {}
     table = np.array([[squad.best_over(score, r["prediction"], r["reference"]) for score in
                        (squad.exact_match, squad.f1)] for r in records])
     answered = np.array([bool(r["reference"]) for r in records])
     for column, name in enumerate(("exact_match", "f1")):
-        _mean(result, name, table[:, column], intervals)
+        _mean(result, name, table[:, column], resample)
     if targets.problem == "answer_or_none":
         for column, name in enumerate(("exact_match", "f1")):
-            _mean(result, f"answerable_{name}", table[answered, column], intervals)
-        _mean(result, "unanswerable_accuracy", table[~answered, 0], intervals)
+            _mean(result, f"answerable_{name}", table[answered, column], resample)
+        _mean(result, "unanswerable_accuracy", table[~answered, 0], resample)
     sums = np.array([(r["loss_sum"], r["num_targets"]) for r in records])
-    put(result, "loss", mean_loss(records), (lambda: bootstrap_of_sums(sums, scores.ratio)) if intervals else None)
+    put(result, "loss", mean_loss(records), (lambda: resampled_sums(sums, scores.ratio)) if resample else None)
     return result
 
 
-def _mean(result: Metrics, name: str, values: np.ndarray, intervals: bool) -> None:
+def _mean(result: Metrics, name: str, values: np.ndarray, resample: bool) -> None:
     if len(values):
         sums = np.column_stack([values, np.ones_like(values)])
-        put(result, name, float(values.mean()), (lambda: bootstrap_of_sums(sums, scores.ratio)) if intervals else None)
+        put(result, name, float(values.mean()), (lambda: resampled_sums(sums, scores.ratio)) if resample else None)
 
 
 def metric_names(targets: Targets) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError, Fault
 from peftune.numerics import scores
-from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
+from peftune.numerics.intervals import resampled_positions, resampled_sums
 from peftune.numerics.losses import class_nats, label_nats, squared_error
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
@@ -68,7 +68,9 @@ def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     label = row.fields["label"]
     example = encode_prompt(row.fields, text)[0]
     ids, reference = _target(label, targets)
-    record = {"id": row.id, "reference": reference, "source": f"{row.file}:{row.line}"}
+    record = {"id": row.id, "reference": reference, "source": f"{row.file}:{row.line}", "text": row.fields["text"]}
+    if row.fields.get("text_pair") is not None:
+        record["text_pair"] = row.fields["text_pair"]
     return [Example(example.input_ids, ids, len(ids), example.full_length, record, example.segment_ids, row.source)]
 
 
@@ -128,19 +130,19 @@ def predictions(
             for k, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
-def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
+def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
     """scikit-learn's and scipy's scores over the records; undefined ones are None."""
     result: Metrics = {"loss": mean_loss(records)}
     measure = _regression_scores if targets.problem == "regression" else _class_scores
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant inputs make a correlation undefined: said as None, not as a warning
-        for name, value, interval in measure(records, targets):
-            put(result, name, value, interval if intervals else None)
+        for name, value, resampled in measure(records, targets):
+            put(result, name, value, resampled if resample else None)
     return result
 
 
-Score = tuple[str, float, Callable[[], tuple[float, float]]]
-"""Name, value, and how to get its interval."""
+Score = tuple[str, float, Callable[[], np.ndarray]]
+"""Name, value, and how to get its values in resamples."""
 
 
 def _class_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score]:
@@ -150,14 +152,14 @@ def _class_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score
     counts_NF = np.concatenate([want_NK * got_NK, got_NK, want_NK], axis=1)
     right_N2 = np.column_stack([(want_NK == got_NK).all(axis=1), np.ones(len(records))])
     if several:
-        yield "micro_f1", _f1(want_NK, got_NK, "micro"), lambda: bootstrap_of_sums(counts_NF, scores.micro_f1)
-        yield "macro_f1", _f1(want_NK, got_NK, "macro"), lambda: bootstrap_of_sums(counts_NF, scores.macro_f1_of_all)
-        yield "exact_match", float(accuracy_score(want_NK, got_NK)), lambda: bootstrap_of_sums(right_N2, scores.ratio)
+        yield "micro_f1", _f1(want_NK, got_NK, "micro"), lambda: resampled_sums(counts_NF, scores.micro_f1)
+        yield "macro_f1", _f1(want_NK, got_NK, "macro"), lambda: resampled_sums(counts_NF, scores.macro_f1_of_all)
+        yield "exact_match", float(accuracy_score(want_NK, got_NK)), lambda: resampled_sums(right_N2, scores.ratio)
     else:
         want, got = want_NK.argmax(axis=1), got_NK.argmax(axis=1)
-        yield "accuracy", float(accuracy_score(want, got)), lambda: bootstrap_of_sums(right_N2, scores.ratio)
-        yield "macro_f1", _f1(want, got, "macro"), lambda: bootstrap_of_sums(counts_NF, scores.macro_f1)
-        yield "mcc", float(matthews_corrcoef(want, got)), lambda: bootstrap_of_sums(counts_NF, scores.matthews)
+        yield "accuracy", float(accuracy_score(want, got)), lambda: resampled_sums(right_N2, scores.ratio)
+        yield "macro_f1", _f1(want, got, "macro"), lambda: resampled_sums(counts_NF, scores.macro_f1)
+        yield "mcc", float(matthews_corrcoef(want, got)), lambda: resampled_sums(counts_NF, scores.matthews)
 
 
 def _f1(want: np.ndarray, got: np.ndarray, average: str) -> float:
@@ -170,12 +172,12 @@ def _regression_scores(records: Sequence[Record], targets: Targets) -> Iterator[
     products = np.column_stack([np.ones_like(x), x, y, x * y, x * x, y * y])
     several = len(records) > 1
     yield ("pearson", rounded(stats.pearsonr(want, got).statistic) if several else float("nan"),
-           lambda: bootstrap_of_sums(products, scores.pearson))
+           lambda: resampled_sums(products, scores.pearson))
     yield ("spearman", float(stats.spearmanr(want, got).statistic) if several else float("nan"),
-           lambda: bootstrap_of_positions(lambda at: float(stats.spearmanr(want[at], got[at]).statistic), len(want)))
+           lambda: resampled_positions(lambda at: float(stats.spearmanr(want[at], got[at]).statistic), len(want)))
     errors = np.column_stack([np.square(want - got), np.ones_like(want)])
     yield ("rmse", rounded(root_mean_squared_error(want, got)),
-           lambda: bootstrap_of_sums(errors, lambda sums: np.sqrt(scores.ratio(sums))))
+           lambda: resampled_sums(errors, lambda sums: np.sqrt(scores.ratio(sums))))
 
 
 def majority(train: Iterable[Record], scored: Sequence[Record], targets: Targets) -> list[Record]:

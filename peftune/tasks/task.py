@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +18,18 @@ from peftune.data.targets import Targets
 from peftune.errors import ConfigError, Fault
 from peftune.model.outputs import logits_of
 from peftune.model.reference import Reference
+from peftune.numerics.intervals import interval
 
 Record = dict[str, Any]
 """One evaluated example: position, id, prediction, reference, loss_sum, num_targets, and what the task adds."""
 
 Metrics = dict[str, Any]
-"""Metric name -> value (None where undefined), and `<name>_interval` -> [low, high] where asked for."""
+"""Metric name -> value (None where undefined), and `<name>_interval` -> [low, high] where asked for.
+
+What `Task.metrics` gives holds `<name>_resampled` -> values [R] instead: see `with_intervals`."""
+
+RESAMPLED = "_resampled"
+"""End of the name of a metric's values in resamples."""
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse"})
 
@@ -72,7 +79,7 @@ class Task:
     combine: Callable[[Sequence[Record], Targets], list[Record]] = one_record_each
     """Records of examples in order of position -> records of rows."""
     metrics: Callable[[Sequence[Record], Targets, bool], Metrics]
-    """Records in order of position -> metrics; True adds intervals."""
+    """Records in order of position -> metrics; True adds their values in resamples of the records."""
     metric_names: Callable[[Targets], tuple[str, ...]]
     """Names that `metrics` gives for these targets, the usual one first."""
     majority: Callable[[Iterable[Record], Sequence[Record], Targets], list[Record]] | None = None
@@ -152,12 +159,23 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def put(metrics: Metrics, name: str, value: float, interval: Callable[[], tuple[float, float]] | None) -> None:
-    """Add a metric, None where it is undefined, and its interval if one is asked for."""
+def put(metrics: Metrics, name: str, value: float, resampled: Callable[[], np.ndarray] | None) -> None:
+    """Add a metric, None where it is undefined, and its values in resamples if they are asked for."""
     metrics[name] = value if math.isfinite(value) else None
-    if interval is not None:
-        low, high = interval()
-        metrics[f"{name}_interval"] = [low, high] if math.isfinite(low + high) else None
+    if resampled is not None:
+        metrics[f"{name}{RESAMPLED}"] = resampled()
+
+
+def with_intervals(metrics: Metrics) -> Metrics:
+    """Metrics with the 95 % interval in place of the resampled values it is read off; None where it is undefined."""
+    result: Metrics = {}
+    for name, value in metrics.items():
+        if name.endswith(RESAMPLED):
+            low, high = interval(value)
+            result[f"{name.removesuffix(RESAMPLED)}_interval"] = [low, high] if math.isfinite(low + high) else None
+        else:
+            result[name] = value
+    return result
 
 
 def better(metric: str, value: float | None, best: float | None) -> bool:

@@ -22,7 +22,7 @@ from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError, Fault
 from peftune.numerics import scores
-from peftune.numerics.intervals import bootstrap_of_sums
+from peftune.numerics.intervals import resampled_sums
 from peftune.numerics.losses import IGNORE, token_nats
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put
 
@@ -152,7 +152,7 @@ def predictions(
     return found
 
 
-def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Metrics:
+def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
     """Entity-level scores by seqeval: lenient (conlleval's) and strict, then each type's; accuracy of words; loss.
 
     Words beyond `data.max_length` count as tagged O.
@@ -164,12 +164,12 @@ def metrics(records: Sequence[Record], targets: Targets, intervals: bool) -> Met
         counts = _counts(want, got, scheme)
         for name, key, formula in (("f1", "f1-score", scores.micro_f1), ("precision", "precision", scores.precision),
                                    ("recall", "recall", scores.recall)):
-            put(result, prefix + name, overall[key], partial(bootstrap_of_sums, counts, formula) if intervals else None)
+            put(result, prefix + name, overall[key], partial(resampled_sums, counts, formula) if resample else None)
     words = np.array([(sum(a == b for a, b in zip(w, g, strict=True)), len(w)) for w, g in zip(want, got, strict=True)])
     put(result, "accuracy", float(accuracy_score(want, got)),
-        (lambda: bootstrap_of_sums(words, scores.ratio)) if intervals else None)
+        (lambda: resampled_sums(words, scores.ratio)) if resample else None)
     sums = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
-    put(result, "loss", mean_loss(records), (lambda: bootstrap_of_sums(sums, scores.ratio)) if intervals else None)
+    put(result, "loss", mean_loss(records), (lambda: resampled_sums(sums, scores.ratio)) if resample else None)
     for kind, values in _report(want, got, None).items():
         if not kind.endswith(" avg"):
             result |= {f"f1/{kind}": values["f1-score"], f"precision/{kind}": values["precision"],

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from peftune.numerics import scores, squad
 from peftune.numerics.dealing import deal, padded_groups, rank_groups
-from peftune.numerics.intervals import bootstrap_of_positions, bootstrap_of_sums
+from peftune.numerics.intervals import interval, resampled_positions, resampled_sums
 from peftune.numerics.losses import (
     IGNORE,
     class_nats,
@@ -188,8 +188,8 @@ def test_pearson_of_sums_equals_numpy():
 
 def test_the_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_examples():
     values = np.random.default_rng(0).normal(5.0, 2.0, 4000)
-    low, high = bootstrap_of_sums(np.column_stack([values, np.ones(4000)]), scores.ratio)
+    low, high = interval(resampled_sums(np.column_stack([values, np.ones(4000)]), scores.ratio))
     half = 1.96 * values.std() / math.sqrt(4000)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-    again = bootstrap_of_positions(lambda at: float(values[at].mean()), 4000)
+    again = interval(resampled_positions(lambda at: float(values[at].mean()), 4000))
     assert again == pytest.approx((low, high), abs=0.02)

@@ -14,7 +14,7 @@ from peftune.data.sources import read
 from peftune.data.targets import RowFault, Targets
 from peftune.numerics.losses import IGNORE
 from peftune.tasks.question_answering import _best_spans, combine, encode, learn_targets, metrics
-from peftune.tasks.task import TextEncoder
+from peftune.tasks.task import TextEncoder, with_intervals
 from tests.conftest import metric_rows
 
 CONTEXT = "the printer works again and the badge was lost and the router is fine now and the screen looks great"
@@ -109,7 +109,7 @@ def test_metrics_tell_answerable_questions_from_others():
     records = [{"prediction": "badge", "reference": ["the badge"], "loss_sum": 1.0, "num_targets": 1},
                {"prediction": "", "reference": [], "loss_sum": 1.0, "num_targets": 1},
                {"prediction": "x", "reference": [], "loss_sum": 1.0, "num_targets": 1}]
-    result = metrics(records, Targets("answer_or_none"), True)
+    result = with_intervals(metrics(records, Targets("answer_or_none"), True))
     assert result["exact_match"] == pytest.approx(2 / 3) and result["unanswerable_accuracy"] == 0.5
     assert result["answerable_f1"] == 1.0 and result["f1_interval"][0] <= result["f1"] <= result["f1_interval"][1]
 

@@ -13,7 +13,7 @@ from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError
 from peftune.tasks.causal_lm import metrics as text_metrics
 from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
-from peftune.tasks.task import TextEncoder, better
+from peftune.tasks.task import TextEncoder, better, with_intervals
 
 
 def rows(labels):
@@ -69,7 +69,7 @@ def test_single_label_metrics_are_those_of_scikit_learn():
                for record, w in zip(predictions(logits, None, targets, []), want, strict=True)]
     got = [record["prediction"] for record in records]
     assert got == [targets.names[k] for k in logits.argmax(1).tolist()]
-    result = metrics(records, targets, True)
+    result = with_intervals(metrics(records, targets, True))
     assert result["accuracy"] == sk.accuracy_score(want, got)
     assert result["macro_f1"] == pytest.approx(sk.f1_score(want, got, average="macro"))
     assert result["mcc"] == pytest.approx(sk.matthews_corrcoef(want, got))
@@ -84,7 +84,7 @@ def test_regression_metrics_are_those_of_scipy_and_undefined_ones_are_none():
     targets = Targets("regression", (), "values")
     records = [{"prediction": g, "reference": w, "loss_sum": 0.0, "num_targets": 1}
                for g, w in zip(got, want, strict=True)]
-    result = metrics(records, targets, True)
+    result = with_intervals(metrics(records, targets, True))
     assert result["pearson"] == pytest.approx(stats.pearsonr(want, got).statistic, rel=1e-5)
     assert result["spearman"] == pytest.approx(stats.spearmanr(want, got).statistic)
     assert result["rmse"] == pytest.approx(np.sqrt(np.mean((want - got) ** 2)), rel=1e-5)
@@ -110,7 +110,7 @@ def test_text_metrics_score_generations_and_perplexity():
     records = [{"loss_sum": 2.0, "num_targets": 2, "prediction": "the cat", "reference": "the cat"},
                {"loss_sum": 0.0, "num_targets": 2, "prediction": "a dog", "reference": "the dog"},
                {"loss_sum": 2.0, "num_targets": 0, "reference": None}]
-    result = text_metrics(records, Targets("next_token"), True)
+    result = with_intervals(text_metrics(records, Targets("next_token"), True))
     assert result["loss"] == 1.0 and result["perplexity"] == pytest.approx(np.e, rel=1e-5)
     assert result["exact_match"] == 0.5 and result["rouge_l"] == pytest.approx(0.75)
 

@@ -17,7 +17,7 @@ from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError
 from peftune.numerics import scores
 from peftune.numerics.losses import IGNORE
-from peftune.tasks.task import TextEncoder
+from peftune.tasks.task import TextEncoder, with_intervals
 from peftune.tasks.token_classification import (
     _counts,
     encode,
@@ -130,7 +130,7 @@ def random_records(scheme, count=60):
 def test_metrics_are_those_of_seqeval_and_the_sums_behind_the_intervals_give_them_too(scheme, problem):
     records = random_records(scheme)
     want, got = ([record[side] for record in records] for side in ("reference", "prediction"))
-    result = metrics(records, Targets(problem, TAGS.names), True)
+    result = with_intervals(metrics(records, Targets(problem, TAGS.names), True))
     for name, score in (("f1", seqeval.f1_score), ("precision", seqeval.precision_score),
                         ("recall", seqeval.recall_score)):
         assert result[name] == pytest.approx(score(want, got), abs=1e-12)
@@ -148,7 +148,7 @@ def test_metrics_are_those_of_seqeval_and_the_sums_behind_the_intervals_give_the
 
 def test_rows_without_any_entity_score_zero_and_make_no_fault():
     records = [{"reference": ["O"], "prediction": ["O"], "loss_sum": 0.0, "num_targets": 1}]
-    result = metrics(records, TAGS, True)
+    result = with_intervals(metrics(records, TAGS, True))
     assert result["f1"] == 0.0 and result["accuracy"] == 1.0
 
 
