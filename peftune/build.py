@@ -18,6 +18,7 @@ from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
+from peftune.data.findings import LEAKS
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared, open_prepared, prepare
 from peftune.loop.checkpoint import load_checkpoint
@@ -57,9 +58,8 @@ from peftune.tasks.task import chosen_metric
 from peftune.tasks.text import Text, data_notes, data_warnings, open_text, quiet_libraries
 
 SHOWN_PLACES = 20
-"""Rows of a finding that the manifest names; `peftune check` names more."""
-LEAKS = ("leak", "near_leak")
-"""Of these findings the manifest names every row: the report scores them apart."""
+"""Rows of a finding that the manifest names; `peftune check` names more. Of leaks it names all that are known, since
+the report scores them apart."""
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
 code, so this is only room for kernels that sum in varying order."""

@@ -61,14 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
     evaluate, export = _using(add)
-    report = add("report", _report, "write a run's page again")
-    report.add_argument("run", metavar="RUN")
-    report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder")
+    report = add("report", _report, "write a run's page again, or a page that compares several runs")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; the others are compared with the first")
+    report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder; comparison.html here")
     bench = add("bench", _bench, "benchmarks: parity of strategies, memory, start-up, data, scores")
     bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
     bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
     add("schema", _schema, "print the JSON Schema of the config, for editors")
-    for sub in (check, evaluate, export):
+    for sub in (check, evaluate, export, report):
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser
 
@@ -148,7 +148,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
     from peftune.reopen import open_trained, score
-    from peftune.report import show_metrics
+    from peftune.report.closing import show_metrics
 
     with _opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
@@ -218,10 +218,14 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from peftune.report import write_report
+    from peftune.report.page import write_comparison, write_report
 
-    page = write_report(Path(parsed.run), Path(parsed.to) if parsed.to else None)
-    print(page)
+    folders, to = [Path(run) for run in parsed.runs], Path(parsed.to) if parsed.to else None
+    if len(folders) == 1:
+        page, found = write_report(folders[0], to)
+    else:
+        page, found = write_comparison(folders, to or Path("comparison.html"))
+    print(json.dumps(found, ensure_ascii=False) if parsed.json else page)
     return EXIT_DONE
 
 

@@ -25,7 +25,8 @@ def main(arguments: list[str], stop: Stop | None = None) -> int:
     from peftune.build import build
     from peftune.loop.finish import finish
     from peftune.loop.fit import fit
-    from peftune.report import show_summary, write_report
+    from peftune.report.closing import show_summary
+    from peftune.report.page import write_report
 
     stop = stop or Stop()
     with build(config, stop) as built:

@@ -12,6 +12,10 @@ SHOWN_PLACES = 1000
 """A finding names so many rows at most."""
 
 
+LEAKS = ("leak", "near_leak")
+"""Kinds of findings that raise the scores."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """One row of a finding."""

@@ -132,7 +132,9 @@ def predictions(
 
 def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
     """scikit-learn's and scipy's scores over the records; undefined ones are None."""
-    result: Metrics = {"loss": mean_loss(records)}
+    result: Metrics = {}
+    sums_N2 = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
+    put(result, "loss", mean_loss(records), (lambda: resampled_sums(sums_N2, scores.ratio)) if resample else None)
     measure = _regression_scores if targets.problem == "regression" else _class_scores
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constant inputs make a correlation undefined: said as None, not as a warning

@@ -1,26 +1,161 @@
-"""The page of a run."""
+"""The page of a run, its verdict in words, and several runs side by side."""
 
+import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from peftune.cli import main
 from peftune.errors import RunFolderError
-from peftune.report import write_report
+from peftune.numerics.intervals import adjusted_for_many, two_sided_p
+from peftune.observe.chart import Curve, line_chart, thinned
+from peftune.report.comparison import compare
+from peftune.report.outcomes import outcome
+from peftune.report.page import write_report
+from peftune.report.run_folder import Finished, open_finished
+from peftune.report.verdict import verdict
+from tests.conftest import EVERY_TASK
+
+ELSEWHERE = re.compile(r"(src|href)\s*=|@import|url\(|<link|<iframe|fetch\(|XMLHttpRequest|import\(")
 
 
-def test_the_page_holds_scores_curves_and_config_and_loads_nothing_from_elsewhere(classify, train):
-    page = (train(classify) / "report.html").read_text(encoding="utf-8")
+@pytest.fixture
+def finished(classify, train) -> Finished:
+    return open_finished(train(classify))
+
+
+def changed(run: Finished, **parts) -> Finished:
+    """The run with other values in its summary."""
+    return replace(run, summary={**run.summary, **parts})
+
+
+def scored(value: float, low: float, high: float) -> dict:
+    return {"loss": 1.0, "accuracy": value, "accuracy_interval": [low, high]}
+
+
+def said(run: Finished) -> str:
+    return "\n".join(f"{remark.kind}: {remark.text}" for remark in verdict(run))
+
+
+def test_the_page_holds_scores_curves_and_config_and_loads_nothing_from_elsewhere(finished):
+    page = (finished.folder / "report.html").read_text(encoding="utf-8")
     assert "validation accuracy" in page and "<polyline" in page and "learning_rate" in page
-    assert not re.search(r"(src|href)=|<script|@import|url\(", page)
+    assert "Confusion matrix" in page and "training rows" in page
+    assert not ELSEWHERE.search(page)
+
+
+@pytest.mark.parametrize("task", EVERY_TASK)
+def test_every_task_shows_its_worst_examples_with_their_text(task, request, train):
+    run = open_finished(train(request.getfixturevalue(task), "evaluation.max_new_tokens=2"))
+    found = outcome(run)
+    assert found is not None and found.rows and (found.worst or found.wrong == 0)
+    assert all(len(text) > 3 for example in found.worst for name, text in example.parts[:1])
+    assert all(example.parts[0][1][:20] in (run.folder / "report.html").read_text() for example in found.worst
+               if example.parts[0][1].isascii() and "<" not in example.parts[0][1][:20])
 
 
 def test_names_from_files_are_escaped(classify, train, tmp_path, write_rows):
     evil = "<img src=x onerror=alert(1)>"
-    rows = [{"text": f"{i} text", "label": evil if i % 2 else "b"} for i in range(20)]
+    rows = [{"text": f"{i} <script>text", "label": evil if i % 2 else "b"} for i in range(20)]
     folder = train({**classify, "data": {"train": write_rows("<b>t.jsonl", rows), "validation": 0.3}})
-    assert "<img" not in (folder / "report.html").read_text() and "<b>t" not in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<img" not in page and "<b>t" not in page and page.count("<script>") == 1
 
 
 def test_a_folder_without_a_finished_run_has_no_page(tmp_path):
     with pytest.raises(RunFolderError):
         write_report(tmp_path)
+
+
+def test_a_model_no_better_than_the_untrained_one_or_than_a_guess_is_said_to_be_so(finished):
+    score = {"validation": scored(0.6, 0.5, 0.7)}
+    good = changed(finished, metrics=score, baseline={"validation": scored(0.1, 0, 0.2)}, majority={})
+    assert said(good).startswith("good") and "better than the untrained model" in said(good)
+    for key in ("baseline", "majority"):
+        bad = changed(good, **{key: {"validation": scored(0.55, 0.5, 0.6)}})
+        assert said(bad).startswith("bad") and "no better than" in said(bad)
+    assert "worse than the untrained" in said(changed(good, baseline={"validation": scored(0.9, 0.8, 1.0)}))
+
+
+def test_a_gap_beyond_chance_between_known_and_new_rows_is_called_overfitting(finished):
+    new = {"validation": scored(0.6, 0.5, 0.7)}
+    assert "Overfitted" in said(changed(finished, metrics=new, train_part={
+        "rows": 9, "metrics": scored(0.99, 0.95, 1.0)}))
+    assert "No overfitting" in said(changed(finished, metrics=new, train_part={
+        "rows": 9, "metrics": scored(0.7, 0.6, 0.8)}))
+
+
+def test_a_validation_loss_that_turns_up_is_named_with_its_step(finished):
+    rows = [{"step": step, "split": "validation", "loss": loss} for step, loss in ((0, 2.0), (3, 1.0), (6, 1.5))]
+    assert "turned up: lowest at step 3" in said(replace(finished, rows=rows))
+
+
+def test_rows_that_stand_in_the_training_rows_too_are_scored_apart(classify, train, write_rows):
+    known = [json.loads(line) for line in Path(classify["data"]["train"]).read_text().splitlines()][:5]
+    new = [json.loads(line) for line in Path(classify["data"]["validation"]).read_text().splitlines()]
+    run = open_finished(train({**classify, "data": {
+        **classify["data"], "validation": write_rows("leaky.jsonl", [*new, *known])}}))
+    assert "5 rows of validation stand in the training rows too" in said(run)
+    assert re.search(r"on 5 of them accuracy is [\d.]+, on the other 9 rows", said(run))
+
+
+def test_a_run_differs_from_itself_by_nothing_and_from_a_better_one_by_more_than_chance(finished, tmp_path, capsys):
+    better = shutil.copytree(finished.folder, tmp_path / "better")
+    path = better / "predictions" / "validation.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**r, "prediction": r["reference"]}) + "\n" for r in records))
+    wrong = shutil.copytree(finished.folder, tmp_path / "wrong")
+    flip = {"praise": "complaint", "complaint": "praise"}
+    (wrong / "predictions" / "validation.jsonl").write_text(
+        "".join(json.dumps({**r, "prediction": flip[r["reference"]]}) + "\n" for r in records))
+    found = compare([open_finished(folder) for folder in (wrong, better, wrong)])
+    assert [d.verdict.split(" (")[0] for d in found.differences] == [
+        "better than " + str(wrong), "no difference that these rows can show"]
+    assert found.differences[0].difference == 1.0 and not found.settings.rows
+    assert main(["report", str(wrong), str(better), "--to", str(tmp_path / "c.html"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["differences"][0]["rows"] == len(records) and set(answer["runs"]) == {"wrong", "better"}
+    assert not ELSEWHERE.search((tmp_path / "c.html").read_text())
+
+
+def test_rows_that_only_one_run_has_are_left_out_and_counted(finished, tmp_path):
+    other = shutil.copytree(finished.folder, tmp_path / "other")
+    path = other / "predictions" / "validation.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[2:]))
+    found = compare([finished, open_finished(other)])
+    assert found.differences[0].rows == 7 and "2 rows" in found.notes[0]
+
+
+def test_the_page_of_a_long_run_with_many_classes_and_long_texts_stays_small(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "long")
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[1])
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps({**row, "split": "train", "step": step, "loss": 1 / (step + 1)}) + "\n" for step in range(30_000)))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["data"]["classes"] = [f"class {n}" for n in range(700)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "predictions" / "validation.jsonl").write_text("".join(json.dumps({
+        "id": str(n), "prediction": f"class {n % 700}", "reference": f"class {n * 7 % 700}", "text": "long " * 5000,
+        "loss_sum": 1.0, "num_targets": 1}) + "\n" for n in range(3000)))
+    page, _ = write_report(folder)
+    assert page.stat().st_size < 600_000
+    assert "the worst 60 of 700 classes" in page.read_text()
+
+
+def test_a_chart_keeps_every_spike_of_a_long_curve():
+    points = [(float(x), 0.0) for x in range(100_000)]
+    points[54_321] = (54_321.0, 9.0)
+    kept = thinned(points, 200)
+    assert (54_321.0, 9.0) in kept and len(kept) < 210 and kept[0] == points[0] and kept[-1] == points[-1]
+    assert "9" in line_chart([Curve("<loss>", points)]) and "<loss>" not in line_chart([Curve("<loss>", points)])
+
+
+def test_p_values_are_two_sided_and_raised_for_the_number_of_comparisons():
+    import numpy as np
+
+    assert two_sided_p(np.linspace(-1, 1, 1001)) == 1.0
+    assert two_sided_p(np.ones(999)) == pytest.approx(0.002)
+    assert adjusted_for_many([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])

@@ -1,0 +1,31 @@
+"""What a run and an evaluation say at their end, in the terminal."""
+
+from __future__ import annotations
+
+from peftune.observe.display import Display
+from peftune.report.words import Metrics, interval_of, metric_names, value_of
+
+
+def show_summary(display: Display, folder: str, summary: Metrics, *, done_before: bool = False) -> None:
+    """Say what came of a run: trained beside untrained, with intervals."""
+    for split, metrics in summary["metrics"].items():
+        baseline, majority = summary["baseline"].get(split, {}), summary["majority"].get(split, {})
+        rows = [[name, value_of(metrics, name), interval_of(metrics, name), value_of(baseline, name),
+                 value_of(majority, name)] for name in metric_names(metrics)]
+        display.table(split, ["", "trained", "95 % interval", "untrained", "majority"], rows)
+    display.say(f"{summary['steps']} steps, {summary['seconds']:.0f} s of training, "
+                f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
+                f"{summary['exit'].replace('_', ' ')}")
+    if summary["best_step"] not in (None, summary["steps"]):
+        display.say(f"best/ is step {summary['best_step']}: " + "; ".join(
+            f"{split} {summary['metric']} {value_of(metrics, summary['metric'])}"
+            for split, metrics in summary["best"].items()))
+    display.say(f"trained weights: {folder}/final   page: {folder}/report.html")
+    if done_before:
+        display.say("this run was done before: nothing was trained. Another output_dir starts another run")
+
+
+def show_metrics(display: Display, split: str, metrics: Metrics) -> None:
+    """Say the metrics of one split."""
+    rows = [[name, value_of(metrics, name), interval_of(metrics, name)] for name in metric_names(metrics)]
+    display.table(split, ["", "value", "95 % interval"], rows)

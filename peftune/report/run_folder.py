@@ -1,0 +1,86 @@
+"""A finished run, as its folder tells it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftune.config.load import load
+from peftune.data.targets import Targets
+from peftune.errors import Fault, RunFolderError
+from peftune.report.words import Metrics
+from peftune.tasks import TASKS
+from peftune.tasks.task import Record, Task
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run has left behind, read once."""
+
+    folder: Path
+    summary: Metrics
+    manifest: Metrics
+    config: str
+    """config.yaml as it stands."""
+    rows: list[dict[str, Any]]
+    """Of metrics.jsonl."""
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The resolved config."""
+        settings: dict[str, Any] = yaml.safe_load(self.config)
+        return settings
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What the run has learned."""
+        config = load([str(self.folder / "config.yaml")])
+        return TASKS[config.task](config.train, config.evaluation)
+
+    @property
+    def targets(self) -> Targets:
+        """Classes and kind of label, as far as metrics need them."""
+        return Targets(self.manifest["data"]["problem"], tuple(self.manifest["data"]["classes"]))
+
+    @property
+    def shown_split(self) -> str | None:
+        """The split whose examples a page shows: test, else validation, if either was scored."""
+        return next((name for name in ("test", "validation") if name in self.summary["metrics"]), None)
+
+    def records(self, split: str) -> list[Record]:
+        """Predictions of a split with the last weights; none where the run kept none."""
+        path = self.folder / "predictions" / f"{split}.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def points(self, split: str, key: str) -> list[tuple[float, float]]:
+        """(step, value) of a column of metrics.jsonl, of the rows that have it."""
+        return [(row["step"], row[key]) for row in self.rows if row["split"] == split and row.get(key) is not None]
+
+
+def open_finished(folder: Path) -> Finished:
+    """Read a run folder.
+
+    Raises:
+        RunFolderError: the folder holds no finished run.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        config = (folder / "config.yaml").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"no finished run here: {error}",
+                                   mend="give the output_dir of a run that has ended")) from None
+    return Finished(folder, summary, manifest, config, rows)
