@@ -26,10 +26,11 @@ from peftune.loop.evaluate import Evaluator
 from peftune.loop.finish import measure_baseline
 from peftune.loop.layout import choose_layout
 from peftune.loop.optimizer import build_optimizer
-from peftune.loop.publish import write_json, write_text
+from peftune.loop.publish import write_json, write_text, writing
 from peftune.loop.resume import Start, find_start
 from peftune.loop.run import Every, Run
-from peftune.loop.saving import went_on
+from peftune.loop.saver import Saver
+from peftune.loop.saving import tidy
 from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
@@ -195,7 +196,7 @@ def _run(
              "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
              "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
              "layout": layout.name, **asdict(memory)}
-    world.on_main(lambda: _open_folder(config, folder, world, strategy, data, text, facts))
+    world.on_main(writing(folder)(lambda: _open_folder(config, folder, world, strategy, data, text, facts)))
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
@@ -217,6 +218,7 @@ def _open_folder(
     config: RunConfig, folder: Path, world: World, strategy: Strategy, data: Prepared, text: Text, facts: dict[str, Any]
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    tidy(folder)
     write_json(folder / "manifest.json", {
         **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,
         "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template, **facts},
@@ -230,7 +232,6 @@ def _open_folder(
                               for finding in data.findings]},
     })
     write_text(folder / "config.yaml", dump(config))
-    went_on(folder)
 
 
 def _assembled_run(
@@ -251,7 +252,7 @@ def _assembled_run(
         write_text(folder / "README.md", model_card(config.model.name_or_path, config.task, _method(config), facts))
 
     return Run(
-        folder=Path(config.output_dir), config_yaml=dump(config), model=model, strategy=strategy, optimizer=optimizer,
+        folder=Path(config.output_dir), model=model, strategy=strategy, optimizer=optimizer,
         learning_rate=lambda step: train.learning_rate * learning_rate_factor(
             train.lr_scheduler, step, steps, train.warmup_ratio),
         losses=losses, autocast=evaluator.autocast, data=data, plan=plan, layout=layout, evaluator=evaluator,
@@ -266,7 +267,9 @@ def _assembled_run(
         patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,
         log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
         checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),
-        keep_checkpoints=config.checkpoint.keep, set_back=functools.partial(may_set_back, strategy.unwrap(model)),
+        saver=Saver(Path(config.output_dir), strategy, config_yaml=dump(config), keep=config.checkpoint.keep,
+                    asynchronous=config.checkpoint.asynchronous),
+        set_back=functools.partial(may_set_back, strategy.unwrap(model)),
         stop=evaluator.stop, facts=facts,
     )
 

@@ -79,6 +79,10 @@ class RunFolderError(PeftuneError):
     """The output folder holds something this run must not touch or cannot continue."""
 
 
+class Unwritable(RunFolderError):
+    """Something of the run could not be put on disk. What was there before is as it was."""
+
+
 class SelfCheckError(PeftuneError):
     """The run found that it does not do what it says: it stops before more time is lost."""
 

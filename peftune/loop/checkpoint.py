@@ -1,24 +1,21 @@
-"""Checkpoints: everything to continue bit for bit, written whole or not at all, in safe formats only."""
+"""Checkpoints as they lie on disk: found, verified and loaded, in safe formats only."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 from torch.optim import Optimizer
 
 from peftune.errors import Fault, RunFolderError
-from peftune.loop.publish import draft_of, published, write_json, write_text
 from peftune.loop.state import TrainState
-from peftune.parallel.pieces import PieceReader, write_pieces
+from peftune.parallel.pieces import PieceReader
 from peftune.parallel.strategy import Strategy
 
 MANIFEST = "manifest.json"
@@ -35,47 +32,6 @@ def folder_of(run_folder: Path, step: int) -> Path:
 def all_checkpoints(run_folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     return sorted((run_folder / "checkpoints").glob("step-*"))
-
-
-def save_checkpoint(
-    run_folder: Path, state: TrainState, model: nn.Module, optimizer: Optimizer, strategy: Strategy, *,
-    config_yaml: str, keep: int,
-) -> bool:
-    """Write the checkpoint of `state` and delete all but the newest `keep`; return False if it was there already.
-
-    Every rank writes what it holds of the trained weights and the optimizer's state into a file of its own; no rank
-    gathers them. Whatever strategy and number of ranks can read them again.
-
-    Args:
-        run_folder: the run's output folder.
-        state: what has been done.
-        model: unwrapped; its trainable weights are saved.
-        optimizer: its state is saved by weight name.
-        strategy: knows which part of them this rank holds; the random state of every rank is saved too.
-        config_yaml: the resolved config, to be compared on resuming.
-        keep: checkpoints to keep.
-    """
-    folder, world = folder_of(run_folder, state.step), strategy.world
-    random_states = world.gather([_random_state(world.device)])
-    if world.on_main(folder.exists):
-        return False
-    with published(folder) if world.is_main else contextlib.nullcontext(draft_of(folder)) as draft:
-        world.barrier()  # the draft is there
-        write_pieces(strategy.pieces(model, optimizer), draft / f"tensors-{world.rank:05d}-of-{world.ranks:05d}{SAFE}")
-        world.barrier()  # every rank has written
-        if world.is_main:
-            save_file({f"{rank}.{kind}": tensor for rank, states in enumerate(random_states)
-                       for kind, tensor in states.items()}, draft / f"random{SAFE}")
-            write_json(draft / "state.json", state.as_json())
-            write_text(draft / "config.yaml", config_yaml)
-            sums = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
-            write_json(draft / MANIFEST, {"step": state.step, "world_size": world.ranks, "strategy": strategy.name,
-                                          "sha256": sums})
-    if world.is_main:
-        for old in all_checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
-    return True
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> TrainState:
@@ -122,7 +78,7 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest["sha256"].items():
-            if Path(name).name != name or _sha256(folder / name) != expected:
+            if Path(name).name != name or sha256(folder / name) != expected:
                 raise _damaged(folder, f"{name} has another checksum than the manifest says")
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         if isinstance(error, RunFolderError):
@@ -150,13 +106,7 @@ def _damaged(folder: Path, reason: str) -> RunFolderError:
                                 mend="delete it; resume=auto takes the one before it"))
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

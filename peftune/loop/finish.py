@@ -14,7 +14,7 @@ from peftune.data.store import Part
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.judge import judge
-from peftune.loop.publish import published, write_json, write_text
+from peftune.loop.publish import published, write_json, write_text, writing
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.state import TrainState
@@ -55,6 +55,7 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     Raises:
         SelfCheckError: the published folder does not reload to the same logits; nothing is published then.
         Preempted: the ranks have agreed to stop; the next start does the end of the run again.
+        Unwritable: the disk refuses; the same.
     """
     deviation = publish_final(run)
     try:
@@ -62,9 +63,14 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
     except StopAgreed:
         leave(run, state)
     summary = _summary(run, state, scores, deviation)
-    if run.strategy.world.is_main:
-        write_json(run.folder / "summary.json", summary)
+    run.strategy.world.on_main(lambda: _write_summary(run, summary))
     return state, summary
+
+
+def _write_summary(run: Run, summary: dict[str, Any]) -> None:
+    with writing(run.folder):
+        run.journal.flush()
+        write_json(run.folder / "summary.json", summary)
 
 
 def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -120,9 +126,13 @@ def _put_back(run: Run, name: str) -> None:
 
 
 def write_predictions(path: Path, records: Sequence[Record], run: Run) -> None:
-    """One JSON line an example, in order of the split."""
-    if run.strategy.world.is_main:
-        write_text(path, prediction_lines(records))
+    """One JSON line an example, in order of the split. All ranks call it."""
+
+    def write() -> None:
+        with writing(path):
+            write_text(path, prediction_lines(records))
+
+    run.strategy.world.on_main(write)
 
 
 def prediction_lines(records: Sequence[Record]) -> str:

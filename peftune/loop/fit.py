@@ -7,7 +7,7 @@ import time
 from peftune.loop.judge import evaluate_and_judge
 from peftune.loop.optimizer import set_learning_rate
 from peftune.loop.run import Run
-from peftune.loop.saving import leave, save
+from peftune.loop.saving import leave, look_after_saving, save
 from peftune.loop.self_check import SelfCheck
 from peftune.loop.state import TrainState
 from peftune.loop.step import train_step
@@ -18,6 +18,7 @@ def fit(run: Run, state: TrainState) -> TrainState:
 
     Raises:
         Preempted: a rank was told to stop; `state` as it was then is saved.
+        Unwritable: the last checkpoint cannot be written; those before it are as they were.
     """
     check = SelfCheck(run.strategy.unwrap(run.model), run.optimizer, run.strategy, set_back=run.set_back)
     run.model.train()
@@ -40,11 +41,12 @@ def fit(run: Run, state: TrainState) -> TrainState:
                     learning_rate=run.learning_rate(state.step - 1), grad_norm=stats.grad_norm)
                 state = state.with_empty_window()
             run.journal.progress(state.step)
+            look_after_saving(run)
             if stats.stop:
                 leave(run, state)
         if state.evaluation_owed:
             state = evaluate_and_judge(run, state)
         if run.checkpoint.due(state.step, run.steps) or state.stopped_early or run.stop.must_measure:
             save(run, state)
-    save(run, state)
+    save(run, state, last=True)
     return state

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor, nn
+
+from peftune.errors import Unwritable
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.publish import published
 from peftune.loop.run import Run
@@ -36,11 +39,17 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     if better(run.metric, value, state.best_value) or state.best_step is None:
         model = run.strategy.unwrap(run.model)
         weights = run.strategy.gather(model)
-        if run.strategy.world.is_main:
-            with published(run.folder / "best") as draft:
-                run.publish(model, weights, draft)
-        run.strategy.world.barrier()
+        try:
+            run.strategy.world.on_main(lambda: _publish_best(run, model, weights))
+        except Unwritable as error:
+            run.journal.warn(f"{error}\n  training goes on; best/ stays, for the next better model to replace")
+            return replace(state, evaluations_since_best=0)
         return replace(state, best_value=value, best_step=state.step, evaluations_since_best=0)
     waited = state.evaluations_since_best + 1
     stop = run.patience is not None and waited >= run.patience
     return replace(state, evaluations_since_best=waited, stopped_early=stop)
+
+
+def _publish_best(run: Run, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    with published(run.folder / "best") as draft:
+        run.publish(model, weights, draft)

@@ -10,41 +10,96 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from peftune.errors import Fault, Unwritable
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes `path`. Raises Unwritable where the disk refuses."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise Unwritable(Fault(kind="run_folder", file=str(path), message=f"cannot be written: {reason}",
+                               mend="make room on this disk, or see who may write there")) from None
+
 
 @contextlib.contextmanager
 def published(folder: Path) -> Iterator[Path]:
-    """Give a draft folder to fill; flush it to disk and rename it to `folder` if nothing was raised.
+    """Give a draft folder to fill; publish it if nothing was raised, else take it away.
+
+    Raises:
+        Unwritable: the disk refuses; an earlier folder of that name stays.
+    """
+    with writing(folder):
+        draft = open_draft(folder)
+        try:
+            yield draft
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        publish_draft(folder)
+
+
+def open_draft(folder: Path) -> Path:
+    """A new empty folder beside `folder`."""
+    recover(folder)
+    draft = draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    new = [parent for parent in draft.parents if not parent.exists()]
+    draft.mkdir(parents=True)
+    for parent in new:
+        flush(parent.parent)
+    return draft
+
+
+def publish_draft(folder: Path) -> None:
+    """Flush a draft to disk and rename it to `folder`.
 
     An earlier folder of that name is moved aside first and deleted last. `recover` undoes a stop in between.
     """
-    draft, aside = draft_of(folder), folder.with_name(f".{folder.name}.old")
-    recover(folder)
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft, aside = draft_of(folder), _aside(folder)
     try:
-        yield draft
+        for file in draft.rglob("*"):
+            _readable(file)
+            flush(file)
+        flush(draft)
+        if folder.exists():
+            folder.rename(aside)
+        draft.rename(folder)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for file in draft.rglob("*"):
-        _readable(file)
-        _flush(file)
-    _flush(draft)
-    if folder.exists():
-        folder.rename(aside)
-    draft.rename(folder)
-    _flush(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def draft_of(folder: Path) -> Path:
-    """Where a folder is written before it appears."""
+    """Where a folder or file is written before it appears."""
     return folder.with_name(f".{folder.name}.draft")
+
+
+def remove(folder: Path) -> None:
+    """Delete a published folder: whole or, if stopped, out of sight."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Delete what runs that died have left beside published folders and files. Nothing else may be writing there."""
+    for left in (*folder.glob(".*.draft"), *folder.glob(".*.gone")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def recover(folder: Path) -> None:
     """Put back a folder whose replacement was stopped between its two renames."""
-    aside = folder.with_name(f".{folder.name}.old")
+    aside = _aside(folder)
     if aside.exists():
         if folder.exists():
             shutil.rmtree(aside)
@@ -54,16 +109,25 @@ def recover(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under another name, flush it, and rename it."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = draft_of(path)
     draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(text, encoding="utf-8")
-    _flush(draft)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        flush(draft)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     draft.replace(path)
+    flush(path.parent)
 
 
 def write_json(path: Path, values: Any) -> None:
     """Strict JSON: a NaN is a fault of ours, not a word in a file."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _readable(path: Path) -> None:
@@ -73,7 +137,8 @@ def _readable(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,6 +16,7 @@ from peftune.data.examples import Batch
 from peftune.data.layouts import Layout, lay_out
 from peftune.data.prepare import Prepared
 from peftune.loop.evaluate import Evaluator
+from peftune.loop.saver import Saver
 from peftune.loop.step import StepWork
 from peftune.observe.journal import Journal
 from peftune.parallel.stop import Stop
@@ -38,7 +39,6 @@ class Run:
     """All that `fit` and `finish` use."""
 
     folder: Path
-    config_yaml: str
     model: nn.Module
     """As the strategy prepared it."""
     strategy: Strategy
@@ -71,7 +71,7 @@ class Run:
     log: Every
     evaluation: Every
     checkpoint: Every
-    keep_checkpoints: int
+    saver: Saver
     set_back: Callable[[str], bool]
     """Whether the adapter's method may undo a step of the weight of that name."""
     stop: Stop

@@ -3,38 +3,65 @@
 from __future__ import annotations
 
 import shlex
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from peftune.errors import EXIT_PREEMPTED, Fault, Preempted
-from peftune.loop.checkpoint import folder_of, save_checkpoint
-from peftune.loop.publish import write_json
+from peftune.errors import EXIT_PREEMPTED, Fault, Preempted, Unwritable
+from peftune.loop.checkpoint import folder_of
+from peftune.loop.publish import clear_drafts, write_json, writing
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
 
+TRY_AGAIN = "training goes on; the next checkpoint tries again, and earlier ones stay as they are"
 STOPPED = "stopped.json"
 """File of the run folder: the run was pre-empted and can go on. It lies there until it does."""
 
 
-def save(run: Run, state: TrainState) -> None:
-    """Checkpoint `state`; does nothing if this step is on disk already."""
-    started = time.perf_counter()
-    if save_checkpoint(run.folder, replace(state, rows=run.journal.rows), run.strategy.unwrap(run.model),
-                       run.optimizer, run.strategy, config_yaml=run.config_yaml, keep=run.keep_checkpoints):
-        run.stop.saved_in(time.perf_counter() - started)
+def save(run: Run, state: TrainState, *, last: bool = False) -> None:
+    """Checkpoint `state`, unless this step is on disk already. Where the disk refuses, say so and train on.
+
+    Raises:
+        Unwritable: the disk refuses, and this is the run's last occasion.
+    """
+    model = run.strategy.unwrap(run.model)
+    try:
+        run.stop.saved_in(run.saver.settle())
+    except Unwritable as error:
+        if not run.saver.told:
+            run.journal.warn(f"{error}\n  {TRY_AGAIN}")
+    try:
+        run.strategy.world.on_main(lambda: _write_rows(run))
+        run.stop.saved_in(run.saver.save(replace(state, rows=run.journal.rows), model, run.optimizer,
+                                         wait=last or run.stop.must_measure))
+    except Unwritable as error:
+        if last:
+            raise
+        run.journal.warn(f"{error}\n  {TRY_AGAIN}")
+
+
+def look_after_saving(run: Run) -> None:
+    """Between steps: say that a checkpoint on its way has failed, as soon as that is known."""
+    if said := run.saver.news():
+        run.journal.warn(f"{said}\n  {TRY_AGAIN}")
+
+
+def _write_rows(run: Run) -> None:
+    """A checkpoint counts rows that must be there when it is."""
+    with writing(run.folder / "metrics.jsonl"):
+        run.journal.flush()
 
 
 def leave(run: Run, state: TrainState) -> NoReturn:
     """Checkpoint `state`, write down that the run was stopped, and end it. All ranks call it.
 
     Raises:
-        Preempted: always; it says what is saved, and the line that goes on.
+        Preempted: it says what is saved, and the line that goes on.
+        Unwritable: nothing could be saved.
     """
     world = run.strategy.world
     why = next(filter(None, world.gather([run.stop.reason()])), "told to stop")
-    save(run, state)
+    save(run, state, last=True)
     checkpoint, line = folder_of(run.folder, state.step), line_that_goes_on(run)
     if world.is_main:
         write_json(run.folder / STOPPED, {
@@ -53,6 +80,8 @@ def line_that_goes_on(run: Run) -> str:
     return shlex.join(words)
 
 
-def went_on(folder: Path) -> None:
-    """Take back what `leave` wrote down."""
+def tidy(folder: Path) -> None:
+    """As a run begins: take back what `leave` wrote down, and delete the drafts of runs that died."""
     (folder / STOPPED).unlink(missing_ok=True)
+    clear_drafts(folder)
+    clear_drafts(folder / "checkpoints")

@@ -36,8 +36,9 @@ class Journal:
     ) -> None:
         self._path, self._device, self._display, self._is_main = path, device, display, is_main
         self._trackers = list(trackers) if is_main else []
-        self.rows = _keep_rows(path, keep_rows) if is_main else 0
-        """Rows written so far."""
+        self.rows, self._bytes = _keep_rows(path, keep_rows) if is_main else (0, 0)
+        """Rows so far; length of those that are on disk."""
+        self._unwritten: list[str] = []
 
     def training_row(
         self, state: Progressed, *, epoch: float, loss: float, learning_rate: float, grad_norm: float
@@ -57,6 +58,21 @@ class Journal:
                      "supervised_tokens": state.supervised_tokens, "peak_memory_bytes": self.peak_memory_bytes(),
                      "seconds": state.seconds, **metrics})
 
+    def flush(self) -> None:
+        """Write rows that are not on disk. Raises OSError where it cannot; they are kept then."""
+        if self._unwritten:
+            text = "".join(self._unwritten).encode("utf-8")
+            with self._path.open("r+b") as stream:
+                stream.seek(self._bytes)  # over what a full disk took of a row
+                stream.write(text)
+                stream.truncate()
+            self._bytes += len(text)
+            self._unwritten = []
+
+    def warn(self, message: str) -> None:
+        """Say what should not be overlooked."""
+        self._display.warn(message)
+
     def progress(self, step: int) -> None:
         """Move the progress bar."""
         self._display.training_step(step)
@@ -67,25 +83,42 @@ class Journal:
 
     def close(self) -> None:
         """End the trackers."""
-        for tracker in self._trackers:
-            tracker.finish()
+        for tracker in list(self._trackers):
+            try:
+                tracker.finish()
+            except OSError as error:
+                self._drop(tracker, error)
         self._trackers = []
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if not self._is_main:
             return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._unwritten.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self.rows += 1
+        try:
+            self.flush()
+        except OSError as error:
+            self.warn(f"{self._path}: cannot be written: {error.strerror}; its rows are kept in memory until it can")
         self._display.row(row)
         numbers = {f"{row['split']}/{key}": value for key, value in row.items()
                    if isinstance(value, int | float) and key != "step"}
-        for tracker in self._trackers:
-            tracker.log(numbers, step=row["step"])
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(numbers, step=row["step"])
+            except OSError as error:
+                self._drop(tracker, error)
+
+    def _drop(self, tracker: GeneralTracker, error: OSError) -> None:
+        self._trackers.remove(tracker)
+        self.warn(f"{tracker.name} gets no more rows: {error.strerror}; metrics.jsonl has them all")
 
 
-def _keep_rows(path: Path, rows: int) -> int:
-    """Drop the rows that a resumed run writes again, and a row that a stop cut in half; return how many stay."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:rows] if path.exists() else []
-    path.write_text("".join(lines), encoding="utf-8")
-    return len(lines)
+def _keep_rows(path: Path, rows: int) -> tuple[int, int]:
+    """Drop the rows that a resumed run writes again, and a row that a stop cut in half; how many stay, and bytes."""
+    lines = path.read_bytes().splitlines(keepends=True)[:rows] if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    length = sum(map(len, lines))
+    with path.open("ab") as stream:
+        stream.truncate(length)
+    return len(lines), length

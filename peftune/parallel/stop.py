@@ -66,8 +66,9 @@ class Stop:
         return "the deadline is near" if self.asked() else ""
 
     def saved_in(self, seconds: float) -> None:
-        """Note how long a checkpoint took: that much time is left for the last one."""
-        self.saving_s = max(seconds, self.saving_s or 0.0)
+        """Note how long a checkpoint took, if one was written: that much time is left for the last one."""
+        if seconds:
+            self.saving_s = max(seconds, self.saving_s or 0.0)
 
     @property
     def must_measure(self) -> bool:
