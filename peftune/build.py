@@ -48,6 +48,7 @@ from peftune.observe.trackers import check_trackers, start_trackers
 from peftune.parallel.ddp import Ddp
 from peftune.parallel.fsdp2 import open_fsdp2
 from peftune.parallel.names import check_launched, launched_kind
+from peftune.parallel.shared import check_output_is_shared, prepared_on_each_machine
 from peftune.parallel.single import Single
 from peftune.parallel.stop import Stop
 from peftune.parallel.strategy import Strategy
@@ -147,10 +148,7 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
     with display.phase("data") as notes:
         text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity())
-        path = world.on_main(work)
-        if not (path / "meta.json").exists():  # another node, without the main one's disk
-            path = work()
-        data = open_prepared(path)
+        data = open_prepared(prepared_on_each_machine(world, work))
         if text.encoder.task.converses and config.data.too_long != "split":
             check_end_of_text(data.splits["train"], text.tokenizer.eos_token_id)
         notes += data_notes(data, text, config.data)
@@ -197,6 +195,7 @@ def _run(
              "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
              "layout": layout.name, **asdict(memory)}
     world.on_main(writing(folder)(lambda: _open_folder(config, folder, world, strategy, data, text, facts)))
+    check_output_is_shared(world, folder / "manifest.json")
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())

@@ -137,7 +137,7 @@ def report_exit_code(code: int) -> int:
     report = os.environ.get(EXIT_CODE_FILE)
     if report is None:
         return code
-    if _is_main():
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one a machine: each has a launcher of its own
         Path(report).write_text(str(code))
     return EXIT_DONE
 

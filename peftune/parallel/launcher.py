@@ -17,7 +17,11 @@ from pathlib import Path
 
 from peftune.errors import EXIT_CODE_FILE, EXIT_DONE, EXIT_OUR_FAULT, EXIT_PREEMPTED, Fault, MachineError, say
 from peftune.parallel.names import ASKED, ASKED_STRATEGY, STRATEGIES
+from peftune.parallel.network import interface_variables
 from peftune.parallel.stop import SIGNALS, STARTED
+
+STOP_FILE = "PEFTUNE_STOP_FILE"
+"""Environment variable: a file whose appearance is a signal to stop, for places where a signal could come too early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +39,104 @@ class Launch:
         return " ".join([*variables, shlex.join(["accelerate", "launch", *self.command])])
 
 
-def choose_launch(strategy: str, processes: int | None, script_arguments: list[str]) -> Launch:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """This machine among the ones of a run."""
+
+    count: int
+    rank: int
+    main_host: str
+    """The first one."""
+    main_port: str
+    interface: str | None = None
+    """The network interface between them; None looks for it."""
+
+
+def choose_launch(
+    strategy: str, processes: int | None, script_arguments: list[str], node: Node | None = None,
+    log_dir: str | None = None,
+) -> Launch:
     """The launch line for a strategy: auto takes every GPU with ddp, or one process on the CPU.
+
+    Args:
+        strategy: one of STRATEGIES, or auto.
+        processes: of all machines together; None takes one a GPU.
+        script_arguments: the config and what overrides it.
+        node: this machine, where there are several.
+        log_dir: a folder for the output of each process.
 
     Raises:
         MachineError: a strategy this version lacks, one whose package is missing, or more processes than GPUs.
     """
     gpus = _gpu_count()
-    wanted = processes or (1 if strategy == "single" else max(1, gpus))
-    if strategy == "auto":
-        strategy = "ddp" if wanted > 1 else "single"
-    if strategy not in STRATEGIES:
-        raise _error(f"--strategy {strategy}: this version has {', '.join(STRATEGIES)}", "--strategy auto")
-    if strategy == "single" and wanted > 1:
-        raise _error(f"--strategy single runs one process, not {wanted}", "--strategy ddp")
-    if strategy == "ddp" and wanted < 2:
-        raise _error("--strategy ddp needs two processes or more", "--processes 2, or --strategy single")
+    nodes = node.count if node else 1
+    wanted = processes or (1 if strategy == "single" else max(1, gpus) * nodes)
+    strategy = strategy_for(strategy, wanted)
+    if wanted % nodes:
+        raise _error(f"{wanted} processes on {nodes} machines: each must run as many as the others",
+                     f"--processes {wanted - wanted % nodes or nodes}")
     if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         raise _error(f"--strategy {strategy} needs deepspeed, which is not installed",
                      'pip install "peftune[deepspeed]", or --strategy fsdp2')
-    if gpus and wanted > gpus:
-        raise _error(f"{wanted} processes, and {gpus} GPUs here", f"--processes {gpus}")
+    if gpus and wanted > gpus * nodes:
+        raise _error(f"{wanted // nodes} processes, and {gpus} GPUs here", f"--processes {gpus * nodes}")
     preset = "ddp-cpu" if strategy == "ddp" and not gpus else strategy
-    command = ["--config_file", str(presets() / f"{preset}.yaml"), "--num_processes", str(wanted)]
-    if strategy != "single":
+    command = ["--config_file", str(presets("accelerate") / f"{preset}.yaml"), "--num_processes", str(wanted)]
+    variables = _variables(strategy, bool(gpus))
+    if node:
+        command += _among_machines(node, strategy)
+        variables |= interface_variables(node.main_host, node.interface)
+    elif strategy != "single":
         command += ["--main_process_port", str(_free_port())]
+    if log_dir is not None:
+        rank = node.rank if node else 0
+        command += ["--log_dir", str(Path(log_dir) / f"node-{rank}"), "--tee", "3", "--role", f"node {rank} process "]
+        variables["PYTHONUNBUFFERED"] = "1"  # or the console would wait for a file's buffer
     script = Path(__file__).resolve().parents[1] / "train.py"
-    return Launch((*command, str(script), *script_arguments), wanted, strategy, _variables(strategy, bool(gpus)))
+    return Launch((*command, str(script), *script_arguments), wanted, strategy, variables)
+
+
+def node_of(nodes: int | None, rank: int | None, main: str | None, interface: str | None) -> Node | None:
+    """What `peftune train` was told of its machine; None where there is one.
+
+    Raises:
+        MachineError: half of it is missing or wrong.
+    """
+    if (nodes or 1) == 1:
+        return None
+    assert nodes is not None
+    host, _, port = (main or "").rpartition(":")
+    if not (host and port.isdigit()):
+        raise _error(f"--nodes {nodes} and --main-node {main}", "--main-node HOST:PORT: the first machine and a free "
+                     "port of it")
+    if rank is None or not 0 <= rank < nodes:
+        raise _error(f"--node-rank {rank} of {nodes} machines", f"0 to {nodes - 1}, another on each")
+    return Node(count=nodes, rank=rank, main_host=host, main_port=port, interface=interface)
+
+
+def strategy_for(strategy: str, processes: int) -> str:
+    """The strategy that `auto` means for so many processes, or the one that is named.
+
+    Raises:
+        MachineError: this version lacks it, or it is not one for this number of processes.
+    """
+    if strategy == "auto":
+        return "ddp" if processes > 1 else "single"
+    if strategy not in STRATEGIES:
+        raise _error(f"--strategy {strategy}: this version has {', '.join(STRATEGIES)}", "--strategy auto")
+    if strategy == "single" and processes > 1:
+        raise _error(f"--strategy single runs one process, not {processes}", "--strategy ddp")
+    if strategy == "ddp" and processes < 2:
+        raise _error("--strategy ddp needs two processes or more", "--processes 2, or --strategy single")
+    return strategy
+
+
+def _among_machines(node: Node, strategy: str) -> list[str]:
+    """What `accelerate launch` must know where each machine starts its own."""
+    words = ["--num_machines", str(node.count), "--machine_rank", str(node.rank), "--main_process_ip",
+             node.main_host, "--main_process_port", node.main_port, "--rdzv_backend", "static"]
+    # its default starts the other machines itself, by pdsh
+    return words + (["--deepspeed_multinode_launcher", "standard"] if strategy.startswith("zero") else [])
 
 
 def _variables(strategy: str, on_gpus: bool) -> dict[str, str]:
@@ -89,13 +164,24 @@ def run(launch: Launch) -> int:
         passing.launcher = subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launch.command], env=environment,
             process_group=0)
-        ended = passing.launcher.wait()
+        ended = _wait(passing.launcher, passing)
         if code.is_file():
             return int(code.read_text())
         if passing.told_launcher:
             say("stopped before the first step: nothing was to be saved. Start the same command again")
             return EXIT_PREEMPTED
         return ended if ended in (EXIT_DONE, EXIT_OUR_FAULT) else EXIT_OUR_FAULT
+
+
+def _wait(launcher: subprocess.Popen[bytes], passing: _PassOn) -> int:
+    """Until the launcher has ended; a file that asks for a stop is passed on as a signal would be."""
+    asks = os.environ.get(STOP_FILE)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return launcher.wait(None if asks is None else 0.5)
+        if asks is not None and Path(asks).exists():
+            passing(signal.SIGUSR1, None)
+            asks = None
 
 
 @dataclass(slots=True)
@@ -120,13 +206,13 @@ class _PassOn:
                 os.killpg(self.launcher.pid, signal.SIGTERM)
 
 
-def presets() -> Path:
-    """The folder of accelerate presets: in the checkout, or inside the installed package."""
+def presets(kind: str) -> Path:
+    """A folder of launch/: in the checkout, or inside the installed package."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "launch" / "accelerate", package / "launch" / "accelerate"):
+    for folder in (package.parent / "launch" / kind, package / "launch" / kind):
         if folder.is_dir():
             return folder
-    raise _error("the presets of launch/accelerate are missing", "install peftune again")
+    raise _error(f"the presets of launch/{kind} are missing", "install peftune again")
 
 
 def _gpu_count() -> int:

@@ -94,6 +94,27 @@ class World:
         return result
 
 
+    def on_each_machine(self, work: Callable[[], T]) -> T:
+        """Run `work` on one process of each machine and give its result to the others there.
+
+        A fault that the user can mend is raised on every process of every machine.
+        """
+        if self.ranks == 1:
+            return work()
+        result: Any = None
+        fault: PeftuneError | None = None
+        if self.local_rank == 0:
+            try:
+                result = work()
+            except PeftuneError as error:
+                fault = error
+        outcomes = self.gather([(result, fault)])
+        for _, fault in outcomes:
+            if fault is not None:
+                raise fault
+        return outcomes[self.rank - self.local_rank][0]  # launchers number the processes of a machine in a row
+
+
 def open_world() -> World:
     """Start the process group that the launcher's environment describes.
 

@@ -116,7 +116,7 @@ def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
-    assert (presets() / f"{strategy}.yaml").is_file()
+    assert (presets("accelerate") / f"{strategy}.yaml").is_file()
     launch = choose_launch(strategy, 1 if strategy == "single" else 2, ["c.yaml"])
     assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
 

@@ -1,0 +1,1 @@
+"""One run on several machines: what starts its processes there. Imports no torch."""

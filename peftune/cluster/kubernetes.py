@@ -1,0 +1,139 @@
+"""A job as Kubernetes manifests: a file of launch/kubernetes/ with its own names and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from peftune.cluster.job import Job
+from peftune.config.load import dump
+from peftune.errors import Fault, MachineError
+from peftune.parallel.launcher import presets
+
+KINDS = ("job", "jobset", "trainjob")
+"""Plain Kubernetes, the JobSet controller, Kubeflow Trainer: the files of launch/kubernetes/."""
+PORT = 29500
+CONFIG = "/etc/peftune/config.yaml"
+"""Where the pods find the config, which a ConfigMap carries."""
+
+Manifest = dict[str, Any]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such, and every list in full rather than as a reference to an equal one."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+    "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+
+
+def manifests(job: Job, *, kind: str, image: str, claim: str, mount: str, python: str = "python3",
+              interface: str | None = None) -> list[Manifest]:
+    """The objects that run `job`.
+
+    Args:
+        job: what is to run; its config travels with every override applied.
+        kind: one of KINDS.
+        image: of the containers; it has peftune.
+        claim: name of a PersistentVolumeClaim that all pods can write to.
+        mount: where they mount it; relative paths of the config begin there.
+        python: in the image.
+        interface: of the network between the pods.
+
+    Raises:
+        MachineError: the run's output would be lost with its pod.
+    """
+    _check_kept(job, mount)
+    found: list[Manifest] = list(yaml.safe_load_all((presets("kubernetes") / f"{kind}.yaml").read_text("utf-8")))
+    workload = found[-1]
+    for manifest in found:
+        manifest["metadata"]["name"] = job.name
+    _one(found, "ConfigMap")["data"] = {"config.yaml": dump(job.config)}
+    first_pod = {"job": "0", "jobset": "nodes-0-0", "trainjob": "node-0-0"}[kind]
+    words = [python, "-m", "peftune", *job.train_words(
+        [CONFIG], rank="$(JOB_COMPLETION_INDEX)", main=f"{job.name}-{first_pod}.{job.name}:{PORT}")]
+    if interface is not None:
+        words += ["--interface", interface]
+    match kind:
+        case "job":
+            _one(found, "Service")["spec"]["selector"] = {"batch.kubernetes.io/job-name": job.name}
+            workload["spec"]["backoffLimit"] = 3 * job.nodes
+            _fill_job(workload["spec"], job, words, image)
+            workload["spec"]["template"]["spec"]["subdomain"] = job.name
+        case "jobset":
+            workload["spec"]["network"]["subdomain"] = job.name
+            _fill_job(workload["spec"]["replicatedJobs"][0]["template"]["spec"], job, words, image)
+        case _:
+            trainer = workload["spec"]["trainer"]
+            trainer.update(numNodes=job.nodes, image=image, args=words)
+            trainer["command"][2] = trainer["command"][2].replace("/workspace", mount)
+            _set_gpus(trainer["resourcesPerNode"], job.gpus_per_node)
+    for pod in _pods(workload):
+        _share(pod, job.name, claim, mount)
+    for container in _containers(workload):
+        for variable in container.get("env", []):
+            variable["value"] = variable["value"].replace("/workspace", mount)
+    return found
+
+
+def as_yaml(found: list[Manifest]) -> str:
+    """The objects as one file for kubectl."""
+    return yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _check_kept(job: Job, mount: str) -> None:
+    folder = PurePosixPath(mount, job.config.output_dir)  # an absolute output_dir stays what it is
+    if not folder.is_relative_to(mount):
+        raise MachineError(Fault(kind="environment", message=f"output_dir = {job.config.output_dir} lies outside "
+                                 f"{mount}, where the claim is mounted: it would be lost with the pod",
+                                 mend=f"output_dir={mount}/runs/..., or a relative path"))
+
+
+def _one(found: list[Manifest], kind: str) -> Manifest:
+    return next(manifest for manifest in found if manifest["kind"] == kind)
+
+
+def _fill_job(spec: Manifest, job: Job, words: list[str], image: str) -> None:
+    spec["parallelism"] = spec["completions"] = job.nodes
+    container = spec["template"]["spec"]["containers"][0]
+    container.update(image=image, command=words)
+    _set_gpus(container["resources"], job.gpus_per_node)
+
+
+def _set_gpus(resources: Manifest, gpus: int) -> None:
+    resources["limits"] = {"nvidia.com/gpu": gpus} if gpus else {}
+
+
+def _pods(node: Any) -> Iterator[Manifest]:
+    """Every pod's spec in a manifest: what has both containers and volumes."""
+    if isinstance(node, dict):
+        if "containers" in node and "volumes" in node:
+            yield node
+        for value in node.values():
+            yield from _pods(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _pods(value)
+
+
+def _containers(workload: Manifest) -> Iterator[Manifest]:
+    for pod in _pods(workload):
+        yield from pod["containers"]
+    if "trainer" in workload["spec"]:
+        yield workload["spec"]["trainer"]
+
+
+def _share(pod: Manifest, name: str, claim: str, mount: str) -> None:
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    volumes["config"]["configMap"]["name"] = name
+    volumes["shared"]["persistentVolumeClaim"]["claimName"] = claim
+    for container in pod["containers"]:
+        if "workingDir" in container:
+            container["workingDir"] = mount
+        next(place for place in container["volumeMounts"] if place["name"] == "shared")["mountPath"] = mount
