@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftune import __version__
-from peftune.cluster.command import add_launch
+from peftune.cluster.command import add_launch, add_machines
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES
 
@@ -55,13 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="a YAML file; key=value words after it override its settings")
     train.add_argument("--strategy", default="auto", help="auto | " + " | ".join(STRATEGIES))
     train.add_argument("--processes", type=int, help="how many processes; default: one a GPU, or one")
-    machines = train.add_argument_group("several machines", "the same line on each, another --node-rank; `peftune "
-                                        "launch` writes them")
-    machines.add_argument("--nodes", type=int, metavar="N", help="machines; --processes counts those of all")
-    machines.add_argument("--node-rank", type=int, metavar="R", help="this machine's number, from 0")
-    machines.add_argument("--main-node", metavar="HOST:PORT", help="the first machine, as the others reach it")
-    machines.add_argument("--interface", metavar="NAME", help="network interface to the others")
-    machines.add_argument("--log-dir", metavar="DIR", help="a file there for the output of each process")
+    add_machines(train)
     check = add("check", _check, "find every fault of config, model name and data, without loading weights",
                 overrides=True)
     check.add_argument("config", metavar="CONFIG")
@@ -75,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "benchmarks: parity of strategies, memory, start-up, data, scores")
     bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
     bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
-    add_launch(add("launch", _train, "several machines: a Slurm or Kubernetes job, or ssh", overrides=True))
+    add_launch(commands)
     add("schema", _schema, "print the JSON Schema of the config, for editors")
     for sub in (check, evaluate, export, report):
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -58,6 +58,10 @@ class PeftuneError(ValueError):
             lines.append(f"... and {len(self.faults) - SHOWN_FAULTS} more faults")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[type[PeftuneError], tuple[tuple[Fault, ...]]]:
+        """Made of its faults again where another process takes it over."""
+        return type(self), (self.faults,)
+
 
 class ConfigError(PeftuneError):
     """The config, or an override of it, is wrong."""

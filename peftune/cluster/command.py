@@ -13,9 +13,21 @@ from peftune.errors import EXIT_DONE, Fault, MachineError
 from peftune.parallel.names import STRATEGIES
 
 
-def add_launch(launch: argparse.ArgumentParser) -> None:
-    """Give `peftune launch` its places and their options."""
-    places = launch.add_subparsers(required=True, metavar="PLACE")
+def add_machines(train: argparse.ArgumentParser) -> None:
+    """Give `peftune train` what it must be told where each machine runs a line of its own."""
+    machines = train.add_argument_group("several machines", "the same line on each, another --node-rank; `peftune "
+                                        "launch` writes them")
+    machines.add_argument("--nodes", type=int, metavar="N", help="machines; --processes counts those of all")
+    machines.add_argument("--node-rank", type=int, metavar="R", help="this machine's number, from 0")
+    machines.add_argument("--main-node", metavar="HOST:PORT", help="the first machine, as the others reach it")
+    machines.add_argument("--interface", metavar="NAME", help="network interface to the others")
+    machines.add_argument("--log-dir", metavar="DIR", help="a file there for the output of each process")
+
+
+def add_launch(commands: Any) -> None:
+    """Add `peftune launch` with its places and their options to the commands."""
+    text = "several machines: a Slurm or Kubernetes job, or ssh"
+    places = commands.add_parser("launch", help=text, description=text).add_subparsers(required=True, metavar="PLACE")
     slurm = _place(places, "slurm", _slurm, "an sbatch script, one launcher a machine")
     slurm.add_argument("--time", metavar="D-HH:MM:SS", help="limit; the run saves before it and is queued again")
     slurm.add_argument("--partition")
@@ -50,7 +62,7 @@ def add_launch(launch: argparse.ArgumentParser) -> None:
 
 def _place(places: Any, name: str, command: Any, text: str) -> argparse.ArgumentParser:
     place: argparse.ArgumentParser = places.add_parser(name, help=text, description=text)
-    place.set_defaults(command=command)
+    place.set_defaults(command=command, takes_overrides=True)
     place.add_argument("config", metavar="CONFIG", help="key=value words after it override its settings")
     return place
 

@@ -84,7 +84,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     try:
         run("munged", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock",
-            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/log/munged.log", f"--seed-file={folder}/munged.seed")
+            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/log/munged.log",
+            f"--seed-file={folder}/munged.seed")
         run("slurmctld", "-c")
         for node in ("node1", "node2"):
             run("unshare", "--mount", "sh", "-c", f"mount --bind {hosts} /etc/hosts && exec slurmd -N {node}")
@@ -122,11 +123,16 @@ def two_hosts(tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nhost=$1; shift; exec ip netns exec "$host" sh -c "$*"\n')
     ssh.chmod(0o755)
+
+    def remove() -> None:
+        for address in (first, second):
+            subprocess.run(["ip", "netns", "del", address], check=False, capture_output=True)
+
+    remove()  # what a killed test has left
     try:
         for words in up:
             if subprocess.run(["ip", *words.split()], check=False, capture_output=True).returncode:
                 pytest.skip(f"needs the right to make network namespaces: ip {words}")
         yield first, second, ssh
     finally:
-        for address in (first, second):
-            subprocess.run(["ip", "netns", "del", address], check=False, capture_output=True)
+        remove()

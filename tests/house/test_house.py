@@ -40,7 +40,7 @@ def test_imports_point_one_way_and_each_library_has_its_room():
 
 
 def test_nothing_directly_under_the_package_bears_the_name_of_an_importable_module():
-    ours = {path.stem for path in PACKAGE.iterdir()} - {"__init__", "__pycache__"}
+    ours = {path.stem for path in PACKAGE.iterdir() if path.name != "py.typed"} - {"__init__", "__pycache__"}
     installed = set(metadata.packages_distributions()) - {"peftune"}
     famous = {"evaluate", "datasets", "tokenizers", "types", "logging", "profile", "trl", "optimum", "torch", "wandb"}
     assert not ours & (sys.stdlib_module_names | installed | famous)
@@ -89,10 +89,10 @@ def test_the_keys_of_the_config_are_these():
 
 
 def test_the_commands_are_these():
-    done = subprocess.run([sys.executable, "-m", "peftune.cli", "--help"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "peftune", "--help"], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     assert re.findall(r"^    (\w+) ", done.stdout, flags=re.M) == [
-        "train", "check", "evaluate", "predict", "export", "report", "bench", "schema"]
+        "train", "check", "evaluate", "predict", "export", "report", "bench", "launch", "schema"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -120,7 +120,7 @@ def test_every_config_runs(path, tmp_path, launch, encoder, decoder, monkeypatch
 def test_the_readme_names_every_config_and_every_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(path.name in readme for path in CONFIGS)
-    commands = ("train", "check", "evaluate", "predict", "export", "report", "bench", "schema")
+    commands = ("train", "check", "evaluate", "predict", "export", "report", "bench", "launch", "schema")
     assert all(f"peftune {word}" in readme for word in commands)
 
 

@@ -1,0 +1,258 @@
+"""Jobs for several machines, as they are written; tests/cluster runs them."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftune.cli import main
+from peftune.cluster.hosts import launch_lines, parse_hosts
+from peftune.cluster.job import check_job
+from peftune.cluster.kubernetes import KINDS
+from peftune.config.load import load
+from peftune.errors import ConfigError, Fault, MachineError
+from peftune.parallel.launcher import STOP_FILE, choose_launch, node_of
+from peftune.parallel.network import interface_towards, interface_variables
+from tests.conftest import ROOT, write_config
+
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+def rendered(capsys, *words):
+    assert main(["launch", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def objects(capsys, *words):
+    text = rendered(capsys, "kubernetes", QUICKSTART, "--image", "i:1", "--claim", "disk:/data", *words)
+    return {found["kind"]: found for found in yaml.safe_load_all(text)}
+
+
+def option(words, name):
+    return words[words.index(name) + 1]
+
+
+def test_an_sbatch_script_has_the_options_and_settings_that_were_given(capsys):
+    script = rendered(capsys, "slurm", QUICKSTART, "--nodes", 4, "--gpus-per-node", 8, "--strategy", "zero3", "--time",
+                      "1-00:00:00", "--partition", "big", "--account", "us", "--option", "exclusive", "--option",
+                      "qos=high", "--notice", 240, "--interface", "ib0", "train.num_epochs=2", "output_dir=/s h/x")
+    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2]
+                   for line in script.splitlines() if line.startswith("#SBATCH"))
+    assert options == {
+        "job-name": "quickstart", "nodes": "4", "ntasks-per-node": "1", "time": "1-00:00:00", "signal": "B:USR1@240",
+        "requeue": "", "open-mode": "append", "output": "%x-%j.log", "chdir": str(Path.cwd()), "gpus-per-node": "8",
+        "partition": "big", "account": "us", "exclusive": "", "qos": "high"}
+    for line in ("strategy=zero3", "processes_per_node=8", f"python={sys.executable}", "interface=ib0",
+                 f"arguments=({QUICKSTART} train.num_epochs=2 'output_dir=/s h/x')"):
+        assert f"\n{line}\n" in script
+
+
+@pytest.mark.parametrize("words", [(), ("--container", "image.sif"), ("--container", "registry/x:1")])
+def test_every_sbatch_script_is_bash_and_so_is_the_template(words, capsys):
+    script = rendered(capsys, "slurm", QUICKSTART, "--nodes", 2, "--gpus-per-node", 0, *words)
+    for text in (script, (ROOT / "launch" / "slurm" / "train.sbatch").read_text()):
+        done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+        assert not done.stderr and not done.returncode
+    assert "gpus-per-node" not in "".join(line for line in script.splitlines() if line.startswith("#SBATCH"))
+    assert ("python=python3\n" in script) == bool(words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rendered_here", [True, False], ids=["rendered", "template"])
+def test_manifests_are_what_the_kubernetes_api_takes_field_by_field(kind, rendered_here, capsys):
+    """What comes back from the API's own models is equal only if they know every field and its type."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason='pip install "peftune[dev]"')
+    known = {"Service": models.IoK8sApiCoreV1Service, "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
+             "Job": models.IoK8sApiBatchV1Job, "JobSet": models.JobsetV1alpha2JobSet,
+             "TrainJob": models.TrainerV1alpha1TrainJob}
+    found = objects(capsys, "--kind", kind, "--nodes", 3, "--gpus-per-node", 4) if rendered_here else {
+        part["kind"]: part for part in yaml.safe_load_all((ROOT / f"launch/kubernetes/{kind}.yaml").read_text())}
+    assert len(found) == (3 if kind == "job" else 2)
+    for name, manifest in found.items():
+        assert known[name].from_dict(manifest).to_dict() == manifest
+    broken = json.loads(json.dumps(found["ConfigMap"]))
+    broken["dta"] = broken.pop("data")
+    assert known["ConfigMap"].from_dict(broken).to_dict() != broken
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_a_kubernetes_job_has_one_numbered_pod_a_node_that_finds_the_first_by_its_service(nodes, capsys):
+    found = objects(capsys, "--nodes", nodes, "--gpus-per-node", 4, "--name", "My run_1")
+    job, service = found["Job"]["spec"], found["Service"]
+    pod = job["template"]["spec"]
+    name = service["metadata"]["name"]
+    assert name == pod["subdomain"] == found["Job"]["metadata"]["name"] == "my-run-1"
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", nodes, nodes)
+    assert pod["restartPolicy"] == "Never"  # what podFailurePolicy asks for
+    container = pod["containers"][0]
+    words = container["command"]
+    assert words[:5] == ["python3", "-m", "peftune", "train", "/etc/peftune/config.yaml"]
+    assert (option(words, "--processes"), option(words, "--nodes")) == (str(4 * nodes), str(nodes))
+    assert option(words, "--node-rank") == "$(JOB_COMPLETION_INDEX)"
+    assert option(words, "--main-node") == "my-run-1-0.my-run-1:29500"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    exits = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"]
+             if "onExitCodes" in rule}
+    assert exits == {"Ignore": [75], "FailJob": [2, 3]}
+    assert all(rule["onExitCodes"]["containerName"] == container["name"]
+               for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+
+
+def test_the_config_travels_with_every_override_applied(capsys, tmp_path):
+    found = objects(capsys, "--nodes", 1, "--gpus-per-node", 0, "train.num_epochs=7", "output_dir=runs/seven")
+    text = found["ConfigMap"]["data"]["config.yaml"]
+    (tmp_path / "config.yaml").write_text(text)
+    assert load([str(tmp_path / "config.yaml")]) == load([QUICKSTART, "train.num_epochs=7", "output_dir=runs/seven"])
+
+
+def test_a_jobset_starts_all_pods_again_after_a_stop_without_counting_it(capsys):
+    spec = objects(capsys, "--kind", "jobset", "--nodes", 2, "--gpus-per-node", 1)["JobSet"]["spec"]
+    job = spec["replicatedJobs"][0]
+    inner = job["template"]["spec"]
+    assert inner["backoffLimit"] == 0 and inner["completions"] == inner["parallelism"] == 2
+    assert spec["network"]["subdomain"] == "quickstart" and job["replicas"] == 1
+    words = inner["template"]["spec"]["containers"][0]["command"]
+    assert option(words, "--main-node") == f"quickstart-{job['name']}-0-0.quickstart:29500"
+    rules = spec["failurePolicy"]["rules"]
+    assert [rule["action"] for rule in rules] == ["RestartJobSetAndIgnoreMaxRestarts", "FailJobSet"]
+    assert "exit code 75 " in rules[0]["onJobFailureMessagePatterns"]
+
+
+def test_an_output_that_would_be_lost_with_its_pod_is_refused(capsys):
+    with pytest.raises(MachineError, match="lies outside /data"):
+        objects(capsys, "--nodes", 1, "--gpus-per-node", 0, "output_dir=/elsewhere/run")
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (("train.batchsize=3",), "unknown key"), (("--nodes", "0"), "use 1 or more"),
+    (("--strategy", "zero9"), "this version has"), (("--strategy", "single"), "runs one process"),
+])
+def test_a_job_that_cannot_run_is_refused_before_it_is_written(words, why, tmp_path):
+    line = ["launch", "slurm", QUICKSTART, "--nodes", "2", "--gpus-per-node", "1", "--to", str(tmp_path / "x"), *words]
+    with pytest.raises((ConfigError, MachineError), match=why):
+        main(line)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("place", "program", "answer"), [("slurm", "sbatch", "17"), ("kubernetes", "kubectl", "ok")])
+def test_submit_hands_over_what_is_printed_otherwise(place, program, answer, tmp_path, monkeypatch, capsys):
+    words = [place, QUICKSTART, "--nodes", 2, "--gpus-per-node", 1]
+    words += ["--image", "i", "--claim", "c"] if place == "kubernetes" else []
+    text = rendered(capsys, *words)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MachineError, match=f"--submit needs {program}"):
+        main(["launch", *map(str, words), "--submit"])
+    script = tmp_path / program
+    script.write_text(f"#!{shutil.which('sh', path='/bin:/usr/bin')}\n/bin/cat > {tmp_path}/got; echo {answer}\n")
+    script.chmod(0o755)
+    assert main(["launch", *map(str, words), "--submit"]) == 0
+    assert (tmp_path / "got").read_text() == text
+
+
+def test_a_launch_command_loads_no_torch_and_takes_less_than_half_a_second():
+    script = ("import sys; from peftune.cli import main; main(sys.argv[1:]); "
+              "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)")
+    words = [sys.executable, "-c", script, "launch", "slurm", QUICKSTART, "--nodes", "2", "--gpus-per-node", "8"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # of the processor, which other work on the machine does not change
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_a_fault_that_another_process_takes_over_says_the_same():
+    error = MachineError([Fault(kind="environment", message=f"{word} is wrong", mend="mend it") for word in "ab"])
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
+    assert type(again) is MachineError and again.faults == error.faults and str(again) == str(error)
+
+
+def test_hosts_are_names_with_equal_numbers_of_processes():
+    assert parse_hosts("a,b") == (["a", "b"], 1) and parse_hosts("a:8, me@b:8") == (["a", "me@b"], 8)
+    for text, why in (("a:2,b:4", "unequal"), ("a,a", "different"), ("a:x", "different"), ("", "different")):
+        with pytest.raises(MachineError, match=why):
+            parse_hosts(text)
+
+
+def test_each_host_gets_a_line_of_its_own_and_one_that_passes_signals_on():
+    job = check_job([QUICKSTART], name=None, nodes=2, gpus_per_node=8, strategy="auto")
+    first, second = launch_lines(job, ["me@a", "b"], port=1234, ssh="ssh -p 22", python="py", interface="ib0")
+    assert first.command[:4] == ("ssh", "-p", "22", "me@a") and second.command[3] == "b"
+    for rank, line in enumerate((first, second)):
+        assert line.command[4].endswith(
+            f"exec py -m peftune train {QUICKSTART} --strategy ddp --processes 16 --nodes 2 --node-rank {rank} "
+            "--main-node a:1234 --interface ib0")
+        assert line.tell[-1] == f"kill -{{}} $(cat ~/.peftune-1234-{rank}.pid)"
+
+
+def test_the_machines_of_a_run_get_launch_lines_that_differ_in_their_rank(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    lines = [str(choose_launch("auto", 4, ["c.yaml"], node_of(2, rank, "127.0.0.1:77", None), "logs"))
+             for rank in (0, 1)]
+    assert "--num_processes 4 --num_machines 2 --machine_rank 0 --main_process_ip 127.0.0.1" in lines[0]
+    assert "--rdzv_backend static --log_dir logs/node-0 --tee 3" in lines[0]
+    assert lines[1] == lines[0].replace("--machine_rank 0", "--machine_rank 1").replace(
+        "node-0", "node-1").replace("node 0", "node 1")
+
+
+@pytest.mark.parametrize(("node", "processes", "why"), [
+    ((2, None, "a:1", None), 2, "--node-rank None of 2"), ((2, 2, "a:1", None), 2, "0 to 1"),
+    ((2, 0, None, None), 2, "HOST:PORT"), ((2, 0, "a", None), 2, "HOST:PORT"),
+    ((2, 0, "127.0.0.1:77", None), 3, "each must run as many"),
+    ((2, 0, "127.0.0.1:77", "nothing0"), 2, "this machine has"),
+])
+def test_half_a_description_of_the_machines_is_refused(node, processes, why, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with pytest.raises(MachineError, match=why):
+        choose_launch("ddp", processes, ["c.yaml"], node_of(*node))
+
+
+def test_an_interface_that_somebody_has_chosen_is_not_replaced(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert interface_variables("127.0.0.1", None) == {}
+    assert interface_variables("127.0.0.1", "lo") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def test_loopback_is_never_taken_for_the_way_to_other_machines():
+    assert interface_towards("127.0.0.1") != "lo"
+
+
+@pytest.mark.slow
+def test_a_stop_that_was_asked_for_before_anything_ran_is_not_lost(command, classify, tmp_path):
+    """A cluster's warning may come in a job's first second."""
+    stop = tmp_path / "stop"
+    stop.touch()
+    config = write_config(classify, tmp_path / "c")
+    done = command("-m", "peftune", "train", config, env={STOP_FILE: str(stop)})
+    assert done.returncode == 75 and "stopped" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_signals_reach_the_lines_of_all_hosts(tmp_path):
+    """With a shell in place of ssh, and a process that waits in place of a launcher."""
+    script = f"""
+import sys
+from peftune.cluster.hosts import Line, run_lines
+wait = "echo $$ > {tmp_path}/%s; trap 'echo told; exit 75' USR1; while :; do sleep 0.05; done"
+lines = [Line(n, ("sh", "-c", wait % n), ("sh", "-c", "kill -{{}} $(cat {tmp_path}/%s)" % n)) for n in "ab"]
+sys.exit(run_lines(lines))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 30
+    while not all((tmp_path / name).is_file() and (tmp_path / name).read_text() for name in "ab"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)  # until both have set their traps
+    os.kill(process.pid, signal.SIGUSR1)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and sorted(said.splitlines()) == ["[a] told", "[b] told"]
