@@ -194,6 +194,11 @@ def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
             for line, record in _csv_records(file, csv.reader(stream, delimiter=delimiter, strict=True), faults):
                 if not header:
                     header = record
+                    twice = next((name for name in header if header.count(name) > 1), None)
+                    if twice is not None:
+                        faults.add(_fault(str(file), line, f"two columns are called {twice!r:.40}: no row is read",
+                                          "give each column a name of its own"))
+                        return
                 elif len(record) != len(header):
                     faults.add(_fault(str(file), line, f"{len(record)} columns, and the header has {len(header)}",
                                       f"give {len(header)} columns, with quotes around fields that hold {delimiter!r}"))
@@ -204,7 +209,8 @@ def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _csv_records(file: Path, reader: Any, faults: Faults) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line it begins on."""
+    """Each record with the line it begins on; none after a header that is broken."""
+    header = True
     while True:
         line = reader.line_num + 1
         try:
@@ -216,9 +222,12 @@ def _csv_records(file: Path, reader: Any, faults: Faults) -> Iterator[tuple[int,
             if "unexpected end of data" in str(error):
                 said = f"a quote opens in this record and never closes: it takes all {reader.line_num - line + 1} lines"
                 mend = 'close the quote, or write it twice inside a quoted field: ""'
-            faults.add(_fault(str(file), line, said, mend))
+            faults.add(_fault(str(file), line, said + ", in the header: no row is read" * header, mend))
+            if header:
+                return
             continue
         if record:
+            header = False
             yield line, record
 
 

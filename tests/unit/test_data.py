@@ -102,6 +102,20 @@ def test_broken_records_of_a_csv_are_each_named_at_the_line_where_they_begin(tmp
     assert "never closes: it takes all 2 lines" in said.message and "close the quote" in said.mend
 
 
+@pytest.mark.parametrize(("content", "line", "said"), [
+    ('text,"label\ngood,x\nbad,y\n', 1, "a quote opens in this record and never closes: it takes all 3 lines, in the"),
+    ('\ntext,"la"bel"\ngood,x\nbad,y\n', 2, "broken CSV: ',' expected after '\"', in the header: no row is read"),
+    ("text,label,text\ngood,x,bad\n", 1, "two columns are called 'text': no row is read"),
+])
+def test_a_csv_whose_header_is_broken_or_names_a_column_twice_gives_no_rows(tmp_path, content, line, said):
+    path = tmp_path / "d.csv"
+    path.write_text(content)
+    faults = Faults()
+    assert not list(read(Source(path=str(path)), faults))
+    (fault,) = faults.kept
+    assert (fault.file, fault.line) == (str(path), line) and said in fault.message and fault.mend
+
+
 def test_a_missing_file_is_said_with_what_is_there(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(DataError, match="no such file") as caught:
