@@ -19,7 +19,7 @@ from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
 from peftune.data.findings import LEAKS
-from peftune.data.layouts import Layout
+from peftune.data.layouts import PADDED, Layout
 from peftune.data.prepare import Prepared, open_prepared, prepare
 from peftune.loop.checkpoint import load_checkpoint
 from peftune.loop.evaluate import Evaluator
@@ -36,6 +36,7 @@ from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import count, weight_notes
 from peftune.model.card import model_card
+from peftune.model.division import refuse_undividable
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, slow_products, uses_autocast
 from peftune.model.quantize import quantised_by
 from peftune.model.reference import frozen_copy
@@ -47,7 +48,8 @@ from peftune.observe.manifest import environment
 from peftune.observe.trackers import check_trackers, start_trackers
 from peftune.parallel.ddp import Ddp
 from peftune.parallel.fsdp2 import open_fsdp2
-from peftune.parallel.names import check_launched, launched_kind
+from peftune.parallel.names import check_launched, launched_kind, sequence_ranks
+from peftune.parallel.sequences import SequenceGroup, open_sequences
 from peftune.parallel.shared import check_output_is_shared, prepared_on_each_machine
 from peftune.parallel.single import Single
 from peftune.parallel.stop import Stop
@@ -97,12 +99,16 @@ def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
     display = Display(quiet=not world.is_main)
     try:
         strategy = open_strategy(config, world)
+        division = open_sequences(world)
         check_trackers(config.log.trackers)
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
-                    f"{strategy.name} on {world.ranks} x {world.device.type}")
+                    f"{strategy.name} on {world.ranks} x {world.device.type}"
+                    + (f", each sequence on {division.ranks}" if division else ""))
         if slow := slow_products(config.model, world.device):
             display.warn(slow)
         text, data = _data(config, world, display)
+        if division is not None:
+            refuse_undividable(text.config, division.ranks)
         metric = chosen_metric(text.encoder.task, data.targets, config.evaluation.metric)
         folder = Path(config.output_dir)
         start = world.on_main(lambda: find_start(folder, dump(config), config.resume, data.fingerprints))
@@ -112,7 +118,7 @@ def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
             yield Built(None, TrainState(), display, start.summary)
             return
         run, state = _run(config, world, strategy, display, text, data, start, metric,
-                          stop or Stop())
+                          stop or Stop(), division)
         try:
             yield Built(run, state, display)
         finally:
@@ -136,7 +142,7 @@ def open_strategy(config: RunConfig, world: World) -> Strategy:
         case _:
             strategy = Ddp(world) if world.ranks > 1 else Single(world)
     world.on_main(lambda: check_launched(strategy.name))
-    world.on_main(lambda: refuse_broken(config, strategy.name))
+    world.on_main(lambda: refuse_broken(config, strategy.name, sequence_ranks()))
     return strategy
 
 
@@ -159,7 +165,7 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
 
 def _run(
     config: RunConfig, world: World, strategy: Strategy, display: Display, text: Text, data: Prepared, start: Start,
-    metric: str, stop: Stop,
+    metric: str, stop: Stop, division: SequenceGroup | None,
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
     with display.phase("model") as notes:
@@ -169,7 +175,7 @@ def _run(
             text.config, device=world.device, longest=int(data.splits["train"].padded_lengths.max()),
             bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
             tokens=_given(config.train.tokens_per_micro_batch),
-            checkpointing=wants_recomputing(config)))
+            checkpointing=wants_recomputing(config), sequence_ranks=division.ranks if division else 1))
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.compile:
@@ -180,7 +186,7 @@ def _run(
         layout, why = choose_layout(
             config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
             pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
-            autocast=autocast(config.model, world.device))
+            autocast=autocast(config.model, world.device), division=division)
         reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
         notes += weight_notes(loaded, counts)
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
@@ -193,14 +199,15 @@ def _run(
     facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
              "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
              "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
-             "layout": layout.name, **asdict(memory)}
+             "layout": layout.name, "sequence_ranks": division.ranks if division else 1, **asdict(memory)}
     world.on_main(writing(folder)(lambda: _open_folder(config, folder, world, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
-                          config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep, stop)
+                          config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep, stop,
+                          layout if division else PADDED)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):
         RankBudget(model, optimizer, steps=run.steps, done=state.step)

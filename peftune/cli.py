@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from peftune import __version__
 from peftune.cluster.command import add_launch, add_machines
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
-from peftune.parallel.names import STRATEGIES
+from peftune.parallel.names import STRATEGIES, refuse_divided_sequences
 
 if TYPE_CHECKING:  # torch comes with them, and help must not wait for it
     from peftune.observe.display import Display
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch comes with them, and help must not wait for it
 
 BENCHMARKS = ("parity", "memory", "quantization", "startup", "data_scale", "lora_vs_full")
 """Suites of `peftune bench`: files of benchmarks/."""
+SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"
 
 
 def main(arguments: list[str]) -> int:
@@ -56,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--strategy", default="auto", help="auto | " + " | ".join(STRATEGIES))
     train.add_argument("--processes", type=int, help="how many processes; default: one a GPU, or one")
     add_machines(train)
+    train.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help=SEQUENCE_PARALLEL)
     check = add("check", _check, "find every fault of config, model name and data, without loading weights",
                 overrides=True)
     check.add_argument("config", metavar="CONFIG")
     check.add_argument("--strategy", choices=STRATEGIES, help="also say what this strategy cannot do")
+    check.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help="also say what that cannot do")
     check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
     evaluate, export = _using(add)
@@ -116,8 +119,9 @@ def _train(parsed: argparse.Namespace) -> int:
 
     config = load([parsed.config, *parsed.overrides])  # a fault in the config is said before any process starts
     node = node_of(parsed.nodes, parsed.node_rank, parsed.main_node, parsed.interface)
-    line = choose_launch(parsed.strategy, parsed.processes, [parsed.config, *parsed.overrides], node, parsed.log_dir)
-    refuse_broken(config, line.strategy)
+    line = choose_launch(parsed.strategy, parsed.processes, [parsed.config, *parsed.overrides], node, parsed.log_dir,
+                         parsed.sequence_parallel)
+    refuse_broken(config, line.strategy, parsed.sequence_parallel)
     print(line, file=sys.stderr, flush=True)
     return launch(line)
 
@@ -135,7 +139,7 @@ def _check(parsed: argparse.Namespace) -> int:
     from peftune.data_check import as_json, check, show, show_examples
     from peftune.observe.display import Display
 
-    checked = check(config, parsed.strategy)
+    checked = check(config, parsed.strategy, parsed.sequence_parallel)
     if parsed.json:
         print(json.dumps(as_json(checked), ensure_ascii=False))
     else:
@@ -255,6 +259,7 @@ def _opened(*, only_json: bool) -> Iterator[tuple[World, Display]]:
     from peftune.observe.display import Display
     from peftune.parallel.world import close_world, open_world
 
+    refuse_divided_sequences()
     world = open_world()
     try:
         yield world, Display(quiet=not world.is_main, stream=sys.stderr if only_json else None)

@@ -11,12 +11,14 @@ import numpy as np
 
 from peftune.config.rules import strategy_faults
 from peftune.config.schema import RunConfig
+from peftune.config.sequence_rules import sequence_faults
 from peftune.data.examples import Example
 from peftune.data.findings import as_faults
 from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
 from peftune.data.store import Split
 from peftune.errors import DataError, Fault, faults_of
 from peftune.model.adapters import peft_config
+from peftune.model.division import refuse_undividable
 from peftune.model.quantize import quantization_of, require_bitsandbytes
 from peftune.numerics.losses import IGNORE
 from peftune.observe.display import Display, Piece
@@ -42,10 +44,10 @@ class Checked:
     text: Text | None = None
 
 
-def check(config: RunConfig, strategy: str | None = None) -> Checked:
+def check(config: RunConfig, strategy: str | None = None, sequence_ranks: int = 1) -> Checked:
     """Look at trackers, adapter fields, model name, tokenizer and data, without loading weights.
 
-    With a strategy, also at what it cannot do.
+    With a strategy, also at what it cannot do, and with several ranks to share a sequence at what they cannot.
 
     Where the tokenizer cannot be had, the rows are still read and their faults said.
     """
@@ -54,6 +56,7 @@ def check(config: RunConfig, strategy: str | None = None) -> Checked:
     faults = faults_of(lambda: check_trackers(config.log.trackers))
     if strategy is not None:
         faults += strategy_faults(config, strategy)
+    faults += sequence_faults(config, sequence_ranks)
     if config.adapter is not None:
         adapter = config.adapter
         adds_tokens = bool(config.model.added_tokens or config.model.added_special_tokens)
@@ -61,19 +64,21 @@ def check(config: RunConfig, strategy: str | None = None) -> Checked:
     if config.train.optimizer.endswith("8bit"):
         faults += faults_of(lambda: require_bitsandbytes(f"train.optimizer = {config.train.optimizer!r}"))
     opened: list[tuple[Prepared, Text]] = []
-    quantization: list[Fault] = []
+    model: list[Fault] = []
 
     def open_data() -> None:
         text = open_text(task, config.model, config.data)
-        quantization.extend(faults_of(lambda: quantization_of(
+        model.extend(faults_of(lambda: quantization_of(
             config.model, text.config, adapted=config.adapter is not None,
             divided=(strategy or "").startswith(DIVIDED))))
+        if sequence_ranks > 1:
+            model.extend(faults_of(lambda: refuse_undividable(text.config, sequence_ranks)))
         folder = prepare(config.data, text.encoder, seed=config.seed, identity=text.identity(), inspect=True)
         opened.append((open_prepared(folder), text))
         chosen_metric(task, opened[0][0].targets, config.evaluation.metric)
 
     found = faults_of(open_data)
-    faults += quantization
+    faults += model
     if not opened:
         if any(fault.kind != "data" for fault in found):
             found += faults_of(lambda: _raise(row_faults(config.data, task.formats, config.seed)))

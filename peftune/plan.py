@@ -38,7 +38,7 @@ def activation_bytes_per_token(config: PreTrainedConfig, length: int, bytes_per_
 
 def choose_memory(
     config: PreTrainedConfig, *, device: torch.device, longest: int, bytes_per_value: int, trainable_bytes: int,
-    tokens: int | None, checkpointing: bool | None,
+    tokens: int | None, checkpointing: bool | None, sequence_ranks: int = 1,
 ) -> MemoryChoice:
     """Resolve `tokens_per_micro_batch: auto` and `gradient_checkpointing: auto` against the free memory.
 
@@ -50,14 +50,15 @@ def choose_memory(
         trainable_bytes: of the trained weights; gradients and AdamW states take three times as much again.
         tokens: what the config says, None for auto.
         checkpointing: what the config says, None for auto.
+        sequence_ranks: devices that share each micro-batch, and so what it keeps.
     """
-    room = SHARE * (free_bytes(device) - 3 * trainable_bytes)
+    room = sequence_ranks * SHARE * (free_bytes(device) - 3 * trainable_bytes)
     plain = activation_bytes_per_token(config, longest, bytes_per_value, recompute=False)
     recompute = checkpointing if checkpointing is not None else longest * plain > room
     if tokens is not None:
         return MemoryChoice(tokens, recompute)
     per_token = activation_bytes_per_token(config, longest, bytes_per_value, recompute=recompute)
-    largest = CPU_AUTO_TOKENS if device.type == "cpu" else LARGEST_AUTO_TOKENS
+    largest = sequence_ranks * (CPU_AUTO_TOKENS if device.type == "cpu" else LARGEST_AUTO_TOKENS)
     return MemoryChoice(max(longest, min(largest, int(room // per_token))), recompute)
 
 

@@ -18,8 +18,8 @@ _BATCH = (
 )
 
 _LONG_SEQUENCES = (
-    "nothing: a sequence stays on one device. model.gradient_checkpointing=true, a smaller data.max_length, or "
-    "--strategy fsdp2 or zero3-offload make room for longer ones"
+    "nothing here: choose it at launch, with --sequence-parallel N, or parallelism_config_sp_size: N in accelerate's "
+    "parallelism_config"
 )
 FAMILIAR: dict[str, str] = {
     "per_device_train_batch_size": _BATCH,

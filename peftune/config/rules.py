@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from peftune.config.document import Document, KeyPath
 from peftune.config.schema import RunConfig, Source
+from peftune.config.sequence_rules import PROMPT_LEARNING, sequence_faults
 from peftune.errors import ConfigError, Fault
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -188,9 +189,6 @@ class StrategyRule:
     mend: str
 
 
-PROMPT_LEARNING = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning", "cpt"})
-"""PEFT methods that train a prompt beside the model, and no weight inside it."""
-
 STRATEGY_RULES: tuple[StrategyRule, ...] = (
     StrategyRule(
         ("zero3", "fsdp2"), "adapter.method",
@@ -238,9 +236,9 @@ def strategy_faults(config: RunConfig, strategy: str) -> list[Fault]:
             for rule in STRATEGY_RULES if strategy.startswith(rule.strategies) and rule.broken_by(config)]
 
 
-def refuse_broken(config: RunConfig, strategy: str) -> None:
-    """Raise ConfigError with every rule that the config breaks under a strategy."""
-    faults = strategy_faults(config, strategy)
+def refuse_broken(config: RunConfig, strategy: str, sequence_ranks: int = 1) -> None:
+    """Raise ConfigError with every rule that the config breaks under a strategy, and where ranks share sequences."""
+    faults = strategy_faults(config, strategy) + sequence_faults(config, sequence_ranks)
     if faults:
         raise ConfigError(faults)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,28 @@ from peftune.numerics.dealing import Grouping, packed_groups, padded_groups
 from peftune.numerics.losses import IGNORE
 
 
+class Division(Protocol):
+    """Neighbouring ranks that share each packed row, and this one among them."""
+
+    @property
+    def place(self) -> int:
+        """Which part of a row this rank holds, from 0."""
+        ...
+
+    @property
+    def ranks(self) -> int:
+        """How many share a row, N."""
+        ...
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """[N, ...], whose part i is for place i -> [N, ...], whose part i came from there; for `model/division.py`."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over these ranks, on each of them."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """padded: a row a sequence. segments, varlen: packed, without any padding; the attention is told the borders,
@@ -25,6 +47,13 @@ class Layout:
     kind: Literal["padded", "segments", "varlen"] = "padded"
     first_position: int = 0
     """Position id of a sequence's first token."""
+    division: Division | None = None
+    """Who shares each row, where one device holds a part of it alone. For segments of token targets."""
+
+    def hand(self, rank: int, ranks: int) -> tuple[int, int]:
+        """Whose examples a rank takes, of how many: its own, or those of the ranks it shares rows with."""
+        together = 1 if self.division is None else self.division.ranks
+        return rank // together, ranks // together
 
     @property
     def name(self) -> str:
@@ -53,6 +82,10 @@ def lay_out(
     model's output layer finds the first or last token, and carries the lengths by which its body packs them
     (`model/packing.py`).
 
+    A divided row is filled up with a sequence that no loss looks at, until its ranks hold equally many tokens. The
+    batch then holds this rank's part, with the targets and owners of one token more: the next part's first, which this
+    part's last one predicts.
+
     Args:
         examples: what to lay out.
         positions: their positions in the split.
@@ -69,12 +102,16 @@ def lay_out(
     lengths = tuple(len(sequence.ids) for sequence in sequences)
     by_token = kind in ("token", "pair")
     one_row = layout.kind != "padded" and by_token
+    if layout.division is not None:
+        sequences += _filler(sum(lengths), layout.division.ranks, pad_id)
     columns = _joined(sequences, layout, pad_id) if one_row else _rows(sequences, pad_id, left, by_token)
+    if layout.division is not None:
+        columns = _part_of(columns, layout.division)
     token_targets, owners = columns.pop("targets"), columns.pop("owners")
     targets = token_targets if by_token else _example_targets(examples, kind, width)
     inputs: dict[str, Any] = {name: _tensor(array, device) for name, array in columns.items()}
     if layout.kind != "padded":
-        inputs |= _borders(lengths, layout, device, one_row)
+        inputs |= _borders(tuple(len(sequence.ids) for sequence in sequences), layout, device, one_row)
     return Batch(
         inputs=inputs, targets=_tensor(targets, device), owners=_tensor(owners, device), lengths=lengths,
         positions=tuple(positions), tokens=sum(lengths) if examples else 0,
@@ -101,6 +138,18 @@ def _sequences(example: Example, kind: TargetKind) -> list[_Sequence]:
     cut = example.first_part
     return [_Sequence(example.input_ids[:cut], example.targets[:cut]),
             _Sequence(example.input_ids[cut:], example.targets[cut:])]
+
+
+def _filler(tokens: int, ranks: int, pad_id: int) -> list[_Sequence]:
+    missing = -tokens % ranks
+    return [_Sequence([pad_id] * missing, [IGNORE] * missing)] if missing else []
+
+
+def _part_of(columns: Mapping[str, np.ndarray], division: Division) -> dict[str, np.ndarray]:
+    tokens = columns["input_ids"].shape[1] // division.ranks
+    begin = tokens * division.place
+    return {name: column[:, begin : begin + tokens + (name in ("targets", "owners"))]
+            for name, column in columns.items()}
 
 
 def _rows(sequences: Sequence[_Sequence], pad_id: int, left: bool, by_token: bool) -> dict[str, np.ndarray]:
@@ -146,7 +195,8 @@ def _borders(lengths: tuple[int, ...], layout: Layout, device: torch.device, one
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     # a mask that is ready for use keeps transformers from building one of T x T
     ready = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)} if one_row else {}
-    return {"segment_lengths": lengths, **ready}
+    exchange = {} if layout.division is None else {"exchange": layout.division.exchange}
+    return {"segment_lengths": lengths, **ready, **exchange}
 
 
 def _example_targets(examples: Sequence[Example], kind: TargetKind, width: int) -> np.ndarray:

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peftune.data.batches import evaluation_batches
-from peftune.data.examples import Example
-from peftune.data.layouts import lay_out
+from peftune.data.examples import Batch, Example
+from peftune.data.layouts import PADDED, Layout, lay_out
 from peftune.data.store import Readable
 from peftune.data.targets import Targets
 from peftune.loop.generate import generate_texts
@@ -41,6 +41,8 @@ class Evaluator:
     lockstep: bool = False
     """Forward passes are joint: ranks with less to do take part in the others' with nothing of their own."""
     stop: Stop = field(default_factory=Stop)
+    layout: Layout = PADDED
+    """Another one where rows are divided. Generation does not divide them."""
 
     def agree(self) -> None:
         """Before each batch. Raises StopAgreed on all ranks if one of them has been asked to stop."""
@@ -104,8 +106,9 @@ def _forward_records(
     evaluator: Evaluator, model: nn.Module, split: Readable, name: str, scored: bool
 ) -> list[Record]:
     world, task = evaluator.world, evaluator.task
-    batches = evaluation_batches(split.padded_lengths.tolist(), rank=world.rank, ranks=world.ranks,
-                                 budget_tokens=BUDGET_TOKENS)
+    hand, hands = evaluator.layout.hand(world.rank, world.ranks)
+    division = evaluator.layout.division
+    batches = evaluation_batches(split.padded_lengths.tolist(), rank=hand, ranks=hands, budget_tokens=BUDGET_TOKENS)
     batches += [[]] * (world.largest(len(batches)) - len(batches))
     records: list[Record] = []
     for number, positions in enumerate(batches, start=1):
@@ -116,19 +119,26 @@ def _forward_records(
         if task.generates and not scored:
             records += [_record(i, example) for i, example in zip(positions, examples, strict=True)]
             continue
-        batch = lay_out(examples, positions, pad_id=evaluator.tokenizer.pad_token_id, kind=evaluator.targets.kind,
-                        width=evaluator.targets.width, device=world.device)
+        batch = lay_out(examples, positions, layout=evaluator.layout, pad_id=evaluator.tokenizer.pad_token_id,
+                        kind=evaluator.targets.kind, width=evaluator.targets.width, device=world.device)
         with evaluator.autocast():
             outputs = task.forward(model, batch, evaluator.reference)
         if not positions:
             continue
         predictions = task.predictions(outputs, batch, evaluator.targets, [example.record for example in examples])
-        sums = task.losses(outputs, batch, evaluator.targets).tolist() if scored else [0.0] * len(positions)
+        sums = _loss_sums(evaluator, outputs, batch) if scored else [0.0] * len(positions)
         for i, example, prediction, loss_sum in zip(positions, examples, predictions, sums, strict=True):
             outcome = {"loss_sum": loss_sum, "num_targets": example.num_targets} if scored else {}
             records.append({**_record(i, example), **prediction, **outcome})
         evaluator.progress(name, number, len(batches))
-    return records
+    # ranks that have shared the rows know the same of them: each keeps some, and generates from those
+    return records if division is None else records[division.place :: division.ranks]
+
+
+def _loss_sums(evaluator: Evaluator, outputs: Tensor, batch: Batch) -> list[float]:
+    """Each example's loss, over all ranks that share it."""
+    sums, division = evaluator.task.losses(outputs, batch, evaluator.targets), evaluator.layout.division
+    return (sums if division is None else division.sum(sums)).tolist()
 
 
 def _record(position: int, example: Example) -> Record:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from peftune.data.examples import Example, TargetKind
 from peftune.data.layouts import lay_out
 from peftune.data.store import Part
 from peftune.errors import Fault, SelfCheckError
@@ -22,6 +24,8 @@ from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import Record
 
 CHECKED_EXAMPLES = 4
+CHECKED_TOKENS = 1024
+"""Of each example: logits of all tokens of a long one may fit no device, and these say as much."""
 SCORED_SPLITS = ("validation", "test")
 TRAIN_PART_ROWS = 500
 """Training rows that are scored like the other splits, to say what the model knows by heart; no more than the largest
@@ -98,10 +102,20 @@ def publish_final(run: Run) -> float:
     """Write final/ and prove that it reloads; return the largest deviation of its logits."""
     model, split = run.strategy.unwrap(run.model), run.data.splits.get("validation", run.data.splits["train"])
     positions = list(range(min(CHECKED_EXAMPLES, len(split))))
-    inputs = lay_out([split[i] for i in positions], positions, pad_id=run.evaluator.tokenizer.pad_token_id,
-                     kind=run.data.targets.kind, width=run.data.targets.width, device=run.strategy.world.device).inputs
+    examples = [_beginning(split[i], run.data.targets.kind) for i in positions]
+    inputs = lay_out(examples, positions, pad_id=run.evaluator.tokenizer.pad_token_id, kind=run.data.targets.kind,
+                     width=run.data.targets.width, device=run.strategy.world.device).inputs
     weights, logits = run.strategy.gather(model), run.live_logits(model, inputs)
     return run.strategy.world.on_main(lambda: _publish_and_reload(run, model, weights, inputs, logits))
+
+
+def _beginning(example: Example, kind: TargetKind) -> Example:
+    """The first tokens of an example that has a target for each."""
+    if kind != "token":
+        return example
+    segments = example.segment_ids
+    return replace(example, input_ids=example.input_ids[:CHECKED_TOKENS], targets=example.targets[:CHECKED_TOKENS],
+                   segment_ids=None if segments is None else segments[:CHECKED_TOKENS])
 
 
 def _publish_and_reload(

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
 
 from peftune.config.schema import ModelConfig
 from peftune.data.examples import Example
-from peftune.data.layouts import PADDED, Layout, lay_out
+from peftune.data.layouts import PADDED, Division, Layout, lay_out
 from peftune.errors import ConfigError, Fault
+from peftune.model.division import division_fault
 from peftune.model.load import first_position
-from peftune.model.packing import packing_fault, use_packing
+from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
 from peftune.model.precision import DTYPES
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.world import World
+
+TRIED_TOKENS = 1024
+"""Longest sequence of the proof where rows are divided: one device may not hold the longest of the data."""
 
 
 def choose_layout(
     wanted: Literal["auto", "padded", "packed"], config: ModelConfig, model: Any, model_config: PreTrainedConfig, *,
     pooled: bool, pad_id: int, longest: int, autocast: Callable[[], AbstractContextManager[None]], world: World,
+    division: Division | None = None,
 ) -> tuple[Layout, str]:
     """The layout, and in a word why it is not the packed one.
 
@@ -35,34 +42,69 @@ def choose_layout(
         longest: tokens of the longest example.
         autocast: precision of forward passes.
         world: all ranks must agree.
+        division: who shares each row, if one device is not to hold it whole.
 
     Raises:
-        ConfigError: packed is asked for, and the model cannot do it.
+        ConfigError: packed or divided rows are asked for, and the model cannot do it.
     """
     if wanted == "padded":
         return PADDED, ""
     first = first_position(model_config)
     kind = None if config.compile else use_packing(model, pooled=pooled, first_position=first)
-    if kind is None:
+    if kind is None or (kind == "varlen" and division is not None):
         why = ("model.compile needs rows of equal shape" if config.compile else
                f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end")
     else:
         layout = Layout(kind, first)
-
-        def inputs(sequences: Sequence[Sequence[int]], packed: bool) -> dict[str, Any]:
-            examples = [Example(ids, [IGNORE] * len(ids), 0, len(ids), {}) for ids in sequences]
-            return lay_out(examples, range(len(examples)), layout=layout if packed else PADDED, pad_id=pad_id,
-                           kind="class" if pooled else "token", width=0, device=world.device).inputs
-
-        fault = world.same(packing_fault(
-            model, inputs, lengths=(max(2, longest // 2), longest, 2, 2), padding=pad_id,
-            vocabulary=model_config.get_text_config().vocab_size, dtype=DTYPES[config.dtype], autocast=autocast,
-            pooled=pooled))
+        tried = longest if division is None else min(longest, TRIED_TOKENS)
+        proof = _Proof(model, pad_id, model_config.get_text_config().vocab_size, DTYPES[config.dtype], autocast, world,
+                       lengths=(max(2, tried // 2), tried, 2, 2))
+        fault = proof.of_packing(layout, pooled)
+        if fault is None and division is not None:
+            layout = replace(layout, division=division)
+            fault = proof.of_division(layout)
         if fault is None:
             return layout, ""
         why = fault
+    if division is not None:
+        raise ConfigError(Fault(kind="config", message=f"sequences cannot be divided with this model: {why}",
+                                mend="leave --sequence-parallel out, with model.gradient_checkpointing=true"))
     if wanted == "packed":
         raise ConfigError(Fault(kind="config", message=f"data.layout = 'packed': not with this model: {why}",
                                 mend="data.layout=padded, or auto"))
     return PADDED, f" ({why})"
 
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """Random sequences through the very model, laid out in several ways."""
+
+    model: Any
+    pad_id: int
+    vocabulary: int
+    dtype: torch.dtype
+    autocast: Callable[[], AbstractContextManager[None]]
+    world: World
+    lengths: tuple[int, ...]
+
+    def of_packing(self, layout: Layout, pooled: bool) -> str | None:
+        """See `packing_fault`; the main process's word counts."""
+        return self.world.same(packing_fault(
+            self.model, lambda ids, packed: self._inputs(ids, layout if packed else PADDED, pooled),
+            lengths=self.lengths, padding=self.pad_id, vocabulary=self.vocabulary, dtype=self.dtype,
+            autocast=self.autocast, pooled=pooled))
+
+    def of_division(self, layout: Layout) -> str | None:
+        """See `division_fault`; one rank's fault is everybody's."""
+        assert layout.division is not None
+        whole = replace(layout, division=None)
+        found = division_fault(
+            self.model, lambda ids, divide: self._inputs(ids, layout if divide else whole, False),
+            lengths=self.lengths, place=layout.division.place, vocabulary=self.vocabulary, padding=self.pad_id,
+            tolerance=RELATIVE_TOLERANCE[self.dtype], autocast=self.autocast)
+        return next((fault for fault in self.world.gather([found]) if fault is not None), None)
+
+    def _inputs(self, sequences: Sequence[Sequence[int]], layout: Layout, pooled: bool) -> dict[str, Any]:
+        examples = [Example(ids, [IGNORE] * len(ids), 0, len(ids), {}) for ids in sequences]
+        return lay_out(examples, range(len(examples)), layout=layout, pad_id=self.pad_id,
+                       kind="class" if pooled else "token", width=0, device=self.world.device).inputs

@@ -81,7 +81,8 @@ class Run:
     def work(self, step: int) -> StepWork:
         """This rank's part of step `step`, and the totals of all ranks, which the plan gives without asking them."""
         world, split = self.strategy.world, self.data.splits["train"]
-        groups = self.plan.micro_batches(step, rank=world.rank, ranks=world.ranks,
+        hand, hands = self.layout.hand(world.rank, world.ranks)
+        groups = self.plan.micro_batches(step, rank=hand, ranks=hands,
                                          budget_tokens=self.micro_batch_tokens, grouping=self.layout.grouping)
         positions = self.plan.step(step)
         return StepWork(

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from peftune.model.adapters import base_of
+from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of
 
 SEGMENTS = "sdpa_segments"
@@ -42,11 +43,26 @@ def segment_attention(
         module: the attention layer.
         query, key, value: [1, H, T, D].
         attention_mask: of padded rows; not read where lengths are given.
-        kwargs: segment_lengths, tokens of each sequence; sliding_window of this layer; what else SDPA takes.
+        kwargs: segment_lengths, tokens of each sequence; exchange, where ranks share the row and hold equal parts of
+            its tokens; sliding_window of this layer; what else SDPA takes.
     """
     lengths: Sequence[int] | None = kwargs.pop("segment_lengths", None)
+    exchange: Exchange | None = kwargs.pop("exchange", None)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _by_segments(layer, query, key, value, lengths, kwargs)
+
+    if exchange is None:
+        return attend(module, query, key, value), None
+    return attend_whole(attend, exchange, sum(lengths) // query.shape[2], module, query, key, value), None
+
+
+def _by_segments(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
+) -> Tensor:
+    """[1, H, T, D] -> [1, T, H, D]."""
     parts, begin = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -56,7 +72,7 @@ def segment_attention(
         output_NLHD, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
         parts.append(output_NLHD.reshape(1, end - begin, *output_NLHD.shape[2:]))
         begin = end
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1)
 
 
 def _side_by_side(values_1HTD: Tensor, count: int) -> Tensor:
@@ -64,7 +80,7 @@ def _side_by_side(values_1HTD: Tensor, count: int) -> Tensor:
     return values_1HTD.unflatten(2, (count, -1)).squeeze(0).transpose(0, 1)
 
 
-def _window_mask(module: nn.Module, length: int, kwargs: dict[str, Any], device: torch.device) -> Tensor | None:
+def _window_mask(module: Any, length: int, kwargs: dict[str, Any], device: torch.device) -> Tensor | None:
     """[1, 1, L, L] bool where a layer sees only so many tokens around each one; None where all fit into that."""
     window = kwargs.get("sliding_window")
     if window is None or length <= window:

@@ -29,8 +29,9 @@ def next_token_nats(logits_BTV: Tensor, targets_BT: Tensor, owners_BT: Tensor, s
 
     Args:
         logits_BTV: unshifted logits, any float dtype.
-        targets_BT: unshifted target ids, int64; IGNORE marks tokens outside the loss.
-        owners_BT: sequence that each token belongs to, int64.
+        targets_BT: unshifted target ids, int64; IGNORE marks tokens outside the loss. They may reach one token further
+            than the logits: where a row is cut, its last token predicts the first one of the next part.
+        owners_BT: sequence that each token belongs to, int64, for the same tokens.
         sequences: their number, S.
 
     Returns:
@@ -38,7 +39,8 @@ def next_token_nats(logits_BTV: Tensor, targets_BT: Tensor, owners_BT: Tensor, s
     """
     next_BT = targets_BT[:, 1:]
     supervised_BT = (next_BT != IGNORE) & (owners_BT[:, 1:] == owners_BT[:, :-1])
-    nats = F.cross_entropy(_wide(logits_BTV[:, :-1][supervised_BT]), next_BT[supervised_BT], reduction="none")
+    predicting_BTV = logits_BTV[:, : next_BT.shape[1]]
+    nats = F.cross_entropy(_wide(predicting_BTV[supervised_BT]), next_BT[supervised_BT], reduction="none")
     return _sums(nats, owners_BT[:, 1:][supervised_BT], sequences)
 
 

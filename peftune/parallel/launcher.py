@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftune.errors import EXIT_CODE_FILE, EXIT_DONE, EXIT_OUR_FAULT, EXIT_PREEMPTED, Fault, MachineError, say
-from peftune.parallel.names import ASKED, ASKED_STRATEGY, STRATEGIES
+from peftune.parallel.names import ASKED, ASKED_STRATEGY, SEQUENCES, SEQUENCES_ON, STRATEGIES
 from peftune.parallel.network import interface_variables
 from peftune.parallel.stop import SIGNALS, STARTED
 
@@ -54,7 +54,7 @@ class Node:
 
 def choose_launch(
     strategy: str, processes: int | None, script_arguments: list[str], node: Node | None = None,
-    log_dir: str | None = None,
+    log_dir: str | None = None, sequence_ranks: int = 1,
 ) -> Launch:
     """The launch line for a strategy: auto takes every GPU with ddp, or one process on the CPU.
 
@@ -64,9 +64,11 @@ def choose_launch(
         script_arguments: the config and what overrides it.
         node: this machine, where there are several.
         log_dir: a folder for the output of each process.
+        sequence_ranks: neighbouring processes that share each sequence.
 
     Raises:
-        MachineError: a strategy this version lacks, one whose package is missing, or more processes than GPUs.
+        MachineError: a strategy this version lacks, one whose package is missing, more processes than GPUs, or a number
+            of them that leaves one of the groups that share sequences short.
     """
     gpus = _gpu_count()
     nodes = node.count if node else 1
@@ -80,9 +82,12 @@ def choose_launch(
                      'pip install "peftune[deepspeed]", or --strategy fsdp2')
     if gpus and wanted > gpus * nodes:
         raise _error(f"{wanted // nodes} processes, and {gpus} GPUs here", f"--processes {gpus * nodes}")
+    if sequence_ranks < 1 or wanted % sequence_ranks:
+        raise _error(f"--sequence-parallel {sequence_ranks}: {wanted} processes do not form groups of that size",
+                     f"--processes {max(2, sequence_ranks)}, or a multiple of it")
     preset = "ddp-cpu" if strategy == "ddp" and not gpus else strategy
     command = ["--config_file", str(presets("accelerate") / f"{preset}.yaml"), "--num_processes", str(wanted)]
-    variables = _variables(strategy, bool(gpus))
+    variables = _variables(strategy, bool(gpus), sequence_ranks)
     if node:
         command += _among_machines(node, strategy)
         variables |= interface_variables(node.main_host, node.interface)
@@ -139,11 +144,13 @@ def _among_machines(node: Node, strategy: str) -> list[str]:
     return words + (["--deepspeed_multinode_launcher", "standard"] if strategy.startswith("zero") else [])
 
 
-def _variables(strategy: str, on_gpus: bool) -> dict[str, str]:
+def _variables(strategy: str, on_gpus: bool, sequence_ranks: int) -> dict[str, str]:
+    divide = {SEQUENCES_ON: "true", SEQUENCES: str(sequence_ranks)} if sequence_ranks > 1 else {}
     if on_gpus or strategy == "single":
-        return {}
+        return divide
     # DeepSpeed would look for GPUs; accelerate would take DDP's processes to the GPUs of a machine that hides them
-    return {"DS_ACCELERATOR": "cpu"} if strategy.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    kind = {"DS_ACCELERATOR": "cpu"} if strategy.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
+    return kind | divide
 
 
 def run(launch: Launch) -> int:

@@ -16,10 +16,12 @@ STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp
 """Ways to use several devices: the presets of launch/accelerate."""
 
 
-OTHER_DIVISIONS = ("cp_size", "sp_size", "tp_size", "dp_replicate_size")
+OTHER_DIVISIONS = ("cp_size", "tp_size", "dp_replicate_size")
 """Keys of accelerate's parallelism_config that no strategy here follows."""
-LONG_SEQUENCES = ("a sequence stays on one device: model.gradient_checkpointing=true, a smaller data.max_length, or "
-                  "--strategy fsdp2 or zero3-offload make room for longer ones")
+DIVIDE_SEQUENCES = "--sequence-parallel N, or parallelism_config_sp_size: N in accelerate's parallelism_config"
+"""How several devices are told to share each sequence."""
+SEQUENCES, SEQUENCES_ON = "PARALLELISM_CONFIG_SP_SIZE", "ACCELERATE_USE_PARALLELISM_CONFIG"
+"""Environment variables in which accelerate hands that down."""
 
 
 def launched_kind() -> Literal["zero", "fsdp2", "plain"]:
@@ -35,12 +37,32 @@ def check_launched(name: str) -> None:
     if asked != name:
         raise MachineError(Fault(kind="environment", message=f"{asked} was asked for, and {name} was started",
                                  mend="look at the accelerate launch line above"))
-    for key in OTHER_DIVISIONS if _on("ACCELERATE_USE_PARALLELISM_CONFIG") else ():
+    for key in OTHER_DIVISIONS if _on(SEQUENCES_ON) else ():
         size = os.environ.get(f"PARALLELISM_CONFIG_{key.upper()}", "1")
         if size != "1":
             raise MachineError(Fault(
                 kind="environment", message=f"parallelism_config_{key}: {size}: weights and examples are divided among "
-                "all ranks, sequences and layers never", mend=f"leave it out or write 1; {LONG_SEQUENCES}"))
+                "all ranks, layers never", mend=f"leave it out or write 1; for long sequences {DIVIDE_SEQUENCES}"))
+
+
+def sequence_ranks() -> int:
+    """How many neighbouring ranks are to share each sequence; 1 where none is divided.
+
+    Raises:
+        MachineError: accelerate's setting is no number of ranks.
+    """
+    given = os.environ.get(SEQUENCES, "1") if _on(SEQUENCES_ON) else "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise MachineError(Fault(kind="environment", message=f"{SEQUENCES}={given}: a number of ranks is 1 or more",
+                                 mend=DIVIDE_SEQUENCES))
+    return int(given)
+
+
+def refuse_divided_sequences() -> None:
+    """Raise MachineError where a command that runs each sequence whole is told to divide it."""
+    if sequence_ranks() > 1:
+        raise MachineError(Fault(kind="environment", message="only training divides sequences, this command does not",
+                                 mend=f"leave parallelism_config_sp_size ({SEQUENCES}) out"))
 
 
 def _on(variable: str) -> bool:

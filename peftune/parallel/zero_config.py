@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.errors import ConfigError, Fault
-from peftune.parallel.names import LONG_SEQUENCES
+from peftune.parallel.names import DIVIDE_SEQUENCES
 
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 """Environment variable in which accelerate hands down the user's own file."""
@@ -59,8 +59,8 @@ def _check(file: str) -> None:
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization"), dict):
         raise _fault(file, "has no section zero_optimization", 'write {"zero_optimization": {"stage": 2}}')
     if given.get("sequence_parallel_size", 1) != 1:
-        raise _fault(file, f"sequence_parallel_size: {given['sequence_parallel_size']}: no sequence is divided",
-                     f"leave it out; {LONG_SEQUENCES}")
+        raise _fault(file, f"sequence_parallel_size: {given['sequence_parallel_size']}: DeepSpeed divides no sequence "
+                     "here, peftune does", f"leave it out, and {DIVIDE_SEQUENCES}")
     decided = [key for key in OURS if key in given and not _left_to_us(given[key])]
     if decided:
         raise ConfigError([Fault(kind="config", file=file, message=f"{key}: the run's own config decides this",
