@@ -16,7 +16,7 @@ TRAIN = ROOT / "peftune" / "train.py"
 
 def launched(
     strategy: str, processes: int, arguments: Sequence[str], *, script: Path = TRAIN,
-    environment: Mapping[str, str] | None = None, timeout: float = 600,
+    environment: Mapping[str, str] | None = None, timeout: float = 600, sequence_ranks: int = 1,
 ) -> subprocess.CompletedProcess[str]:
     """Launch a run under a strategy, one thread a process, and wait for its end.
 
@@ -27,8 +27,9 @@ def launched(
         script: what to launch instead of train.py.
         environment: added to this process's own.
         timeout: seconds.
+        sequence_ranks: processes that share each sequence.
     """
-    launch = choose_launch(strategy, processes, list(arguments))
+    launch = choose_launch(strategy, processes, list(arguments), sequence_ranks)
     words = [str(script) if word == str(TRAIN) else word for word in launch.command]
     return subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
                           capture_output=True, text=True, timeout=timeout, check=False,

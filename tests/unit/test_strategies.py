@@ -127,7 +127,7 @@ def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch):
         check_launched("single")
 
 
-@pytest.mark.parametrize("key", ["cp_size", "sp_size", "tp_size", "dp_replicate_size"])
+@pytest.mark.parametrize("key", ["cp_size", "tp_size", "dp_replicate_size"])
 def test_accelerates_other_divisions_are_refused(monkeypatch, key):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{key.upper()}", "1")
