@@ -29,7 +29,7 @@ def launched(
         timeout: seconds.
         sequence_ranks: processes that share each sequence.
     """
-    launch = choose_launch(strategy, processes, list(arguments), sequence_ranks)
+    launch = choose_launch(strategy, processes, list(arguments), sequence_ranks=sequence_ranks)
     words = [str(script) if word == str(TRAIN) else word for word in launch.command]
     return subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
                           capture_output=True, text=True, timeout=timeout, check=False,

@@ -120,7 +120,7 @@ def _train(parsed: argparse.Namespace) -> int:
     config = load([parsed.config, *parsed.overrides])  # a fault in the config is said before any process starts
     node = node_of(parsed.nodes, parsed.node_rank, parsed.main_node, parsed.interface)
     line = choose_launch(parsed.strategy, parsed.processes, [parsed.config, *parsed.overrides], node, parsed.log_dir,
-                         parsed.sequence_parallel)
+                         sequence_ranks=parsed.sequence_parallel)
     refuse_broken(config, line.strategy, parsed.sequence_parallel)
     print(line, file=sys.stderr, flush=True)
     return launch(line)

@@ -202,7 +202,7 @@ def test_check_says_what_more_devices_a_sequence_cannot_do(converse, tmp_path, c
 
 def test_the_launch_line_hands_down_how_many_share_a_sequence(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    launch = choose_launch("fsdp2", 4, ["c.yaml"], 2)
+    launch = choose_launch("fsdp2", 4, ["c.yaml"], sequence_ranks=2)
     assert "PARALLELISM_CONFIG_SP_SIZE=2" in str(launch)
     for name, value in launch.environment.items():
         monkeypatch.setenv(name, value)
@@ -213,7 +213,7 @@ def test_the_launch_line_hands_down_how_many_share_a_sequence(monkeypatch):
     with pytest.raises(MachineError, match="only training divides sequences"):
         main(["evaluate", "runs/none"])
     with pytest.raises(MachineError, match="3 processes do not form groups"):
-        choose_launch("ddp", 3, ["c.yaml"], 2)
+        choose_launch("ddp", 3, ["c.yaml"], sequence_ranks=2)
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "none")
     with pytest.raises(MachineError, match="a number of ranks"):
         sequence_ranks()
