@@ -39,7 +39,7 @@ class Filling(Stop):
     looks: int = 0
 
     def asked(self, next_s: float = 0.0) -> bool:
-        self.looks += 1
+        self.looks += self.waiting  # not in the scores before training
         filler = self.disk / "filler"
         if self.looks in self.full:
             fill(self.disk)
