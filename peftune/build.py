@@ -210,7 +210,7 @@ def _run(
                           layout if division else PADDED)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):
-        RankBudget(model, optimizer, steps=run.steps, done=state.step)
+        RankBudget(model, optimizer, steps=run.steps, done=state.step - state.skipped_steps)
     if state.step == 0:
         state = replace(state, baseline=measure_baseline(run))
     return run, state
@@ -269,7 +269,8 @@ def _assembled_run(
             autocast=lambda device: autocast(config.model, device)(),
             trust_remote_code=config.model.trust_remote_code, quantization=config.model.quantization),
         reload_tolerance=_reload_tolerance(config, strategy),
-        steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm, metric=metric,
+        steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm,
+        max_skipped_steps=train.max_skipped_steps, metric=metric,
         patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,
         log=Every(config.log.every_steps), evaluation=Every(config.evaluation.every_steps or plan.steps_per_epoch),
         checkpoint=Every(config.checkpoint.every_steps or plan.steps_per_epoch),

@@ -104,6 +104,13 @@ class ExportError(PeftuneError):
     exit_code = EXIT_OUR_FAULT
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is used up. By name and text: torch is not imported here."""
+    said = str(error)
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in said or "CUDA out of memory" in said)
+
+
 def faults_of(look: Callable[[], object]) -> list[Fault]:
     """Do something for its faults alone."""
     try:

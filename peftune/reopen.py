@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from peftune.config.load import load
 from peftune.config.schema import ModelConfig, RunConfig
+from peftune.data.canonical import refuse_surrogates
 from peftune.data.examples import Example
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.sources import read_records
@@ -29,7 +31,7 @@ from peftune.model.save import ADAPTER, load_trained
 from peftune.observe.display import Display
 from peftune.parallel.world import World
 from peftune.tasks import TASKS
-from peftune.tasks.task import Record, Task
+from peftune.tasks.task import BoundEncoder, Record, Task
 from peftune.tasks.text import Text, open_text, quiet_libraries
 from peftune.tasks.token_classification import scheme_of
 
@@ -108,13 +110,19 @@ def predict_file(trained: Trained, path: str) -> list[Record]:
     Raises:
         DataError: records that cannot be predicted from, with their lines.
     """
+    examples = read_prompts(path, trained.text.encoder, trained.config.data.columns)
+    return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
+
+
+def read_prompts(path: str, encoder: BoundEncoder, columns: Mapping[str, str]) -> list[Example]:
+    """The records of a file as examples to predict from. Raises DataError, as `predict_file`."""
     examples: list[Example] = []
     faults: list[Fault] = []
-    columns = trained.config.data.columns
     for number, raw in enumerate(read_records(path)):
         values = {**raw.values, **{want: raw.values[given] for want, given in columns.items() if given in raw.values}}
         try:
-            found = trained.evaluator.task.encode_prompt(values, trained.text.encoder.text)
+            refuse_surrogates(values)
+            found = encoder.task.encode_prompt(values, encoder.text)
         except RowFault as error:
             faults.append(Fault(kind="data", file=raw.file, line=raw.line, message=error.message, mend=error.mend))
             continue
@@ -122,7 +130,7 @@ def predict_file(trained: Trained, path: str) -> list[Record]:
             **example.record, "id": values.get("id", str(number))}) for example in found]
     if faults:
         raise DataError(faults)
-    return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
+    return examples
 
 
 def find_trained(name: str, config_path: str | None, *, needs_data: bool = True) -> tuple[str, RunConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,8 +48,18 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """The value of a `key=value` override, read as YAML."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a `key=value` override, read as YAML. Raises YAMLError or ValueError."""
+    with _tag_faults():
+        return yaml.load(text, Loader=_Loader)
+
+
+@contextlib.contextmanager
+def _tag_faults() -> Iterator[None]:
+    """PyYAML raises what comes up where an explicit tag does not suit its value, as in `!!timestamp x`."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value that its tag does not suit, or too deep: {error}") from None
 
 
 def read(path: Path) -> Document:
@@ -58,8 +69,11 @@ def read(path: Path) -> Document:
         ConfigError: missing, unreadable, not a mapping, or with a key written twice.
     """
     name = str(path)
-    text = _text(path)
-    loader = _Loader(text)
+    try:
+        loader = _Loader(_text(path))  # looks for characters that YAML forbids
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(Fault(kind="config", file=name, mend="save it as plain UTF-8 text",
+                                message=f"not YAML: character {error.character!r} at {error.position}")) from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -67,7 +81,8 @@ def read(path: Path) -> Document:
         places, faults = _places(node, name)
         if faults:
             raise ConfigError(faults)
-        values = loader.construct_document(node)
+        with _tag_faults():
+            values = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None else mark.line + 1
@@ -87,6 +102,9 @@ def read(path: Path) -> Document:
 def _text(path: Path) -> str:
     name = str(path)
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(Fault(kind="config", file=name, message="no file: a folder, a device or a pipe",
+                                    mend="name a YAML file"))
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(Fault(kind="config", file=name, message="larger than 1 MiB: not a config"))
         return path.read_text(encoding="utf-8")

@@ -178,6 +178,8 @@ class TrainConfig(Section):
     """Decoupled weight decay; never applied to biases and norms."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound on the global gradient norm; null clips nothing."""
+    max_skipped_steps: NonNegativeInt = 3
+    """Steps in a row that may be left out because their loss or gradient is not finite; one more ends the run."""
     dpo_beta: PositiveFloat = 0.1
     """preference: strength of the tie to the reference model."""
 

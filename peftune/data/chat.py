@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from peftune.errors import ConfigError, Fault
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
+RENDER_LIMIT_S = 5.0
+"""Of processor time for one conversation: thousands of times what real templates take."""
 STAND_IN = "\ue000stand-in\ue000"  # of the private use area: no template and no conversation holds it
 
 CHATML = (
@@ -57,7 +61,11 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> s
             Fault(kind="config", message=f"data.chat_template = {wanted!r}: no such file, and not a known name",
                   mend=f"use {', '.join(NAMED)}, a Jinja file, or Jinja text")
         )
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Fault(kind="config", file=str(path), message=f"data.chat_template cannot be read: {error}",
+                                mend="save it as UTF-8")) from None
     return wanted
 
 
@@ -67,16 +75,46 @@ def render(
 ) -> str:
     """The conversation as the model reads it.
 
+    A template is a program that comes with a model. transformers runs it in Jinja's sandbox, where it reaches no
+    attribute that leads out of it; its time is bounded here.
+
     Raises:
         TemplateMismatch: the template refuses the conversation (a role order it does not know, say).
+        ConfigError: it takes longer than RENDER_LIMIT_S.
     """
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) if tools else None, tokenize=False,
-            add_generation_prompt=generation_prompt,
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        with _limited_time():
+            whole: str = tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) if tools else None, tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        whole.encode("utf-8")  # half a surrogate pair is text for Python alone
+        return whole
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 whatever a foreign program raises means that it does not render this
         raise TemplateMismatch(f"the chat template refuses it: {error}") from None
+
+
+@contextlib.contextmanager
+def _limited_time() -> Iterator[None]:
+    """Bound the processor time of what runs inside. Signals reach the main thread alone; others have no bound."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _too_slow)
+    signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _too_slow(number: int, frame: object) -> NoReturn:
+    raise ConfigError(Fault(kind="config", message="the chat template takes more than "
+                            f"{RENDER_LIMIT_S:.0f} s of processor time for one conversation",
+                            mend="data.chat_template=chatml, or another template that you trust"))
 
 
 def assistant_spans(

@@ -31,7 +31,7 @@ def files_of(source: Source) -> list[Path]:
     """
     path = Path(source.path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
         missing = f"the folder holds no {', '.join(READERS)} file"
     elif path.exists():
         files, missing = [path], ""
@@ -43,6 +43,8 @@ def files_of(source: Source) -> list[Path]:
     if not files:
         raise DataError(_fault(source.path, None, missing, _mend_missing(path)))
     for file in files:
+        if not file.is_file():
+            raise DataError(_fault(str(file), None, "no regular file", "name a file: a device or a pipe may never end"))
         if file.suffix.lower() not in READERS:
             raise DataError(_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
                                    f"use one of {', '.join(READERS)}"))

@@ -20,7 +20,8 @@ from peftune.parallel.strategy import Strategy
 
 MANIFEST = "manifest.json"
 SAFE = ".safetensors"
-FREE_KEYS = ("output_dir", "resume", "deadline", "log", "checkpoint", "train.tokens_per_micro_batch")
+FREE_KEYS = ("output_dir", "resume", "deadline", "log", "checkpoint", "train.tokens_per_micro_batch",
+             "train.max_skipped_steps")
 """Config keys that may differ between a checkpoint and the run that continues it: none changes the training."""
 
 
@@ -45,19 +46,23 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strate
     try:
         reader = PieceReader(sorted(folder.glob(f"tensors-*{SAFE}")))
         strategy.restore(model, optimizer, reader)
-    except (KeyError, ValueError, SafetensorError) as error:
+        states = load_file(folder / f"random{SAFE}")
+        state = TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise _damaged(folder, str(error)) from None
     known = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     other = sorted(name for name in reader.names() if "|" not in name and name not in known)
     if other:
         raise _damaged(folder, f"holds weights that this run does not train: {', '.join(other[:3])}")
-    states = load_file(folder / f"random{SAFE}")
     mine = {kind: states[f"{world.rank}.{kind}"] for kind in ("cpu", "device") if f"{world.rank}.{kind}" in states}
     if mine:  # a rank that the saved run did not have keeps its own seed
-        torch.set_rng_state(mine["cpu"])
+        try:
+            torch.set_rng_state(mine["cpu"])
+        except (TypeError, RuntimeError) as error:
+            raise _damaged(folder, f"random{SAFE}: {error}") from None
         if "device" in mine and world.device.type == "cuda":
             torch.cuda.set_rng_state(mine["device"], world.device)
-    return TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    return state
 
 
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:

@@ -19,6 +19,7 @@ from peftune.loop.judge import judge
 from peftune.loop.publish import published, write_json, write_text, writing
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
+from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
 from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import Record
@@ -105,6 +106,7 @@ def publish_final(run: Run) -> float:
     examples = [_beginning(split[i], run.data.targets.kind) for i in positions]
     inputs = lay_out(examples, positions, pad_id=run.evaluator.tokenizer.pad_token_id, kind=run.data.targets.kind,
                      width=run.data.targets.width, device=run.strategy.world.device).inputs
+    check_weights(model, run.strategy)
     weights, logits = run.strategy.gather(model), run.live_logits(model, inputs)
     return run.strategy.world.on_main(lambda: _publish_and_reload(run, model, weights, inputs, logits))
 
@@ -176,7 +178,7 @@ def _score_train_part(run: Run) -> dict[str, Any]:
 def _summary(run: Run, state: TrainState, scores: dict[str, Any], deviation: float) -> dict[str, Any]:
     return {
         "task": run.facts["task"], "exit": "stopped_early" if state.stopped_early else "done",
-        "steps": state.step, "examples": state.examples, "tokens": state.tokens,
+        "steps": state.step, "skipped_steps": state.skipped_steps, "examples": state.examples, "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens, "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
         "peak_memory_bytes": run.journal.peak_memory_bytes(),

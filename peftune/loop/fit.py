@@ -9,6 +9,7 @@ from peftune.loop.optimizer import set_learning_rate
 from peftune.loop.run import Run
 from peftune.loop.saving import leave, look_after_saving, save
 from peftune.loop.self_check import SelfCheck
+from peftune.loop.skipped import note_skipped
 from peftune.loop.state import TrainState
 from peftune.loop.step import train_step
 
@@ -32,14 +33,17 @@ def fit(run: Run, state: TrainState) -> TrainState:
                 autocast=run.autocast, max_grad_norm=run.max_grad_norm,
                 inspect=check.gradients if check.pending else None, stop=run.stop.asked(2 * step_s),
             )
-            check.after_step()
             step_s = time.perf_counter() - started
             state = state.after(stats, step_s, evaluation_owed=run.evaluation.due(state.step + 1, run.steps))
-            if run.log.due(state.step, run.steps) or state.step == run.steps:
-                run.journal.training_row(
-                    state, epoch=run.epochs_of(state.step), loss=state.window_loss,
-                    learning_rate=run.learning_rate(state.step - 1), grad_norm=stats.grad_norm)
-                state = state.with_empty_window()
+            if not stats.finite:
+                note_skipped(run, state, stats)
+            else:
+                check.after_step()
+                if run.log.due(state.step, run.steps) or state.step == run.steps:
+                    run.journal.training_row(
+                        state, epoch=run.epochs_of(state.step), loss=state.window_loss,
+                        learning_rate=run.learning_rate(state.step - 1), grad_norm=stats.grad_norm)
+                    state = state.with_empty_window()
             run.journal.progress(state.step)
             look_after_saving(run)
             if stats.stop:

@@ -11,6 +11,7 @@ from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.publish import published
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
+from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
 from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import better
@@ -38,6 +39,7 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     value = scored.metrics.get(run.metric)
     if better(run.metric, value, state.best_value) or state.best_step is None:
         model = run.strategy.unwrap(run.model)
+        check_weights(model, run.strategy)
         weights = run.strategy.gather(model)
         try:
             run.strategy.world.on_main(lambda: _publish_best(run, model, weights))

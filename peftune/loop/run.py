@@ -64,6 +64,8 @@ class Run:
     steps: int
     micro_batch_tokens: int
     max_grad_norm: float | None
+    max_skipped_steps: int
+    """In a row; one more ends the run."""
     metric: str
     patience: int | None
     generate_every_time: bool

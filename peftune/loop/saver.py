@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from peftune.errors import Fault, RunFolderError, Unwritable
 from peftune.loop.checkpoint import MANIFEST, SAFE, all_checkpoints, folder_of, sha256, verify
 from peftune.loop.publish import draft_of, flush, open_draft, publish_draft, remove, write_json, write_text, writing
+from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
 from peftune.parallel.pieces import Piece, write_pieces
 from peftune.parallel.strategy import Strategy
@@ -78,11 +79,13 @@ class Saver:
 
         Raises:
             Unwritable: the disk refuses, on whichever rank; raised on all of them. Nothing else has changed.
+            SelfCheckError: a weight is not finite; nothing is written.
         """
         folder, world = folder_of(self._run_folder, state.step), self._strategy.world
         if world.on_main(folder.exists):
             return 0.0
         started = time.perf_counter()
+        check_weights(model, self._strategy)
         world.on_main(lambda: _new_draft(folder))
         pieces = list(self._strategy.pieces(model, optimizer))
         wait = wait or not self._in_background(pieces)

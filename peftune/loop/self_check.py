@@ -104,6 +104,21 @@ class SelfCheck:
         return world.sum(torch.tensor(values, dtype=torch.int64, device=world.device)).tolist()
 
 
+def check_weights(model: nn.Module, strategy: Strategy) -> None:
+    """Look at every trained weight before it goes to disk: each rank at what it holds, and all agree.
+
+    Raises:
+        SelfCheckError: one is not finite.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parts = [strategy.weight(p).detach() for p in model.parameters() if p.requires_grad]
+    wrong = strategy.world.sum(torch.stack([(~part.isfinite()).any() for part in parts]).int()).tolist()
+    found = [name for name, ranks in zip(names, wrong, strict=True) if ranks]
+    if found:
+        raise _failed(f"{len(found)} weights are not finite, and nothing was saved", found,
+                      "lower train.learning_rate; the last checkpoint is sound")
+
+
 def check_end_of_text(split: Split, eos: int) -> None:
     """Look whether answers end in the loss: a model that never learns to stop is the commonest silent fault.
 

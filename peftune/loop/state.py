@@ -30,18 +30,25 @@ class TrainState:
     window_loss_sum: float = 0.0
     """Loss over the steps since the last log row, not yet written."""
     window_targets: int = 0
+    skipped_steps: int = 0
+    """Steps left out because their loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones without another step between them."""
     rows: int = 0
     """Rows of metrics.jsonl when the checkpoint was written: what comes after them is done again."""
     baseline: dict[str, Any] = field(default_factory=dict)
     """Metrics of the untrained model by split, and of the majority guess."""
 
     def after(self, stats: StepStats, seconds: float, *, evaluation_owed: bool) -> TrainState:
-        """The state one step later."""
+        """The state one step later. What a skipped step saw taught nothing and counts for nothing."""
+        if not stats.finite:
+            return replace(self, step=self.step + 1, seconds=self.seconds + seconds, evaluation_owed=evaluation_owed,
+                           skipped_steps=self.skipped_steps + 1, skipped_in_a_row=self.skipped_in_a_row + 1)
         return replace(
             self, step=self.step + 1, examples=self.examples + stats.examples, tokens=self.tokens + stats.tokens,
             supervised_tokens=self.supervised_tokens + stats.targets, seconds=self.seconds + seconds,
             window_loss_sum=self.window_loss_sum + stats.loss_sum, window_targets=self.window_targets + stats.targets,
-            evaluation_owed=evaluation_owed,
+            evaluation_owed=evaluation_owed, skipped_in_a_row=0,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peftune.data.examples import Batch
-from peftune.errors import Fault, SelfCheckError
 from peftune.parallel.strategy import Strategy
 
 
@@ -42,6 +42,11 @@ class StepStats:
     stop: bool
     """Some rank was asked to stop: all of them know it now."""
 
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient were numbers. If not, no weight was changed."""
+        return math.isfinite(self.loss_sum) and math.isfinite(self.grad_norm)
+
 
 def train_step(
     model: nn.Module, work: StepWork, optimizer: Optimizer, strategy: Strategy, *,
@@ -53,6 +58,9 @@ def train_step(
     Dividing by the global target count makes the gradient independent of how targets fall into
     micro-batches and ranks. Undoing its own averaging is the strategy's affair.
 
+    Where the loss or the gradient is not finite, on whichever rank, the step is left out: all ranks see the same sums,
+    so all of them drop their gradients and keep their weights.
+
     Args:
         model: as the strategy prepared it.
         work: the step's examples.
@@ -63,9 +71,6 @@ def train_step(
         max_grad_norm: bound on the global gradient norm, or None.
         inspect: called with the gradients in place, before the weights change.
         stop: this rank was asked to stop; the ranks tell each other beside the loss.
-
-    Raises:
-        SelfCheckError: a gradient is not finite; no weight was changed.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=strategy.world.device)
     for i, batch in enumerate(work.micro_batches):
@@ -75,14 +80,14 @@ def train_step(
             strategy.backward(model, part / work.targets)
         loss_sum += part.detach()
     grad_norm = strategy.clip(model, max_grad_norm)
-    if not torch.isfinite(grad_norm):
-        raise SelfCheckError(Fault(
-            kind="self_check", message=f"the gradient norm is {grad_norm.item()}; no weight was changed. "
-            f"Examples of the step: {', '.join(work.ids()[:20])}",
-            mend="lower train.learning_rate, or look at these examples",
-        ))
+    asked = loss_sum.new_tensor(float(stop))
+    sums = [*strategy.world.sum(torch.stack([loss_sum, asked])), grad_norm.to(loss_sum)]
+    total, stops, norm = torch.stack(sums).tolist()  # the step's one wait for the device
+    stats = StepStats(total, work.examples, work.tokens, work.targets, norm, stop=stops > 0)
+    if not stats.finite:
+        strategy.skip(model, optimizer)
+        return stats
     if inspect is not None:
         inspect(model)
     strategy.apply(model, optimizer)
-    total, asked = strategy.world.sum(torch.stack([loss_sum, loss_sum.new_tensor(float(stop))])).tolist()
-    return StepStats(total, work.examples, work.tokens, work.targets, grad_norm.item(), stop=asked > 0)
+    return stats

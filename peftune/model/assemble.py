@@ -15,7 +15,7 @@ from peftune.config.schema import AdapterConfig, ModelConfig
 from peftune.errors import Fault, ModelError
 from peftune.model.adapters import attach, peft_config
 from peftune.model.beneath import put_beneath
-from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath
+from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath, reading_adapter
 from peftune.model.load import Loaded, load_weights
 from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import keep_trainable_in_float32, weight_dtype
@@ -63,7 +63,9 @@ def assemble(
                 dtype=weight_dtype(model, adapted=True)))
     keep_trainable_in_float32(result, model)
     if isinstance(result, PeftModel) and adapter is not None and adapter.init_from is not None:
-        _load_earlier(result, earlier_folder("init_from", adapter.init_from), loaded.model)
+        folder = earlier_folder("init_from", adapter.init_from)
+        with reading_adapter("init_from", folder):
+            _load_earlier(result, folder, loaded.model)
     return result, loaded
 
 
@@ -75,13 +77,15 @@ def _adapted(
         config.trainable_token_indices = token_rows(loaded.model, rows)
     if adapter.init_from is not None:
         check_same_base("init_from", config, source)
-        _check_rows(config, loaded.model, adapter.init_from)
+        with reading_adapter("init_from", Path(adapter.init_from)):
+            _check_rows(config, loaded.model, adapter.init_from)
     if adapter.stack_on is None:
         return attach(loaded.model, config)
     below, folder = frozen_beneath(adapter.stack_on)
     check_same_base("stack_on", below, source)
     result = attach(loaded.model, config)
-    put_beneath(result, below, folder)
+    with reading_adapter("stack_on", folder):
+        put_beneath(result, below, folder)
     return result
 
 

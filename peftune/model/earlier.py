@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
 
 from peftune.errors import ConfigError, Fault
+from peftune.model.foreign import reading
 
 ADAPTER = "adapter_config.json"
 
@@ -33,13 +35,17 @@ def read_earlier(key: str, name: str) -> tuple[PeftConfig, Path]:
         ConfigError: there is none, or it cannot be read.
     """
     folder = earlier_folder(key, name)
-    try:
+    with reading_adapter(key, folder):
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(Fault(kind="config", file=str(folder / ADAPTER), message=f"adapter.{key}: {error}",
-                                mend="give a folder that peftune or peft has written")) from None
     config.inference_mode = False
     return config, folder
+
+
+def reading_adapter(key: str, folder: Path) -> AbstractContextManager[None]:
+    """Around what reads an earlier adapter: what it raises becomes a ConfigError about `adapter.<key>`."""
+    return reading(lambda why: ConfigError(Fault(
+        kind="config", file=str(folder), message=f"adapter.{key} cannot be read: {why}",
+        mend="give a folder that peftune or peft has written")))
 
 
 def continued(name: str, method: str, values: dict[str, Any], task_type: TaskType | None) -> PeftConfig:

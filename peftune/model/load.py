@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, ModelError
+from peftune.model.foreign import reading
 from peftune.model.quantize import loading_options, make_ready
 
 PROBLEM_TYPES = {
@@ -88,7 +89,14 @@ def load_weights(
         ModelError: no weights, an architecture without such a head, or weights of the body missing.
     """
     attention = None if config.attention == "auto" else config.attention
-    try:
+
+    def unreadable(reason: str) -> ModelError:
+        return ModelError(Fault(
+            kind="model", message=f"the weights of {config.name_or_path} cannot be loaded: {reason}",
+            mend="give a folder or hub id with safetensors weights of an architecture that fits the task",
+        ))
+
+    with reading(unreadable):
         model, info = auto_class.from_pretrained(
             source, config=model_config, revision=config.revision, dtype=dtype, attn_implementation=attention,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=new_head,
@@ -97,12 +105,6 @@ def load_weights(
                               trust_remote_code=config.trust_remote_code),
         )
         make_ready(model, dtype)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise ModelError(Fault(
-            kind="model", message=f"the weights of {config.name_or_path} cannot be loaded: {reason}",
-            mend="give a folder or hub id with safetensors weights of an architecture that fits the task",
-        )) from error
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     body = [key for key in fresh if not new_head or _in_body(model, key)]
     if body:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, MachineError, ModelError
+from peftune.model.foreign import reading
 from peftune.model.vocabulary import add_tokens
 
 PACKAGE = "package:"
@@ -89,10 +90,8 @@ def _on_hub(name: str, revision: str | None) -> str:
 
 def load_model_config(config: ModelConfig, source: str) -> PreTrainedConfig:
     """The model's own config.json. Raises ModelError."""
-    try:
+    with reading(lambda why: _unreadable(config, "config.json", why)):
         return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(config, "config.json", error) from None
 
 
 def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreTrainedTokenizerBase:
@@ -101,12 +100,10 @@ def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreT
     Raises:
         ModelError: none there, or one without the offsets or the end-of-text token that the task needs.
     """
-    try:
+    with reading(lambda why: _unreadable(config, "tokenizer", why)):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise _unreadable(config, "tokenizer", error) from None
     add_tokens(tokenizer, config)
     if generates and tokenizer.eos_token_id is None:
         raise _error("the tokenizer has no end-of-text token: the model could not learn to stop",
@@ -122,9 +119,8 @@ def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreT
     return tokenizer
 
 
-def _unreadable(config: ModelConfig, what: str, error: Exception) -> ModelError:
-    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+def _unreadable(config: ModelConfig, what: str, reason: str) -> ModelError:
     mend = "check the folder or the hub page"
-    if "trust_remote_code" in str(error):
+    if "trust_remote_code" in reason:
         mend = "model.trust_remote_code=true, if you trust the author of its code"
     return _error(f"the {what} of {config.name_or_path} cannot be loaded: {reason}", mend)

@@ -17,6 +17,7 @@ from peftune.errors import Fault, ModelError
 from peftune.model.adapters import BaseTunerLayer, base_of
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
 from peftune.model.earlier import ADAPTER
+from peftune.model.foreign import reading
 from peftune.model.load import longest_input
 from peftune.model.outputs import logits_of
 from peftune.model.quantize import dequantise, is_quantised, loading_options, make_ready, quantised_here
@@ -101,7 +102,12 @@ def load_trained(
     Raises:
         ModelError: the folder, or the base model its adapter names, cannot be loaded.
     """
-    try:
+
+    def unreadable(reason: str) -> ModelError:
+        return ModelError(Fault(kind="model", file=str(folder), message=f"cannot be loaded: {reason}",
+                                mend="give a run folder, or one that save_pretrained has written"))
+
+    with reading(unreadable):
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         if not (Path(folder) / ADAPTER).is_file():
             return _base(str(folder), auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
@@ -111,10 +117,6 @@ def load_trained(
         adapted = PeftModel.from_pretrained(
             base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise ModelError(Fault(kind="model", file=str(folder), message=f"cannot be loaded: {reason}",
-                               mend="give a run folder, or one that save_pretrained has written")) from error
     return adapted.requires_grad_(False)
 
 

@@ -19,6 +19,7 @@ from peftune.parallel.replicated import (
     apply_gradients,
     clip_gradients,
     copy_weights,
+    drop_gradients,
     restore_whole,
     trained,
     whole_pieces,
@@ -66,6 +67,9 @@ class Ddp:
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
         apply_gradients(optimizer)
+
+    def skip(self, model: nn.Module, optimizer: Optimizer) -> None:
+        drop_gradients(optimizer)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         return parameter

@@ -28,7 +28,14 @@ from transformers import PreTrainedModel
 
 from peftune.errors import Fault, MachineError
 from peftune.parallel.pieces import Piece, whole
-from peftune.parallel.replicated import apply_gradients, clip_gradients, restore_whole, saved_buffers, trained
+from peftune.parallel.replicated import (
+    apply_gradients,
+    clip_gradients,
+    drop_gradients,
+    restore_whole,
+    saved_buffers,
+    trained,
+)
 from peftune.parallel.strategy import BuildOptimizer, ReadWhole
 from peftune.parallel.world import World
 
@@ -85,6 +92,9 @@ class Fsdp2:
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
         apply_gradients(optimizer)
+
+    def skip(self, model: nn.Module, optimizer: Optimizer) -> None:
+        drop_gradients(optimizer)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         return _local(parameter)

@@ -63,6 +63,8 @@ class PieceReader:
             with safe_open(path, "pt") as file:
                 places = json.loads((file.metadata() or {})[PLACES])
             for name, (begin, shape) in places.items():
+                if min(shape, default=0) < 0:
+                    raise ValueError(f"{name} has no shape: {shape}")
                 self._places.setdefault(name, []).append((path, begin, tuple(shape)))
 
     def names(self) -> Iterator[str]:
@@ -70,10 +72,16 @@ class PieceReader:
         return iter(self._places)
 
     def __call__(self, name: str) -> Tensor | None:
-        """The whole tensor, or None. Raises KeyError where pieces are missing."""
+        """The whole tensor, or None. Raises KeyError where pieces are missing, ValueError where they do not fit."""
         if name not in self._places:
             return None
         shape = self._places[name][0][2]
+        held = 0
+        for path, _, _ in self._places[name]:
+            with safe_open(path, "pt") as file:
+                held += math.prod(file.get_slice(name).get_shape())
+        if held < math.prod(shape):  # before memory is asked for: a damaged header may name any shape
+            raise KeyError(f"parts of {name} are missing")
         flat, covered = None, 0
         for path, begin, _ in sorted(self._places[name], key=lambda place: place[1]):
             with safe_open(path, "pt") as file:
@@ -82,6 +90,8 @@ class PieceReader:
                 flat = torch.empty(math.prod(shape), dtype=values.dtype)
             if begin > covered:
                 break
+            if begin < 0 or begin + values.numel() > flat.numel():
+                raise ValueError(f"{name} does not lie where its file says")
             flat[begin : begin + values.numel()] = values
             covered = max(covered, begin + values.numel())
         if flat is None or covered < flat.numel():

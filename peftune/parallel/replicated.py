@@ -21,6 +21,11 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
 def apply_gradients(optimizer: Optimizer) -> None:
     """Where torch's optimizer holds what it changes: step, and drop the gradients."""
     optimizer.step()
+    drop_gradients(optimizer)
+
+
+def drop_gradients(optimizer: Optimizer) -> None:
+    """Of every weight that the optimizer changes."""
     optimizer.zero_grad(set_to_none=True)
 
 

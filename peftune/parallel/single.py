@@ -15,6 +15,7 @@ from peftune.parallel.replicated import (
     apply_gradients,
     clip_gradients,
     copy_weights,
+    drop_gradients,
     restore_whole,
     whole_pieces,
 )
@@ -51,6 +52,9 @@ class Single:
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
         apply_gradients(optimizer)
+
+    def skip(self, model: nn.Module, optimizer: Optimizer) -> None:
+        drop_gradients(optimizer)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         return parameter

@@ -73,6 +73,10 @@ class Strategy(Protocol):
         """Change the weights by the gradients, and drop the gradients."""
         ...
 
+    def skip(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Drop the gradients of a step after `clip`, and change nothing."""
+        ...
+
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """The part of a weight that this rank holds; the whole where weights are not divided."""
         ...

@@ -6,6 +6,7 @@ does not document; they are named in this file alone, and pyproject pins the ver
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,7 @@ from peftune.parallel.replicated import (
 from peftune.parallel.strategy import BuildOptimizer, ReadWhole
 from peftune.parallel.world import World
 from peftune.parallel.zero_config import filled, offloads, read_zero_config, stage_of
+from peftune.parallel.zero_parts import Reached, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class Zero:
         else:
             model.to(self.world.device)
         for parameter in trained(model).values():
-            parameter.register_hook(_Reached(self._reached, id(parameter)))
+            parameter.register_hook(Reached(self._reached, id(parameter)))
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config)
         self._engines.append(engine)
         return engine, optimizer
@@ -117,6 +119,22 @@ class Zero:
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._engine.step()
         assert self._engine.was_step_applied(), "DeepSpeed skipped a step whose gradient norm is finite"
+
+    def skip(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """DeepSpeed drops gradients without a step where their norm is not finite, and has no other verb for it.
+
+        So it is told such a norm: a loss may be infinite while its gradient is not.
+        """
+        inner = self._engine.optimizer
+        told = {"_get_norm_groups": lambda: [torch.tensor(math.inf)]} if self.stage == 3 else {
+            "scaled_global_norm": lambda: torch.tensor(math.inf)}
+        vars(inner).update(told)
+        try:
+            self._engine.step()
+        finally:
+            for name in told:
+                del vars(inner)[name]
+        assert not self._engine.was_step_applied(), "DeepSpeed took a step that was to be skipped"
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         return _partition(parameter) if self.stage == 3 else parameter
@@ -195,10 +213,10 @@ class Zero:
         """Of the whole weight: a ZeRO-3 weight has no values between its uses."""
         return tuple(parameter.ds_shape if self.stage == 3 else parameter.shape)
 
-    def _base_state(self, share: _Share) -> dict[str, Any]:
+    def _base_state(self, share: Share) -> dict[str, Any]:
         return self._engine.optimizer.optimizer.state[share.flat]
 
-    def _share(self, parameter: Any) -> _Share | None:
+    def _share(self, parameter: Any) -> Share | None:
         """Where this rank's part of a trained weight lies; None if it has none."""
         optimizer = self._engine.optimizer
         if self.stage == 3:
@@ -206,45 +224,13 @@ class Zero:
             begin = self.world.rank * size
             real = max(0, min(size, parameter.ds_numel - begin))  # the last part is filled up
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            return _Share(flat, int(offset), real, begin, self._shape(parameter)) if real else None
+            return Share(flat, int(offset), real, begin, self._shape(parameter)) if real else None
         link = parameter._hp_mapping
         if link is None:
             return None
-        return _Share(optimizer.single_partition_of_fp32_groups[link.param_group_index],
+        return Share(optimizer.single_partition_of_fp32_groups[link.param_group_index],
                       link.hp_fragment_address.start, link.hp_fragment_address.numel,
                       link.lp_fragment_address.start, tuple(parameter.shape))
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """This rank's part of one weight inside the flat tensor that the optimizer works on."""
-
-    flat: Tensor
-    offset: int
-    size: int
-    begin: int
-    """Of the part, in the flattened whole weight."""
-    shape: tuple[int, ...]
-    """Of the whole weight."""
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The part inside `flat`, or inside a tensor of the optimizer's state with the same layout."""
-        return flat.narrow(0, self.offset, self.size)
-
-    def of_whole(self, values: Tensor, *, divided: bool) -> Tensor:
-        """The part out of the flattened weight, or out of this rank's partition of it."""
-        return values.narrow(0, 0 if divided else self.begin, self.size)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reached:
-    """Notes that a gradient has reached a weight, whatever the engine does with it next."""
-
-    seen: set[int]
-    parameter: int
-
-    def __call__(self, gradient: Tensor) -> None:
-        self.seen.add(self.parameter)
 
 
 def import_deepspeed(world: World) -> Any:

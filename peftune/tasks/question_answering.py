@@ -74,7 +74,8 @@ def _windows(
 ) -> Iterator[tuple[list[int], list[int] | None, Offsets]]:
     """Ids, token types and context offsets of windows that overlap by `data.doc_stride` tokens."""
     question = question.strip()
-    alone = len(text.tokenizer(question, "")["input_ids"])
+    alone = (len(text.tokenizer(question, add_special_tokens=False)["input_ids"])
+             + text.tokenizer.num_special_tokens_to_add(pair=True))
     room = text.max_length - alone
     if room < 1:
         raise RowFault(f"the question takes {alone} of {text.max_length} tokens and leaves none for the context",

@@ -39,7 +39,14 @@ def save_the_first_shard(self, model):
     return found
 
 
+def finite_backward(self, model, loss):
+    """As if a loss were infinite and its gradient were not."""
+    whole_backward(self, model, loss.nan_to_num(posinf=0.0))
+
+
 match os.environ["PLANTED"]:
+    case "finite gradient":
+        Zero.backward = finite_backward
     case "divide once more":
         Ddp.backward = divide_once_more
     case "drop a rank":

@@ -26,10 +26,11 @@ model.trust_remote_code adapter adapter.method adapter.init_from adapter.stack_o
 data.test data.format data.columns data.labels data.problem_type data.max_length data.on_bad_row data.doc_stride
 data.subtokens data.too_long data.layout data.train_on data.chat_template train train.batch_size
 train.tokens_per_micro_batch train.num_epochs train.max_steps train.learning_rate train.lora_plus_ratio
-train.lr_scheduler train.warmup_ratio train.optimizer train.weight_decay train.max_grad_norm train.dpo_beta evaluation
-evaluation.every_steps evaluation.metric evaluation.patience evaluation.max_new_tokens evaluation.n_best
-evaluation.max_answer_tokens evaluation.no_answer_threshold checkpoint checkpoint.every_steps checkpoint.keep log
-log.every_steps log.trackers deadline checkpoint.asynchronous
+train.lr_scheduler train.warmup_ratio train.optimizer train.weight_decay train.max_grad_norm train.max_skipped_steps
+train.dpo_beta evaluation evaluation.every_steps evaluation.metric evaluation.patience evaluation.max_new_tokens
+evaluation.n_best evaluation.max_answer_tokens evaluation.no_answer_threshold checkpoint checkpoint.every_steps
+checkpoint.keep log log.every_steps log.trackers deadline
+checkpoint.asynchronous
 """
 
 
