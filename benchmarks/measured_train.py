@@ -46,7 +46,7 @@ KINDS = {
     "reduce_scatter_": "reduce-scatter", "_reduce_scatter_base_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced_": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter",
     "reduce_scatter_tensor_coalesced": "reduce-scatter",
-    "broadcast_": "broadcast", "broadcast": "broadcast", "reduce_": "reduce",
+    "alltoall_base_": "all-to-all", "broadcast_": "broadcast", "broadcast": "broadcast", "reduce_": "reduce",
 }
 """Operators of torch.distributed and what they are; others keep their names."""
 NO_EXCHANGE = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch comes with them, and help must not wait for it
     from peftune.observe.display import Display
     from peftune.parallel.world import World
 
-BENCHMARKS = ("parity", "memory", "quantization", "startup", "data_scale", "lora_vs_full", "fuzz")
+BENCHMARKS = ("parity", "memory", "sequences", "quantization", "startup", "data_scale", "lora_vs_full", "fuzz")
 """Suites of `peftune bench`: files of benchmarks/."""
 SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"
 

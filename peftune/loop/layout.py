@@ -14,7 +14,7 @@ from peftune.config.schema import ModelConfig
 from peftune.data.examples import Example
 from peftune.data.layouts import PADDED, Division, Layout, lay_out
 from peftune.errors import ConfigError, Fault
-from peftune.model.division import division_fault
+from peftune.model.division import WHOLE, division_fault
 from peftune.model.load import first_position
 from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
 from peftune.model.precision import DTYPES
@@ -68,7 +68,7 @@ def choose_layout(
         why = fault
     if division is not None:
         raise ConfigError(Fault(kind="config", message=f"sequences cannot be divided with this model: {why}",
-                                mend="leave --sequence-parallel out, with model.gradient_checkpointing=true"))
+                                mend=WHOLE))
     if wanted == "packed":
         raise ConfigError(Fault(kind="config", message=f"data.layout = 'packed': not with this model: {why}",
                                 mend="data.layout=padded, or auto"))

@@ -25,6 +25,9 @@ Exchange = Callable[[Tensor], Tensor]
 WHOLE_ROW_ROTATIONS = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the last position of a forward pass."""
 
+WHOLE = "leave --sequence-parallel out, with model.gradient_checkpointing=true"
+"""What is left for a model that cannot share its rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -75,15 +78,17 @@ def refuse_undividable(config: PreTrainedConfig, ranks: int) -> None:
     """Raise ConfigError where a model cannot share its rows among so many ranks."""
     text = config.get_text_config()
     faults = []
-    heads = text.num_attention_heads
+    try:
+        heads = int(text.num_attention_heads)
+    except (AttributeError, TypeError):  # no attention, or other heads in each layer
+        raise ConfigError(_fault("its layers have no common number of attention heads to share", WHOLE)) from None
     if heads % ranks:
         fitting = [str(n) for n in range(2, heads + 1) if heads % n == 0]
         faults.append(_fault(f"{heads} attention heads cannot be shared by {ranks} ranks",
                              f"--sequence-parallel {', '.join(fitting)}"))
     found = sorted(WHOLE_ROW_ROTATIONS & set(_rotations(text.to_dict())))
     if found:
-        faults.append(_fault(f"its rotary embeddings ({found[0]}) depend on the length of the whole row",
-                             "leave --sequence-parallel out, with model.gradient_checkpointing=true"))
+        faults.append(_fault(f"its rotary embeddings ({found[0]}) depend on the length of the whole row", WHOLE))
     if faults:
         raise ConfigError(faults)
 

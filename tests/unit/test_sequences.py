@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Phi3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftune.cli import main
@@ -164,6 +164,8 @@ def test_heads_that_the_ranks_cannot_share_are_refused_with_the_numbers_that_can
     with pytest.raises(ConfigError, match="12 attention heads cannot be shared by 8 ranks") as caught:
         refuse_undividable(config, 8)
     assert caught.value.faults[0].mend == "--sequence-parallel 2, 3, 4, 6, 12"
+    with pytest.raises(ConfigError, match="no common number of attention heads"):
+        refuse_undividable(MambaConfig(), 2)
 
 
 def test_rotary_embeddings_that_depend_on_the_whole_row_are_refused():
