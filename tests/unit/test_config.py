@@ -68,7 +68,7 @@ def test_all_faults_are_said_at_once_with_their_lines(tmp_path):
     ("adapter.lora_r=8", "adapter.r"),
     ("model.load_in_4bit=true", "model.quantization=nf4"),
     ("data.max_seq_length=8", "data.max_length"),
-    ("train.sequence_parallel_size=2", "model.gradient_checkpointing=true"),
+    ("train.sequence_parallel_size=2", "--sequence-parallel N"),
 ])
 def test_a_wrong_key_gets_the_right_spelling(tmp_path, key, right):
     assert any(right in fault.mend for fault in faults_of(config(tmp_path), key))

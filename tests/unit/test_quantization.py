@@ -210,6 +210,9 @@ def test_the_model_card_s_own_lines_load_the_quantised_base(converse, train):
     ids = {"input_ids": torch.arange(5, 17).reshape(1, 12)}
     mine = load_trained(folder, AutoModelForCausalLM, dtype=torch.float32, quantization="nf4").eval()
     plain = load_trained(folder, AutoModelForCausalLM, dtype=torch.float32).eval()
+    for module in scope["model"].modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):  # its bf16 kernel takes only rows of whole blocks of 64
+            module.support_avx512bf16_for_cpu = False
     theirs = scope["model"].eval()(**ids).logits
     torch.testing.assert_close(mine(**ids).logits, theirs, rtol=1e-4, atol=1e-4)
     assert (plain(**ids).logits - theirs).abs().max() > 1e-2
