@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import model_for_training, reference_for, wants_recomputing
+from peftune.build_model import model_for_training, reference_for, road_notes, wants_recomputing
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -187,8 +187,9 @@ def _run(
             config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
             pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
             autocast=autocast(config.model, world.device), division=division)
+        roads = road_notes(config, model, text, strategy)
         reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
-        notes += weight_notes(loaded, counts)
+        notes += weight_notes(loaded, counts) + roads
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
     torch.manual_seed(config.seed + world.rank)

@@ -21,8 +21,10 @@ from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
+from peftune.loop.road import choose_road
 from peftune.model.adapters import has_adapter
 from peftune.model.load import PROBLEM_TYPES
+from peftune.model.next_token import end_in_losses
 from peftune.model.precision import DTYPES, autocast, weight_dtype
 from peftune.model.quantize import require_bitsandbytes
 from peftune.model.reference import Reference, reference_of
@@ -68,11 +70,20 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
                              dtype=weight_dtype(config.model, adapted=adapted), **_loading(config, world),
                              ).to(world.device).eval()
         notes.append(str(folder))
+        if task.next_token:
+            notes += _end_in_losses(config, model, text, world)
     reference = _reference(config, model, task, world) if task.needs_reference else None
     evaluator = Evaluator(
         task, _targets(text, config.task, Path(folder)), text.tokenizer, world, autocast(config.model, world.device),
         config.evaluation.max_new_tokens, reference, display.evaluation)
     return Trained(config, model, text, evaluator)
+
+
+def _end_in_losses(config: RunConfig, model: nn.Module, text: Text, world: World) -> list[str]:
+    end_in_losses(model)
+    why = choose_road(config.model, model, text.config, world=world, divided=False,
+                      autocast=autocast(config.model, world.device))
+    return [] if why is None else [f"losses from the logits of every token ({why})"]
 
 
 def _as_trained(model: ModelConfig, folder: str) -> ModelConfig:
@@ -189,6 +200,7 @@ def _reference(config: RunConfig, model: nn.Module, task: Task, world: World) ->
         return reference_of(model)
     base = load_trained(resolve(config.model), task.auto_class, dtype=DTYPES[config.model.dtype],
                         **_loading(config, world))
+    end_in_losses(base)
     return reference_of(base.to(world.device).requires_grad_(False).eval())
 
 

@@ -63,15 +63,15 @@ def _by_segments(
     module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
 ) -> Tensor:
     """[1, H, T, D] -> [1, T, H, D]."""
-    parts, begin = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        end = begin + count * length
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    tokens = [length * count for length, count in runs]
+    parts = []
+    # a split's gradient is written once; that of each slice is a whole tensor of zeros
+    for (length, count), *qkv in zip(runs, *(x.split(tokens, dim=2) for x in (query, key, value)), strict=True):
         mask = _window_mask(module, length, kwargs, query.device)
-        q, k, v = (_side_by_side(x[:, :, begin:end], count) for x in (query, key, value))
+        q, k, v = (_side_by_side(x, count) for x in qkv)
         output_NLHD, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
-        parts.append(output_NLHD.reshape(1, end - begin, *output_NLHD.shape[2:]))
-        begin = end
+        parts.append(output_NLHD.reshape(1, length * count, *output_NLHD.shape[2:]))
     return torch.cat(parts, dim=1)
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from peftune.model.outputs import logits_of
-
-Reference = Callable[[dict[str, Any]], Tensor]
-"""Inputs of a batch -> logits of the model that is not trained, without gradients."""
+Reference = Callable[[Callable[[nn.Module], Tensor]], Tensor]
+"""What to read off a model -> what the model that is not trained gives, without gradients."""
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -22,21 +19,21 @@ def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def reference_of(model: nn.Module) -> Reference:
-    """Logits of a model with its adapter off, which takes no memory; or of a model that does not train."""
+    """A model with its adapter off, which takes no memory; or a model that does not train."""
     if isinstance(model, PeftModel):
-        return lambda inputs: _without_adapter(model, inputs)
-    return lambda inputs: _forward(model, inputs)
+        return lambda read: _without_adapter(model, read)
+    return lambda read: _forward(model, read)
 
 
-def _without_adapter(model: PeftModel, inputs: dict[str, Any]) -> Tensor:
+def _without_adapter(model: PeftModel, read: Callable[[nn.Module], Tensor]) -> Tensor:
     was_training = model.training
     model.eval()
     with model.disable_adapter():
-        logits = _forward(model, inputs)
+        found = _forward(model, read)
     model.train(was_training)
-    return logits
+    return found
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    return logits_of(model, inputs)
+def _forward(model: nn.Module, read: Callable[[nn.Module], Tensor]) -> Tensor:
+    return read(model)

@@ -2,10 +2,13 @@
 
 They are float32, or float64 where the logits are.
 
-Shape letters: B rows, T tokens, V vocabulary, K classes, S sequences: a padded row holds one, a packed one several.
+Shape letters: B rows, T tokens, N supervised ones, V vocabulary, K classes, S sequences: a padded row holds
+one, a packed one several.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,42 +23,63 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def next_token_nats(logits_BTV: Tensor, targets_BT: Tensor, owners_BT: Tensor, sequences: int) -> Tensor:
-    """Cross-entropy of each sequence's next-token predictions, in nats, summed over its supervised tokens.
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The supervised tokens of a batch, each with the position that predicts it. N tokens."""
 
-    Position t predicts t + 1 where both belong to one sequence: the first token of a sequence is never predicted
-    from the end of the one before it. Only supervised rows are widened to float32, so the float32 copy is
-    [supervised tokens, V] and not [B, T, V].
+    rows_N: Tensor
+    """Row of the position, int64."""
+    columns_N: Tensor
+    """Its place in the row, from the end: -1 is the last one. So it holds whatever a model puts in front."""
+    ids_N: Tensor
+    """The token that it predicts."""
+    owners_N: Tensor
+    """The sequence that both belong to."""
+
+
+def predicted_tokens(targets_BT: Tensor, owners_BT: Tensor, tokens: int) -> Predicted:
+    """Position t predicts t + 1 where both belong to one sequence and the latter is supervised.
+
+    So the first token of a sequence is never predicted from the end of the one before it.
 
     Args:
-        logits_BTV: unshifted logits, any float dtype.
         targets_BT: unshifted target ids, int64; IGNORE marks tokens outside the loss. They may reach one token further
-            than the logits: where a row is cut, its last token predicts the first one of the next part.
+            than what the model reads: where a row is cut, its last token predicts the first one of the next part.
         owners_BT: sequence that each token belongs to, int64, for the same tokens.
-        sequences: their number, S.
-
-    Returns:
-        [S] float32.
+        tokens: that the model reads of each row.
     """
     next_BT = targets_BT[:, 1:]
     supervised_BT = (next_BT != IGNORE) & (owners_BT[:, 1:] == owners_BT[:, :-1])
-    predicting_BTV = logits_BTV[:, : next_BT.shape[1]]
-    nats = F.cross_entropy(_wide(predicting_BTV[supervised_BT]), next_BT[supervised_BT], reduction="none")
-    return _sums(nats, owners_BT[:, 1:][supervised_BT], sequences)
+    rows_N, columns_N = supervised_BT.nonzero(as_tuple=True)
+    return Predicted(rows_N, columns_N - tokens, next_BT[rows_N, columns_N],
+                     owners_BT[rows_N, columns_N])
+
+
+def sums_by_sequence(nats_N: Tensor, owners_N: Tensor, sequences: int) -> Tensor:
+    """[N] -> [sequences]: the nats of each sequence's tokens, added up."""
+    return nats_N.new_zeros(sequences).index_add(0, owners_N, nats_N)
+
+
+def token_cross_entropy(logits_NV: Tensor, ids_N: Tensor) -> Tensor:
+    """Cross-entropy of each token, in nats, [N] float32."""
+    return F.cross_entropy(_wide(logits_NV), ids_N, reduction="none")
 
 
 def token_nats(logits_BTK: Tensor, targets_BT: Tensor, owners_BT: Tensor, sequences: int) -> Tensor:
     """Cross-entropy of the class of each token itself, in nats, summed by sequence.
 
-    Arguments as for `next_token_nats`, with class ids as targets. Returns [S] float32.
+    Args:
+        logits_BTK: any float dtype.
+        targets_BT: class ids, int64; IGNORE marks tokens outside the loss.
+        owners_BT: sequence that each token belongs to, int64.
+        sequences: their number, S.
+
+    Returns:
+        [S] float32.
     """
     supervised_BT = targets_BT != IGNORE
     nats = F.cross_entropy(_wide(logits_BTK[supervised_BT]), targets_BT[supervised_BT], reduction="none")
-    return _sums(nats, owners_BT[supervised_BT], sequences)
-
-
-def _sums(nats_N: Tensor, owners_N: Tensor, sequences: int) -> Tensor:
-    return nats_N.new_zeros(sequences).index_add(0, owners_N, nats_N)
+    return sums_by_sequence(nats, owners_BT[supervised_BT], sequences)
 
 
 CANDIDATE, START, END = 0, 1, 2

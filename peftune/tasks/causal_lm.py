@@ -7,16 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peftune.config.schema import DataConfig
 from peftune.data.examples import Batch, Example
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
+from peftune.model.next_token import next_token_nats
+from peftune.model.reference import Reference
 from peftune.numerics import scores
 from peftune.numerics.intervals import resampled_sums
-from peftune.numerics.losses import IGNORE, next_token_nats
+from peftune.numerics.losses import IGNORE, predicted_tokens, sums_by_sequence
 from peftune.tasks import generated
 from peftune.tasks.supervision import prompt_tokens, round_trip_doubt, supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
@@ -81,17 +83,20 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]
     return [prompt_tokens(fields, text)]
 
 
-def losses(logits_BTV: Tensor, batch: Batch, targets: Targets) -> Tensor:
-    """[examples] float32: nats of each example, summed over its supervised tokens.
+def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
+    """[examples] float32: nats of each example, summed over its supervised tokens."""
+    predicted = predicted_tokens(batch.targets, batch.owners, batch.inputs["input_ids"].shape[1])
+    nats_N = next_token_nats(model, batch.inputs, predicted)
+    return sums_by_sequence(nats_N, predicted.owners_N, len(batch.lengths))
 
-    Prompt-learning methods put logits of their virtual tokens before those of the text.
-    """
-    logits_BTV = logits_BTV[:, -batch.targets.shape[1]:]
-    return next_token_nats(logits_BTV, batch.targets, batch.owners, len(batch.lengths))
+
+def losses(nats: Tensor, batch: Batch, targets: Targets) -> Tensor:
+    """[examples] float32: what the model's forward pass gave."""
+    return nats
 
 
 def predictions(
-    logits_BTV: Tensor, batch: Batch, targets: Targets, records: Sequence[Mapping[str, Any]]
+    nats: Tensor, batch: Batch, targets: Targets, records: Sequence[Mapping[str, Any]]
 ) -> list[Record]:
     """Nothing is read off the logits: text is generated."""
     return [{} for _ in records]
@@ -129,12 +134,14 @@ CAUSAL_LM = Task(
     learn_targets=learn_targets,
     encode=encode,
     encode_prompt=encode_prompt,
+    forward=forward,
     losses=losses,
     predictions=predictions,
     metrics=metrics,
     metric_names=metric_names,
     doubt=round_trip_doubt,
     generates=True,
+    next_token=True,
     converses=True,
     new_head=False,
     surveyed_as="generation",

@@ -19,11 +19,11 @@ from peftune.data.canonical import preference_fields
 from peftune.data.examples import Batch, Example
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
-from peftune.model.outputs import logits_of
+from peftune.model.next_token import next_token_nats
 from peftune.model.reference import Reference
 from peftune.numerics import scores
 from peftune.numerics.intervals import resampled_sums
-from peftune.numerics.losses import IGNORE, next_token_nats, preference_margins, preference_nats
+from peftune.numerics.losses import IGNORE, predicted_tokens, preference_margins, preference_nats, sums_by_sequence
 from peftune.tasks.supervision import supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
@@ -74,13 +74,14 @@ def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tens
     The reference comes first, so that the model's own activations are not held meanwhile.
     """
     assert reference is not None, "build gives a reference to tasks that need one"
-    fixed = _log_probabilities(reference(batch.inputs), batch)
-    return torch.cat([_log_probabilities(logits_of(model, batch.inputs), batch), fixed], dim=-1)
+    fixed = reference(partial(_log_probabilities, batch))
+    return torch.cat([_log_probabilities(batch, model), fixed], dim=-1)
 
 
-def _log_probabilities(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    logits_BTV = logits_BTV[:, -batch.targets.shape[1]:]
-    return -next_token_nats(logits_BTV, batch.targets, batch.owners, len(batch.lengths)).view(-1, 2)
+def _log_probabilities(batch: Batch, model: nn.Module) -> Tensor:
+    predicted = predicted_tokens(batch.targets, batch.owners, batch.inputs["input_ids"].shape[1])
+    nats_N = next_token_nats(model, batch.inputs, predicted)
+    return -sums_by_sequence(nats_N, predicted.owners_N, len(batch.lengths)).view(-1, 2)
 
 
 def losses(log_probabilities_B4: Tensor, batch: Batch, targets: Targets, *, beta: float) -> Tensor:
@@ -143,6 +144,7 @@ def preference(train: TrainConfig) -> Task:
         metric_names=metric_names,
         converses=True,
         new_head=False,
+        next_token=True,
         needs_reference=True,
         surveyed_as="preference",
     )

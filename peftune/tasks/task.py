@@ -92,6 +92,8 @@ class Task:
     """Rows may be conversations, so the tokenizer needs a chat template."""
     new_head: bool = True
     """The output layer may be one that the checkpoint lacks."""
+    next_token: bool = False
+    """Losses are those of next tokens, which the model's own forward pass gives in place of logits."""
     pooled: bool = False
     """The output layer gives one row of logits a sequence, not one a token."""
     needs_reference: bool = False

@@ -25,6 +25,7 @@ from peftune.data.examples import Example
 from peftune.data.layouts import PADDED, Layout, lay_out
 from peftune.data.targets import Targets
 from peftune.model import packing
+from peftune.model.next_token import end_in_losses
 from peftune.model.packing import packing_fault, use_packing
 from peftune.model.reference import reference_of
 from peftune.numerics.losses import IGNORE
@@ -65,6 +66,8 @@ def a_model(family: str, task: str) -> nn.Module:
     model = HEADS[task].from_config(config, attn_implementation="sdpa")
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.15)  # attention that is far from uniform shows every leak
+    if task in ("causal_lm", "preference"):
+        end_in_losses(model)
     return model.float().eval()  # some output layers have dropout
 
 

@@ -11,6 +11,7 @@ from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
 from peftune.data.targets import Targets
 from peftune.loop.step import StepWork, train_step
+from peftune.model.next_token import end_in_losses, take_road
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.single import Single
 from peftune.parallel.world import World
@@ -24,7 +25,10 @@ WORLD = World(0, 1, 0, torch.device("cpu"), None)
 def model(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny.save_decoder(tmp_path_factory.mktemp("m"))).double()
+    made = AutoModelForCausalLM.from_pretrained(tiny.save_decoder(tmp_path_factory.mktemp("m"))).double()
+    end_in_losses(made)
+    take_road(made, 16)
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,22 @@ from peftune.numerics.losses import (
     IGNORE,
     class_nats,
     label_nats,
-    next_token_nats,
+    predicted_tokens,
     preference_nats,
     span_nats,
     squared_error,
+    sums_by_sequence,
+    token_cross_entropy,
     token_nats,
 )
 from peftune.numerics.schedules import learning_rate_factor
+
+
+def next_token_nats(logits, targets, owners, sequences):
+    found = predicted_tokens(targets, owners, logits.shape[1])
+    return sums_by_sequence(token_cross_entropy(logits[found.rows_N, found.columns_N], found.ids_N), found.owners_N,
+                            sequences)
+
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 

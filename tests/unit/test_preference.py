@@ -12,6 +12,7 @@ from peftune.data.canonical import preference_fields
 from peftune.data.layouts import lay_out
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
+from peftune.model.next_token import end_in_losses
 from peftune.model.reference import frozen_copy, reference_of
 from peftune.numerics.losses import IGNORE
 from peftune.tasks.preference import encode, preference
@@ -72,6 +73,7 @@ def test_a_row_that_is_no_pair_is_a_fault(values):
 def test_log_probabilities_are_the_naive_ones_and_the_reference_keeps_its_weights(decoder):
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     model = AutoModelForCausalLM.from_pretrained(decoder).double().eval()
+    end_in_losses(model)
     example = encoded(tokenizer, {"prompt": "the printer", "chosen": " works again", "rejected": " was lost"})
     batch = lay_out([example], [0], pad_id=1, kind="pair", width=0, device=torch.device("cpu"))
     task, reference = preference(TrainConfig(dpo_beta=0.5)), reference_of(frozen_copy(model, torch.float64))

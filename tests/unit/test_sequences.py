@@ -19,13 +19,14 @@ from peftune.data.layouts import Layout, lay_out
 from peftune.errors import ConfigError, MachineError
 from peftune.model.division import division_fault, refuse_undividable
 from peftune.model.packing import segment_attention, use_packing
-from peftune.numerics.losses import IGNORE, next_token_nats
+from peftune.numerics.losses import IGNORE
 from peftune.parallel.launcher import choose_launch
 from peftune.parallel.names import check_launched, sequence_ranks
 from peftune.parallel.sequences import open_sequences
 from peftune.parallel.world import World
 from peftune.plan import choose_memory
 from tests.conftest import write_config
+from tests.unit.test_numerics import next_token_nats
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,41 @@
+"""Where next-token losses are computed: without the logits of other tokens, wherever this very model is proven to
+give the same that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from peftune.config.schema import ModelConfig
+from peftune.model.next_token import road_fault, take_road
+from peftune.model.precision import DTYPES
+from peftune.numerics.linear_loss import chunk_rows
+from peftune.parallel.world import World
+
+
+def choose_road(
+    config: ModelConfig, model: nn.Module, model_config: PreTrainedConfig, *, world: World, divided: bool,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> str | None:
+    """Prepare a model's forward pass; None, or why losses come from the whole logits.
+
+    Args:
+        config: the model section.
+        model: unwrapped, with its adapter, on its device, prepared by `end_in_losses`.
+        model_config: of the model.
+        world: all ranks must agree.
+        divided: ranks may gather the output layer for each call of it, so they call it once.
+        autocast: precision of forward passes.
+    """
+    if config.compile:
+        return "model.compile needs shapes that do not depend on the targets"
+    vocabulary = model_config.get_text_config().vocab_size
+    why = world.same(road_fault(model, vocabulary=vocabulary, dtype=DTYPES[config.dtype], device=world.device,
+                                autocast=autocast, whole=divided))
+    if why is None:
+        take_road(model, 0 if divided else chunk_rows(vocabulary, world.device))
+    return why
