@@ -15,6 +15,7 @@ from peftune import __version__
 from peftune.cluster.command import add_launch, add_machines
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES, refuse_divided_sequences
+from peftune.starter.command import add_init
 
 if TYPE_CHECKING:  # torch comes with them, and help must not wait for it
     from peftune.observe.display import Display
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command, takes_overrides=overrides)
         return sub
 
+    add_init(commands)
     train = add("train", _train, "train, evaluate and save: starts accelerate for this machine", overrides=True)
     train.add_argument("config", metavar="CONFIG", help="a YAML file; key=value words after it override its settings")
     train.add_argument("--strategy", default="auto", help="auto | " + " | ".join(STRATEGIES))
@@ -84,7 +86,7 @@ def _using(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.Argume
     evaluate = add("evaluate", _evaluate, "score a finished run, or a bare model with --config")
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, its best/, or a model")
     evaluate.add_argument("--config", help="task and data, instead of the run's own")
-    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--split", choices=("train", "validation", "test"), help="default: test where there is one")
     evaluate.add_argument("--output", help="write the predictions there, as JSON Lines")
     evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="lm-eval's tasks instead, with the adapter attached")
     evaluate.add_argument("--include-path", metavar="DIR", help="--tasks: a folder with tasks of your own")
@@ -93,8 +95,8 @@ def _using(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.Argume
     predict = add("predict", _predict, "batch predictions or generations with a trained model")
     predict.add_argument("model", metavar="RUN", help="a run folder or its best/")
     predict.add_argument("--config", help="for a bare model")
-    predict.add_argument("--input", required=True, help="JSON Lines: text, prompt, messages or instruction")
-    predict.add_argument("--output", required=True, help="JSON Lines: id, prediction, ...")
+    predict.add_argument("--input", required=True, help="rows as in training, answers left out: .jsonl, .csv, .txt ...")
+    predict.add_argument("--output", required=True, help=".csv, else JSON Lines: id, prediction, ...")
     export = add("export", _export, "a folder that transformers, peft, lm-eval or llama.cpp loads, its logits compared")
     export.add_argument("source", metavar="RUN", help="a run folder, its best/, or a folder of an adapter or model")
     export.add_argument("--to", required=True, metavar="DIR", help="a new folder")
@@ -160,14 +162,15 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
     with _opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
-        scored = score(trained, parsed.split)
+        split = parsed.split or ("validation" if trained.config.data.test is None else "test")
+        scored = score(trained, split)
         if world.is_main:
             if parsed.output:
                 _writable(lambda: write_text(Path(parsed.output), prediction_lines(scored.records)), parsed.output)
             if parsed.json:
-                print(json.dumps({parsed.split: scored.metrics}, ensure_ascii=False))
+                print(json.dumps({split: scored.metrics}, ensure_ascii=False))
             else:
-                show_metrics(display, parsed.split, scored.metrics)
+                show_metrics(display, split, scored.metrics)
     return EXIT_DONE
 
 
@@ -190,15 +193,16 @@ def _evaluate_tasks(parsed: argparse.Namespace) -> int:
 
 
 def _predict(parsed: argparse.Namespace) -> int:
-    from peftune.loop.finish import prediction_lines
+    from peftune.loop.finish import prediction_lines, prediction_table
     from peftune.loop.publish import write_text
     from peftune.reopen import open_trained, predict_file
 
     with _opened(only_json=False) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         records = predict_file(trained, parsed.input)
+        written = prediction_table if parsed.output.endswith(".csv") else prediction_lines
         if world.is_main:
-            _writable(lambda: write_text(Path(parsed.output), prediction_lines(records)), parsed.output)
+            _writable(lambda: write_text(Path(parsed.output), written(records)), parsed.output)
             display.say(f"{len(records):,} predictions in {parsed.output}")
     return EXIT_DONE
 

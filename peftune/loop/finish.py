@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -153,12 +155,23 @@ def write_predictions(path: Path, records: Sequence[Record], run: Run) -> None:
 
 def prediction_lines(records: Sequence[Record]) -> str:
     """Records as JSON lines: id, prediction and reference first."""
-    lines = []
-    for record in records:
-        shown = {"id": record.get("id"), "prediction": record.get("prediction"), "reference": record.get("reference")}
-        shown |= {key: value for key, value in record.items() if key not in HIDDEN_KEYS and key not in shown}
-        lines.append(json.dumps(shown, ensure_ascii=False) + "\n")
-    return "".join(lines)
+    return "".join(json.dumps(_shown(record), ensure_ascii=False) + "\n" for record in records)
+
+
+def prediction_table(records: Sequence[Record]) -> str:
+    """Records as CSV: the same values, lists and records among them as JSON, what is absent as nothing."""
+    rows = [{key: value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
+             for key, value in _shown(record).items()} for record in records]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _shown(record: Record) -> dict[str, Any]:
+    shown = {"id": record.get("id"), "prediction": record.get("prediction"), "reference": record.get("reference")}
+    return shown | {key: value for key, value in record.items() if key not in HIDDEN_KEYS and key not in shown}
 
 
 def _score(run: Run, name: str) -> Scored:
