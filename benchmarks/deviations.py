@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -63,13 +64,22 @@ def _relative(value: float, other: float) -> float:
     return abs(value - other) / max(abs(other), 0.1)
 
 
-@torch.no_grad()
 def _logit_deviation(folder: Path, reference: Path, task: str, quantization: str) -> float:
-    """Of two saved folders, loaded by plain peft or transformers, on the same ids."""
-    auto_class = TASKS[task](TrainConfig(), EvaluationConfig()).auto_class
-    ids = torch.arange(5, 5 + 24).reshape(2, 12)
-    mine, other = (logits_of(load_trained(run, auto_class, dtype=torch.float32, quantization=quantization).eval(),
-                             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for run in (folder, reference))
+    """Of two saved folders, on the same ids."""
+    mine, other = _logits(folder, task, quantization), _reference_logits(reference, task, quantization)
     if task == "question_answering":
         mine, other = (logits - logits.mean(dim=1, keepdim=True) for logits in (mine, other))
     return (mine - other).abs().max().item()
+
+
+@torch.no_grad()
+def _logits(folder: Path, task: str, quantization: str) -> torch.Tensor:
+    """Of a saved folder, loaded by plain peft or transformers."""
+    auto_class = TASKS[task](TrainConfig(), EvaluationConfig()).auto_class
+    model = load_trained(folder, auto_class, dtype=torch.float32, quantization=quantization).eval()
+    ids = torch.arange(5, 5 + 24).reshape(2, 12)
+    return logits_of(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+_reference_logits = functools.cache(_logits)
+"""Many runs are compared with one; run folders are never written over."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from peftune.parallel.launcher import choose_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "peftune" / "train.py"
+MANY_RUNS = ROOT / "benchmarks" / "many_runs.py"
 
 
 def launched(
@@ -34,3 +38,48 @@ def launched(
     return subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
                           capture_output=True, text=True, timeout=timeout, check=False,
                           env={**os.environ, **launch.environment, **(environment or {}), "OMP_NUM_THREADS": "1"})
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One of several runs that share a launch."""
+
+    arguments: Sequence[str]
+    """Of the script."""
+    script: Path = TRAIN
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to the launch's own."""
+
+
+def launched_together(
+    strategy: str, processes: int, runs: Sequence[Run], folder: Path, *, limit_s: float = 120
+) -> list[subprocess.CompletedProcess[str]]:
+    """Launch once, train several runs one after another (see many_runs.py), and say how each ended.
+
+    Args:
+        strategy, processes: as for `launched`.
+        runs: in this order.
+        folder: a new one, for what they print.
+        limit_s: a run that takes longer, in seconds, is killed.
+    """
+    folder.mkdir(parents=True)
+    orders = [{**asdict(run), "script": str(run.script), "log": str(folder / str(i))} for i, run in enumerate(runs)]
+    (folder / "runs.json").write_text(json.dumps({"limit_s": limit_s, "runs": orders}), encoding="utf-8")
+    launch = launched(strategy, processes, [str(folder / "runs.json")], script=MANY_RUNS,
+                      timeout=60 + limit_s * len(runs))
+    return [_ended(order, processes, launch) for order in orders]
+
+
+def _ended(
+    order: Mapping[str, Any], processes: int, launch: subprocess.CompletedProcess[str]
+) -> subprocess.CompletedProcess[str]:
+    """All ranks of a run as one process; the launch's own failure where a rank has not come that far."""
+    logs = [f"{order['log']}.{rank}" for rank in range(processes)]
+    codes = [int(code) if (code := _text(f"{log}.code")) else launch.returncode or 1 for log in logs]
+    out, err = ("".join(_text(f"{log}.{name}") for log in logs) for name in ("out", "err"))
+    return subprocess.CompletedProcess(order["arguments"], next((code for code in codes if code), 0), out,
+                                       err or launch.stderr)
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""

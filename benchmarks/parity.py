@@ -6,7 +6,8 @@
 A cell is a strategy, a method, a task and a layout: a run of six steps through `accelerate launch`, with two processes
 where the strategy has several, in float32. It is compared with one process on padded rows in one micro-batch: the loss
 and the gradient norm of every step, the evaluation, the weights that were saved, and the logits that the saved folder
-gives in plain peft or transformers. A cell that cannot work must be refused before anything is loaded.
+gives in plain peft or transformers. A cell that cannot work must be refused before anything is loaded. The cells of a
+strategy share one launch (many_runs.py says how), and are as far from each other as in launches of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import torch
 import yaml
 
 from benchmarks.deviations import deviations_of
-from benchmarks.launches import TRAIN, launched
+from benchmarks.launches import TRAIN, Run, launched, launched_together
 from peftune.config.load import load
 from peftune.config.rules import strategy_faults
 from peftune.errors import PeftuneError
 from peftune.observe.manifest import environment
 from peftune.parallel.names import STRATEGIES
 from peftune.tasks import TASKS
+from peftune.tasks.text import quiet_libraries
 from tests import tiny
 
 LORA = {"method": "lora", "r": 4}
@@ -69,6 +71,20 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A run of a cell."""
+
+    cell: Cell
+    overrides: tuple[str, ...] = ()
+    """RUNS in them stands for the folder of all runs."""
+    name: str = ""
+    """Of the run folder; empty for the cell's own."""
+    script: Path = TRAIN
+    environment: tuple[tuple[str, str], ...] = ()
+    """Variables that are set for this run alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a cell: equal, differs, refused or failed."""
 
@@ -81,8 +97,8 @@ class Outcome:
 class Bench:
     """A folder of tiny models and rows, and the runs made with them."""
 
-    def __init__(self, folder: Path, script: Path = TRAIN) -> None:
-        self.folder, self.script = folder, script
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         decoder, encoder = tiny.save_decoder(folder / "decoder"), tiny.save_encoder(folder / "encoder")
         self._tasks = {
@@ -115,25 +131,48 @@ class Bench:
             "model": {**settings["model"], **method.get("model", {})}}))
         return path
 
-    def run(
-        self, cell: Cell, *overrides: str, name: str | None = None
-    ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        """Launch a cell; its run folder, and how it ended."""
-        folder = self.folder / "runs" / (name or str(cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-"))
-        return folder, launched(
-            cell.strategy, 1 if cell.strategy == "single" else 2,
-            [str(self.config(cell)), f"output_dir={folder}", *LAYOUTS[cell.layout], *overrides], script=self.script)
+    def run_folder(self, asked: Asked) -> Path:
+        """Where a run leaves what it makes."""
+        name = asked.name or str(asked.cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-")
+        return self.folder / "runs" / name
 
-    def outcome(self, cell: Cell) -> Outcome:
-        """Run a cell and compare it."""
-        refusal = self.refusal(cell)
-        if refusal:
-            return Outcome("refused", why=refusal)
-        folder, done = self.run(cell)
-        if done.returncode != 0:
-            return Outcome("failed", why=_said(done.stderr))
+    def run_alone(self, asked: Asked) -> subprocess.CompletedProcess[str]:
+        """Launch a run as a user does; how it ended."""
+        run = self._run(asked)
+        return launched(asked.cell.strategy, processes_of(asked.cell.strategy), run.arguments, script=run.script,
+                        environment=run.environment)
+
+    def run(self, asked: Sequence[Asked]) -> dict[Asked, subprocess.CompletedProcess[str]]:
+        """Run these in the order given, in one launch for each strategy; how each ended."""
+        ended: dict[Asked, subprocess.CompletedProcess[str]] = {}
+        for strategy in dict.fromkeys(one.cell.strategy for one in asked):
+            group = [one for one in asked if one.cell.strategy == strategy]
+            logs = self.folder / "logs" / f"{len(list(self.folder.glob('logs/*')))}-{strategy}"
+            ended |= zip(group, launched_together(strategy, processes_of(strategy), [self._run(one) for one in group],
+                                                  logs), strict=True)
+        return ended
+
+    def _run(self, asked: Asked) -> Run:
+        overrides = [word.replace("RUNS", str(self.folder / "runs")) for word in asked.overrides]
+        words = [str(self.config(asked.cell)), f"output_dir={self.run_folder(asked)}", *LAYOUTS[asked.cell.layout]]
+        return Run([*words, *overrides], asked.script, dict(asked.environment))
+
+    def outcomes(self, cells: Sequence[Cell]) -> dict[Cell, Outcome]:
+        """Run cells, and compare them."""
+        refusals = {cell: self.refusal(cell) for cell in cells}
+        runnable = [cell for cell in cells if not refusals[cell]]
+        self.make_references(runnable)
+        ended = self.run([Asked(cell) for cell in runnable])
+        return {cell: Outcome("refused", why=refusals[cell]) if refusals[cell]
+                else self.outcome(Asked(cell), ended[Asked(cell)]) for cell in cells}
+
+    def outcome(self, asked: Asked, ended: subprocess.CompletedProcess[str]) -> Outcome:
+        """Compare a run that has ended."""
+        cell = asked.cell
+        if ended.returncode != 0:
+            return Outcome("failed", why=_said(ended.stderr))
         quantization = METHODS[cell.method].get("model", {}).get("quantization", "none")
-        deviations = deviations_of(folder, self.reference(cell), cell.task, quantization)
+        deviations = deviations_of(self.run_folder(asked), self.reference(cell), cell.task, quantization)
         equal = all(value <= TOLERANCES[name] for name, value in deviations.items())
         return Outcome("equal" if equal else "differs", deviations)
 
@@ -147,13 +186,22 @@ class Bench:
 
     def reference(self, cell: Cell) -> Path:
         """The run that a cell is compared with; each is made once."""
-        key = (cell.task, cell.method)
-        if key not in self._references:
-            same = Cell(REFERENCE[0], cell.method, cell.task, REFERENCE[1])
-            folder, done = self.run(same, name=f"reference-{cell.task}-{cell.method}")
-            assert done.returncode == 0, done.stderr
-            self._references[key] = folder
-        return self._references[key]
+        self.make_references([cell])
+        return self._references[cell.task, cell.method]
+
+    def make_references(self, cells: Sequence[Cell]) -> None:
+        """Run what these cells are compared with, as far as it is not there."""
+        missing = {key: Asked(Cell(REFERENCE[0], cell.method, cell.task, REFERENCE[1]),
+                              name=f"reference-{cell.task}-{cell.method}")
+                   for cell in cells if (key := (cell.task, cell.method)) not in self._references}
+        for (key, asked), ended in zip(missing.items(), self.run(list(missing.values())).values(), strict=True):
+            assert ended.returncode == 0, ended.stderr
+            self._references[key] = self.run_folder(asked)
+
+
+def processes_of(strategy: str) -> int:
+    """How many processes a run of the matrix has."""
+    return 1 if strategy == "single" else 2
 
 
 def _said(stderr: str) -> str:
@@ -184,7 +232,7 @@ def _shown(outcomes: Sequence[Outcome]) -> str:
 
 
 def main() -> int:
-    """Run the cells that are asked for, write what was found after each, and say whether any is red."""
+    """Run the cells that are asked for, write what was found after each strategy, and say whether any is red."""
     parser = argparse.ArgumentParser(prog="peftune bench parity", description=__doc__.splitlines()[0])
     tasks = list(TASKS)
     for name, choices in (("strategies", list(STRATEGIES)), ("methods", list(METHODS)), ("tasks", tasks),
@@ -193,14 +241,18 @@ def main() -> int:
     parser.add_argument("--to", type=Path, help="results; cells that are there already and not run now stay")
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
+    quiet_libraries()
     results = _earlier(asked.to)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch) / "bench")
-        for cell in (Cell(strategy, method, task, layout) for task in asked.tasks for method in asked.methods
-                     for strategy in asked.strategies for layout in asked.layouts):
-            results[cell] = replace(bench.outcome(cell), commit=environment(torch.device("cpu"))["commit"])
-            print(f"{results[cell].verdict:8} {cell}  {_summary(results[cell])}", flush=True)
+        commit = environment(torch.device("cpu"))["commit"]
+        for strategy in asked.strategies:
+            found = bench.outcomes([Cell(strategy, method, task, layout) for method in asked.methods
+                                    for task in asked.tasks for layout in asked.layouts])
+            results |= {cell: replace(outcome, commit=commit) for cell, outcome in found.items()}
+            for cell, outcome in found.items():
+                print(f"{outcome.verdict:8} {cell}  {_summary(outcome)}", flush=True)
             _write(asked, results)
     red = [cell for cell, outcome in results.items() if outcome.verdict in ("differs", "failed")]
     print(f"{len(results)} cells, {len(red)} red")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from peftune.parallel.launcher import free_port
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,12 +160,6 @@ def launch(command: Callable[..., Any]) -> Callable[..., subprocess.CompletedPro
                        env={"ACCELERATE_USE_CPU": "true"} if processes > 1 else None, **others)
 
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def metric_rows(folder: Path, split: str | None = None) -> list[dict[str, Any]]:

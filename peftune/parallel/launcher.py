@@ -92,7 +92,7 @@ def choose_launch(
         command += _among_machines(node, strategy)
         variables |= interface_variables(node.main_host, node.interface)
     elif strategy != "single":
-        command += ["--main_process_port", str(_free_port())]
+        command += ["--main_process_port", str(free_port())]
     if log_dir is not None:
         rank = node.rank if node else 0
         command += ["--log_dir", str(Path(log_dir) / f"node-{rank}"), "--tee", "3", "--role", f"node {rank} process "]
@@ -230,7 +230,8 @@ def _gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody on this machine listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

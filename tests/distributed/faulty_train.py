@@ -1,6 +1,7 @@
 """peftune/train.py with a planted fault, named by PLANTED. Launched by the tests that show that parity would notice."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def drop_a_rank(self, model, loss):
     whole_backward(self, model, loss * (self.world.rank != self.world.ranks - 1))
 
 
+def kill_a_rank(self, model, loss):
+    """As if the system took the last rank's memory."""
+    if self.world.rank == self.world.ranks - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+
+
 def save_the_first_shard(self, model):
     """As if the main process saved what it holds, and nobody what the others hold."""
     found = {}
@@ -49,6 +57,8 @@ match os.environ["PLANTED"]:
         Zero.backward = finite_backward
     case "divide once more":
         Ddp.backward = divide_once_more
+    case "kill a rank":
+        Ddp.backward = kill_a_rank
     case "drop a rank":
         Zero.backward = drop_a_rank
     case "save the first shard":

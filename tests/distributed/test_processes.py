@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from benchmarks.parity import Asked, Cell, processes_of
 from peftune.config.schema import TrainConfig
-from tests.conftest import EVERY_TASK, ROOT, free_port, metric_rows, summary, write_config
+from peftune.tasks import TASKS
+from tests.conftest import ROOT, free_port, metric_rows, summary, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROUNDED = {"loss", "perplexity", "margin", "chosen_reward", "rejected_reward"}
 """Metrics that are sums of floats; all others count."""
@@ -16,27 +19,24 @@ CANCELLING = {"margin", "chosen_reward", "rejected_reward"}
 """Those that are small differences of large sums."""
 
 
-def trained(launch, settings, tmp_path, name, processes, tokens, layout):
-    folder = tmp_path / name
-    settings = {**settings, "output_dir": str(folder), "data": {**settings["data"], "layout": layout}}
-    config = write_config(settings, tmp_path / f"configs-{name}")
-    done = launch(config, f"train.tokens_per_micro_batch={tokens}", processes=processes)
-    assert done.returncode == 0, done.stderr
-    result = summary(folder)
-    assert (result["world_size"], result["strategy"]) == (processes, "ddp" if processes > 1 else "single")
-    return folder
+def one_and_two(task, method):
+    """One process on padded rows, and two on packed or padded ones, with micro-batches of one example, of some, of all.
+    """
+    for strategy, name, tokens, layout in (("single", "one", 200, "padded"), ("ddp", "two-ones", 1, "packed"),
+                                           ("ddp", "two-all", 100_000, "packed"), ("ddp", "two-padded", 300, "padded")):
+        yield Asked(Cell(strategy, method, task, f"{layout}, several"), (f"train.tokens_per_micro_batch={tokens}",),
+                    name=f"{name}-{task}-{method}")
 
 
-@pytest.mark.parametrize("task", EVERY_TASK)
-@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-def test_two_processes_with_packed_rows_train_and_score_as_one_with_padded_rows(
-        task, adapter, request, launch, tmp_path):
-    settings = {**request.getfixturevalue(task), "adapter": adapter}
-    settings["train"] = {**settings["train"], "batch_size": 7}
-    one = trained(launch, settings, tmp_path, "one", 1, 200, "padded")
-    for name, tokens, layout in (("two-ones", 1, "packed"), ("two-all", 100_000, "packed"),
-                                 ("two-padded", 300, "padded")):
-        two = trained(launch, settings, tmp_path, name, 2, tokens, layout)
+@pytest.mark.parametrize("asked", [tuple(one_and_two(task, method)) for task in TASKS for method in ("lora", "full")],
+                         ids=lambda asked: f"{asked[0].cell.task}-{asked[0].cell.method}")
+def test_two_processes_with_packed_rows_train_and_score_as_one_with_padded_rows(bench, ran, asked):
+    for each in asked:
+        assert ran[each].returncode == 0, ran[each].stderr
+        result = summary(bench.run_folder(each))
+        assert (result["world_size"], result["strategy"]) == (processes_of(each.cell.strategy), each.cell.strategy)
+    one, *others = map(bench.run_folder, asked)
+    for two in others:
         mine, theirs = (metric_rows(folder, "train") for folder in (one, two))
         assert len(mine) == len(theirs) == 6
         for row, other in zip(mine, theirs, strict=True):
@@ -51,8 +51,8 @@ def test_two_processes_with_packed_rows_train_and_score_as_one_with_padded_rows(
             near = pytest.approx(value, rel=relative, abs=cancellation(one) if name in CANCELLING else None)
             assert other_scores[metric] == (near if name in ROUNDED else value), metric
         ids = [json.loads(line)["id"] for line in (two / "predictions" / "validation.jsonl").read_text().splitlines()]
-        assert len(ids) == len(set(ids)) == len(
-            Path(settings["data"]["validation"]).read_text().splitlines())
+        validation = yaml.safe_load((two / "config.yaml").read_text())["data"]["validation"]
+        assert len(ids) == len(set(ids)) == len(Path(validation).read_text().splitlines())
 
 
 def cancellation(folder):

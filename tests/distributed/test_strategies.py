@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.parity import LAYOUTS, TOLERANCES, Bench, Cell
+from benchmarks.parity import LAYOUTS, TOLERANCES, Asked, Bench, Cell
 from peftune.parallel.launcher import choose_launch
+from peftune.parallel.names import STRATEGIES
 from tests.conftest import ROOT, metric_rows, summary
+from tests.distributed.conftest import CHAIN, NEEDS_BITSANDBYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -21,12 +24,8 @@ DIVIDING = ("zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
 FAULTY = ROOT / "tests" / "distributed" / "faulty_train.py"
 LAYOUT = "packed, several"
 assert LAYOUT in LAYOUTS
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """Tiny models and rows, and the runs of one process, each made once."""
-    return Bench(tmp_path_factory.mktemp("bench"))
+FEW = ("train.batch_size=1", "train.max_steps=10", "data.max_length=40")
+"""One example a step leaves a rank with nothing; cut at 40 tokens, some examples have no target left."""
 
 
 def cells():
@@ -42,88 +41,102 @@ def cells():
     yield Cell("fsdp2", "dora", "sequence_classification", LAYOUT)
 
 
-@pytest.mark.parametrize("cell", list(cells()), ids=str)
-def test_a_strategy_trains_scores_and_saves_as_one_process_does(bench, cell):
-    if "+" in cell.method:
-        pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
-    outcome = bench.outcome(cell)
+@pytest.mark.parametrize("asked", [
+    pytest.param((Asked(cell),), id=str(cell), marks=[NEEDS_BITSANDBYTES] if "+" in cell.method else [])
+    for cell in cells()])
+def test_a_strategy_trains_scores_and_saves_as_one_process_does(bench, ran, asked):
+    outcome = bench.outcome(asked[0], ran[asked[0]])
     assert outcome.verdict == "equal", (outcome.deviations, TOLERANCES, outcome.why)
 
 
-@pytest.mark.parametrize(("planted", "strategy", "method"), [
-    ("divide once more", "ddp", "lora"), ("drop a rank", "zero2", "lora"), ("save the first shard", "fsdp2", "full"),
-])
-def test_a_planted_fault_turns_its_cell_red(tmp_path, monkeypatch, planted, strategy, method):
-    monkeypatch.setenv("PLANTED", planted)
-    bench = Bench(tmp_path, script=FAULTY)
-    outcome = bench.outcome(Cell(strategy, method, "causal_lm", LAYOUT))
+@pytest.mark.parametrize("asked", [(Asked(Cell(strategy, "lora", "causal_lm", LAYOUT)),) for strategy in STRATEGIES],
+                         ids=lambda asked: asked[0].cell.strategy)
+def test_a_run_among_others_in_a_launch_is_the_run_that_a_user_launches_bit_for_bit(bench, ran, asked):
+    (among,) = asked
+    assert ran[among].returncode == 0, ran[among].stderr
+    alone = replace(among, name=f"alone-{among.cell.strategy}")
+    done = bench.run_alone(alone)
+    assert done.returncode == 0, done.stderr
+    assert summary(bench.run_folder(alone))["strategy"] == among.cell.strategy
+    same_from(bench.run_folder(among), bench.run_folder(alone), 0)
+
+
+def same_from(folder, other, steps):
+    """The first run, which began after `steps` of the second, is the same."""
+    mine, theirs = (metric_rows(run, "train") for run in (folder, other))
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [row[key] for row in mine] == [row[key] for row in theirs[steps:]]
+    ours, weights = (load_file(next((run / "final").glob("*.safetensors"))) for run in (folder, other))
+    assert ours.keys() == weights.keys() and all((ours[name] == weights[name]).all() for name in weights)
+    assert summary(folder)["metrics"] == summary(other)["metrics"]
+
+
+def planted(fault, strategy, method):
+    return Asked(Cell(strategy, method, "causal_lm", LAYOUT), name=fault.replace(" ", "-"), script=FAULTY,
+                 environment=(("PLANTED", fault),))
+
+
+@pytest.mark.parametrize("asked", [
+    (planted("divide once more", "ddp", "lora"),), (planted("drop a rank", "zero2", "lora"),),
+    (planted("save the first shard", "fsdp2", "full"),), (planted("kill a rank", "ddp", "lora"),),
+], ids=lambda asked: asked[0].name)
+def test_a_planted_fault_turns_its_cell_red_and_no_other(bench, ran, asked):
+    outcome = bench.outcome(asked[0], ran[asked[0]])
     assert outcome.verdict in ("differs", "failed")
-    if planted == "save the first shard":  # a run's own check of what it has saved comes before any comparison
+    if asked[0].name == "save-the-first-shard":  # a run's own check of what it has saved comes before any comparison
         assert "what was saved does not reload" in outcome.why
+    elif asked[0].name == "kill-a-rank":
+        assert outcome.verdict == "failed" and not (bench.run_folder(asked[0]) / "summary.json").exists()
     else:
         assert outcome.deviations["grad_norm"] > 100 * TOLERANCES["grad_norm"]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-def test_ranks_without_examples_or_targets_of_their_own_keep_step(bench, strategy):
-    """One example a step leaves a rank with nothing; cut at 40 tokens, some examples have no target left."""
-    overrides = ("train.batch_size=1", "train.max_steps=10", "data.max_length=40")
-    one, done = bench.run(Cell("single", "lora", "causal_lm", LAYOUT), *overrides, name=f"few-single-{strategy}")
-    assert done.returncode == 0, done.stderr
-    two, done = bench.run(Cell(strategy, "lora", "causal_lm", LAYOUT), *overrides, name=f"few-{strategy}")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("asked", [
+    tuple(Asked(Cell(one, "lora", "causal_lm", LAYOUT), FEW, name=f"few-{one}") for one in ("single", strategy))
+    for strategy in ("zero2", "zero3", "fsdp2")], ids=lambda asked: asked[1].cell.strategy)
+def test_ranks_without_examples_or_targets_of_their_own_keep_step(bench, ran, asked):
+    for one in asked:
+        assert ran[one].returncode == 0, ran[one].stderr
+    one, two = map(bench.run_folder, asked)
     losses = [[row["loss"] for row in metric_rows(folder, "train")] for folder in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 10
     assert summary(one)["metrics"]["validation"]["loss"] == pytest.approx(
         summary(two)["metrics"]["validation"]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(bench, strategy, method):
+def broken_and_resumed(strategy, method):
+    """A run that keeps its checkpoints, and one that begins with the second of them."""
     cell, often = Cell(strategy, method, "causal_lm", LAYOUT), "checkpoint.every_steps=2"
-    unbroken, done = bench.run(cell, often, name=f"unbroken-{strategy}-{method}")
-    assert done.returncode == 0, done.stderr
-    resumed, done = bench.run(cell, f"resume={unbroken / 'checkpoints' / 'step-000004'}", often,
-                              name=f"resumed-{strategy}-{method}")
-    assert done.returncode == 0 and "continuing after step 4" in done.stdout, done.stderr
-    mine, other = (metric_rows(folder, "train") for folder in (resumed, unbroken))
-    for key in ("loss", "grad_norm", "learning_rate"):
-        assert [row[key] for row in mine] == [row[key] for row in other[4:]]
-    ours, theirs = (load_file(next((folder / "final").glob("*.safetensors"))) for folder in (resumed, unbroken))
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
-    assert summary(resumed)["metrics"] == summary(unbroken)["metrics"]
+    unbroken = Asked(cell, (often,), name=f"unbroken-{strategy}-{method}")
+    return unbroken, Asked(cell, (often, f"resume=RUNS/{unbroken.name}/checkpoints/step-000004"),
+                           name=f"resumed-{strategy}-{method}")
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(bench, method):
-    chain = ("ddp", "zero2", "fsdp2", "zero3", "zero1", "single")
-    want = [row["loss"] for row in metric_rows(bench.reference(Cell("single", method, "causal_lm", LAYOUT)), "train")]
-    folder = None
-    for step, strategy in enumerate(chain):
-        overrides = ["checkpoint.every_steps=1", "checkpoint.keep=9"]
-        if folder is not None:
-            overrides.append(f"resume={folder / 'checkpoints' / f'step-{step:06d}'}")
-        folder, done = bench.run(Cell(strategy, method, "causal_lm", LAYOUT), *overrides,
-                                 name=f"chain-{method}-{strategy}")
-        assert done.returncode == 0, done.stderr
-        assert [row["loss"] for row in metric_rows(folder, "train")] == pytest.approx(want[step:], rel=1e-5)
+@pytest.mark.parametrize("asked", [broken_and_resumed(strategy, method) for strategy in ("zero2", "zero3", "fsdp2")
+                                   for method in ("lora", "full")], ids=lambda asked: asked[0].name)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(bench, ran, asked):
+    unbroken, resumed = asked
+    assert ran[unbroken].returncode == 0, ran[unbroken].stderr
+    assert ran[resumed].returncode == 0 and "continuing after step 4" in ran[resumed].stdout, ran[resumed].stderr
+    same_from(bench.run_folder(resumed), bench.run_folder(unbroken), 4)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
-def test_a_learned_prompt_is_refused_where_weights_are_divided_and_would_fail(bench, tmp_path, monkeypatch, strategy):
-    cell, prompt = Cell(strategy, "lora", "causal_lm", "padded, one micro-batch"), (
-        "adapter={method: prompt_tuning, num_virtual_tokens: 4}")
-    config = str(bench.config(cell))
-    words = ["train", config, prompt, f"output_dir={tmp_path / 'run'}", "--strategy", strategy, "--processes", "2"]
-    done = subprocess.run([sys.executable, "-m", "peftune.cli", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and f"not with {strategy}" in done.stderr and "mend: --strategy zero2" in done.stderr
-    if strategy == "zero3":  # without the rule its ranks wait for each other for ever: seen, and not to be run here
-        return
-    monkeypatch.setenv("PLANTED", "no rules")
-    monkeypatch.setattr(bench, "script", FAULTY)
-    _, done = bench.run(cell, prompt, name=f"prompt-{strategy}")
-    assert done.returncode != 0 and "Traceback" in done.stderr
+def chained(method):
+    """A run whose every step is made under another strategy."""
+    for step, strategy in enumerate(CHAIN):
+        before = f"resume=RUNS/chain-{method}-{CHAIN[step - 1]}/checkpoints/step-{step:06d}"
+        yield Asked(Cell(strategy, method, "causal_lm", LAYOUT), (
+            "checkpoint.every_steps=1", "checkpoint.keep=9", *([before] if step else [])),
+            name=f"chain-{method}-{strategy}")
+
+
+@pytest.mark.parametrize("asked", [tuple(chained("lora")), tuple(chained("full"))], ids=["lora", "full"])
+def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(bench, ran, asked):
+    want = [row["loss"] for row in metric_rows(bench.reference(asked[0].cell), "train")]
+    for step, one in enumerate(asked):
+        assert ran[one].returncode == 0, ran[one].stderr
+        losses = [row["loss"] for row in metric_rows(bench.run_folder(one), "train")]
+        assert losses == pytest.approx(want[step:], rel=1e-5)
 
 
 def test_a_deepspeed_file_of_the_users_own_is_used_and_its_auto_values_filled_in(bench, tmp_path):

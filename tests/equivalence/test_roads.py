@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import EVERY_TASK, metric_rows, summary
+from tests.conftest import EVERY_TASK, metric_rows, summary, write_config
 
 ROUNDED = {"loss", "perplexity", "margin", "chosen_reward", "rejected_reward"}
 """Metrics that are sums of floats; all others count."""
@@ -55,43 +55,38 @@ def test_a_run_from_its_resolved_config_is_the_same_run(classify, train, tmp_pat
     assert losses(tmp_path / "second") == losses(first)
 
 
-LOAD_ADAPTER = """
-import json, sys, torch
+LOAD = """
+import json, sys
+from pathlib import Path
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-folder, kind, text = sys.argv[1:]
-auto = {"classify": AutoModelForSequenceClassification, "converse": AutoModelForCausalLM}[kind]
-base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-model = PeftModel.from_pretrained(auto.from_pretrained(base, config=AutoConfig.from_pretrained(folder)), folder).eval()
-inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
-print(json.dumps(model(**inputs).logits.tolist()))
-"""
-LOAD_WHOLE = """
-import json, sys
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-folder, kind, text = sys.argv[1:]
-auto = {"classify": AutoModelForSequenceClassification, "converse": AutoModelForCausalLM}[kind]
-model = auto.from_pretrained(folder).eval()
-print(json.dumps(model(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits.tolist()))
+text, *saved = sys.argv[1:]
+for task, folder in zip(saved[::2], saved[1::2]):
+    auto = {"classify": AutoModelForSequenceClassification, "converse": AutoModelForCausalLM}[task]
+    if (Path(folder) / "adapter_config.json").exists():
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        model = PeftModel.from_pretrained(auto.from_pretrained(base, config=AutoConfig.from_pretrained(folder)), folder)
+    else:
+        model = auto.from_pretrained(folder)
+    inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    print(json.dumps(model.eval()(**inputs).logits.tolist()))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classify", "converse"])
-@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-def test_final_loads_elsewhere_without_peftune_to_the_same_logits(task, adapter, request, tmp_path):
-    import yaml
-
-    settings = {**request.getfixturevalue(task), "adapter": adapter}
-    config = tmp_path / "c.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    text = "the printer is broken"
-    ours = live_logits(config, text)
-    code = LOAD_WHOLE if adapter is None else LOAD_ADAPTER
-    theirs = subprocess.run([sys.executable, "-c", code, str(Path(settings["output_dir"]) / "final"), task, text],
-                            capture_output=True, text=True, check=True, cwd="/")
-    flat_ours, flat_theirs = flat(ours), flat(json.loads(theirs.stdout))
-    assert flat_theirs == pytest.approx(flat_ours, abs=1e-5)
+def test_final_loads_elsewhere_without_peftune_to_the_same_logits(request, tmp_path):
+    text, ours, words = "the printer is broken", [], []
+    for task in ("classify", "converse"):
+        for name, adapter in (("lora", {"method": "lora", "r": 4}), ("full", None)):
+            folder = tmp_path / f"{task}-{name}"
+            settings = {**request.getfixturevalue(task), "adapter": adapter, "output_dir": str(folder)}
+            ours.append(live_logits(write_config(settings, tmp_path / f"c-{task}-{name}"), text))
+            assert (folder / "final" / "adapter_config.json").exists() == (adapter is not None)
+            words += [task, str(folder / "final")]
+    theirs = subprocess.run([sys.executable, "-c", LOAD, text, *words], capture_output=True, text=True, check=True,
+                            cwd="/")
+    for mine, line in zip(ours, theirs.stdout.splitlines(), strict=True):
+        assert flat(json.loads(line)) == pytest.approx(flat(mine), abs=1e-5)
 
 
 def live_logits(config: Path, text: str):

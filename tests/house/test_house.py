@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.launches import Run, launched_together
 from peftune.cli import BENCHMARKS
 from peftune.config.load import dump, load
 from peftune.config.names import key_paths
@@ -104,18 +105,27 @@ def test_every_config_loads_and_its_dump_is_the_same_config(path, tmp_path, monk
     assert load([str(tmp_path / "again.yaml")]) == config
 
 
+@pytest.fixture(scope="module")
+def configs_ran(tmp_path_factory, encoder, decoder):
+    """How each config ends, all in one launch: the quickstart with its own model, others with a tiny one for the
+    hub's."""
+    folder, runs = tmp_path_factory.mktemp("configs"), []
+    for path in CONFIGS:
+        words, config = [str(path), f"output_dir={folder / path.stem}", "train.max_steps=3"], load([str(path)])
+        if not config.model.name_or_path.startswith("package:"):
+            tiny = decoder if config.task in ("causal_lm", "preference") else encoder
+            words += [f"model.name_or_path={tiny}", "data.max_length=128", "evaluation.max_new_tokens=4"]
+        runs.append(Run(words))
+    ended = launched_together("single", 1, runs, folder / "logs", limit_s=300)
+    return {path: (folder / path.stem, done) for path, done in zip(CONFIGS, ended, strict=True)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_runs(path, tmp_path, launch, encoder, decoder, monkeypatch):
-    """The quickstart as it is; the others for a few steps, with a tiny model in place of the hub's."""
-    overrides = [f"output_dir={tmp_path / 'run'}", "train.max_steps=3"]
-    config = load([str(path)])
-    if not config.model.name_or_path.startswith("package:"):
-        tiny = decoder if config.task in ("causal_lm", "preference") else encoder
-        overrides += [f"model.name_or_path={tiny}", "data.max_length=128", "evaluation.max_new_tokens=4"]
-    done = launch(path, *overrides)
+def test_every_config_runs(path, configs_ran):
+    folder, done = configs_ran[path]
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "summary.json").is_file()
+    assert (folder / "summary.json").is_file()
 
 
 def test_the_readme_names_every_config_and_every_command():
