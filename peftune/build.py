@@ -213,7 +213,8 @@ def _run(
     if is_adalora(model):
         RankBudget(model, optimizer, steps=run.steps, done=state.step - state.skipped_steps)
     if state.step == 0:
-        state = replace(state, baseline=measure_baseline(run))
+        with display.phase("untrained"):
+            state = replace(state, baseline=measure_baseline(run))
     return run, state
 
 

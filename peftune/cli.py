@@ -9,17 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from peftune import __version__
 from peftune.cluster.command import add_launch, add_machines
+from peftune.conversation import add_chat
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
-from peftune.parallel.names import STRATEGIES, refuse_divided_sequences
+from peftune.parallel.names import STRATEGIES
 from peftune.starter.command import add_init
-
-if TYPE_CHECKING:  # torch comes with them, and help must not wait for it
-    from peftune.observe.display import Display
-    from peftune.parallel.world import World
 
 BENCHMARKS = ("parity", "memory", "sequences", "quantization", "startup", "data_scale", "lora_vs_full", "fuzz")
 """Suites of `peftune bench`: files of benchmarks/."""
@@ -68,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
     evaluate, export = _using(add)
+    add_chat(commands)
     report = add("report", _report, "write a run's page again, or a page that compares several runs")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; the others are compared with the first")
     report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder; comparison.html here")
@@ -136,14 +133,14 @@ def _check(parsed: argparse.Namespace) -> int:
     except PeftuneError as error:
         if not parsed.json:
             raise
-        print(json.dumps({"faults": [fault.as_json() for fault in error.faults]}, ensure_ascii=False))
+        _print_json({"faults": [fault.as_json() for fault in error.faults]})
         return EXIT_MENDABLE
     from peftune.data_check import as_json, check, show, show_examples
     from peftune.observe.display import Display
 
     checked = check(config, parsed.strategy, parsed.sequence_parallel)
     if parsed.json:
-        print(json.dumps(as_json(checked), ensure_ascii=False))
+        _print_json(as_json(checked))
     else:
         display = Display()
         show(checked, display, parsed.config, config.data.max_length)
@@ -157,18 +154,19 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         return _evaluate_tasks(parsed)
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
-    from peftune.reopen import open_trained, score
+    from peftune.reopen import open_trained, opened, score
     from peftune.report.closing import show_metrics
 
-    with _opened(only_json=parsed.json) as (world, display):
+    with opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         split = parsed.split or ("validation" if trained.config.data.test is None else "test")
-        scored = score(trained, split)
+        with display.phase("evaluate"):
+            scored = score(trained, split)
         if world.is_main:
             if parsed.output:
                 _writable(lambda: write_text(Path(parsed.output), prediction_lines(scored.records)), parsed.output)
             if parsed.json:
-                print(json.dumps({split: scored.metrics}, ensure_ascii=False))
+                _print_json({split: scored.metrics})
             else:
                 show_metrics(display, split, scored.metrics)
     return EXIT_DONE
@@ -176,16 +174,16 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 def _evaluate_tasks(parsed: argparse.Namespace) -> int:
     from peftune.harness import check_harness, evaluate_tasks
-    from peftune.reopen import find_trained, open_weights
+    from peftune.reopen import find_trained, open_weights, opened
 
-    with _opened(only_json=parsed.json) as (world, display):
+    with opened(only_json=parsed.json) as (world, display):
         folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
         check_harness(config.task, parsed.include_path, world.ranks)
         with _only_json(parsed.json):
             scores = evaluate_tasks(open_weights(folder, config, world, display), parsed.tasks.split(","),
                                     parsed.include_path, batch_size=parsed.batch_size, limit=parsed.limit)
         if parsed.json:
-            print(json.dumps({"tasks": scores}, ensure_ascii=False))
+            _print_json({"tasks": scores})
         else:
             for name, found in scores.items():
                 display.table(name, ["", "value"], [[key, f"{value:.4f}"] for key, value in found.items()])
@@ -195,11 +193,12 @@ def _evaluate_tasks(parsed: argparse.Namespace) -> int:
 def _predict(parsed: argparse.Namespace) -> int:
     from peftune.loop.finish import prediction_lines, prediction_table
     from peftune.loop.publish import write_text
-    from peftune.reopen import open_trained, predict_file
+    from peftune.reopen import open_trained, opened, predict_file
 
-    with _opened(only_json=False) as (world, display):
+    with opened(only_json=False) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
-        records = predict_file(trained, parsed.input)
+        with display.phase("predict"):
+            records = predict_file(trained, parsed.input)
         written = prediction_table if parsed.output.endswith(".csv") else prediction_lines
         if world.is_main:
             _writable(lambda: write_text(Path(parsed.output), written(records)), parsed.output)
@@ -209,8 +208,9 @@ def _predict(parsed: argparse.Namespace) -> int:
 
 def _export(parsed: argparse.Namespace) -> int:
     from peftune.export import Wanted, export
+    from peftune.reopen import opened
 
-    with _opened(only_json=parsed.json) as (world, display):
+    with opened(only_json=parsed.json) as (world, display):
         wanted = Wanted(source=parsed.source, to=parsed.to, config=parsed.config, merge=parsed.merge, into=parsed.into,
                         dtype=parsed.dtype, shard_size=parsed.max_shard_size, tolerance=parsed.tolerance,
                         gguf=parsed.gguf, llama_cpp=parsed.llama_cpp)
@@ -220,10 +220,10 @@ def _export(parsed: argparse.Namespace) -> int:
         except ExportError as error:
             if parsed.json:
                 faults = [fault.as_json() for fault in error.faults]
-                print(json.dumps({"published": False, "faults": faults}, ensure_ascii=False))
+                _print_json({"published": False, "faults": faults})
             raise
         if parsed.json:
-            print(json.dumps(record, ensure_ascii=False))
+            _print_json(record)
         else:
             display.say(f"{record['kind']} in {parsed.to}, {record['dtype']}")
     return EXIT_DONE
@@ -237,7 +237,10 @@ def _report(parsed: argparse.Namespace) -> int:
         page, found = write_report(folders[0], to)
     else:
         page, found = write_comparison(folders, to or Path("comparison.html"))
-    print(json.dumps(found, ensure_ascii=False) if parsed.json else page)
+    if parsed.json:
+        _print_json(found)
+    else:
+        print(page)
     return EXIT_DONE
 
 
@@ -258,24 +261,15 @@ def _schema(parsed: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _opened(*, only_json: bool) -> Iterator[tuple[World, Display]]:
-    """The processes of a command, until it ends, and what it tells a person: on standard error beside a JSON object."""
-    from peftune.observe.display import Display
-    from peftune.parallel.world import close_world, open_world
-
-    refuse_divided_sequences()
-    world = open_world()
-    try:
-        yield world, Display(quiet=not world.is_main, stream=sys.stderr if only_json else None)
-    finally:
-        close_world()
-
-
-@contextlib.contextmanager
 def _only_json(wanted: bool) -> Iterator[None]:
     """Keep standard output for the one object: libraries that log there when they are imported go to standard error."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
+
+
+def _print_json(value: object) -> None:
+    """The one object of --json; where standard output is not UTF-8, in ASCII."""
+    print(json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
 
 
 def _writable(write: Callable[[], None], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ EXIT_OUR_FAULT = 1
 EXIT_MENDABLE = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_PREEMPTED = 75
+EXIT_KEYBOARD = 130
 
 SHOWN_FAULTS = 20
 
@@ -127,11 +129,16 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
     and would bury the message under a trace of their own.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that a terminal or a log cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = door(arguments)
     except PeftuneError as error:
         say(f"{error.heading}: {error}")
         code = error.exit_code
+    except KeyboardInterrupt:
+        say("stopped from the keyboard")
+        code = EXIT_KEYBOARD
     except Exception:
         if not several:
             raise

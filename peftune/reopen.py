@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from peftune.model.reference import Reference, reference_of
 from peftune.model.resolve import load_model_config, resolve
 from peftune.model.save import ADAPTER, load_trained
 from peftune.observe.display import Display
-from peftune.parallel.world import World
+from peftune.parallel.names import refuse_divided_sequences
+from peftune.parallel.world import World, close_world, open_world
 from peftune.tasks import TASKS
 from peftune.tasks.task import BoundEncoder, Record, Task
 from peftune.tasks.text import Text, open_text, quiet_libraries
@@ -46,6 +49,17 @@ class Trained:
     model: nn.Module
     text: Text
     evaluator: Evaluator
+
+
+@contextlib.contextmanager
+def opened(*, only_json: bool) -> Iterator[tuple[World, Display]]:
+    """The processes of a command, until it ends, and what it tells a person: on standard error beside a JSON object."""
+    refuse_divided_sequences()
+    world = open_world()
+    try:
+        yield world, Display(quiet=not world.is_main, stream=sys.stderr if only_json else None)
+    finally:
+        close_world()
 
 
 def open_trained(path: str, config_path: str | None, world: World, display: Display) -> Trained:

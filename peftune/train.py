@@ -36,7 +36,7 @@ def main(arguments: list[str], stop: Stop | None = None) -> int:
         stop.wait_for_steps(config.deadline_s)
         with built.display.training(built.run.steps, built.state.step):
             state = fit(built.run, built.state)
-            state, summary = finish(built.run, state)
+        state, summary = finish(built.run, state)
         if built.run.strategy.world.is_main:
             write_report(built.run.folder)
             show_summary(built.display, config.output_dir, summary)

@@ -64,9 +64,13 @@ def finish(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         Preempted: the ranks have agreed to stop; the next start does the end of the run again.
         Unwritable: the disk refuses; the same.
     """
-    deviation = publish_final(run)
+    with run.journal.phase("save") as notes:
+        deviation = publish_final(run)
+        notes.append(f"final/ reloads: its logits differ by {deviation:.2g}")
     try:
-        state, scores = _last_scores(run, state)
+        with run.journal.phase("score") as notes:
+            state, scores = _last_scores(run, state)
+            notes.append(", ".join(scores["metrics"]) or "nothing: there are no held-out rows")
     except StopAgreed:
         leave(run, state)
     summary = _summary(run, state, scores, deviation)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
@@ -63,6 +65,61 @@ def generate_texts(
             texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
         progress(len(texts), len(keys))
     return texts
+
+
+@torch.no_grad()
+def stream_text(
+    model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], *, max_new_tokens: int,
+    temperature: float, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
+    say: Callable[[str], None],
+) -> None:
+    """Continue one prompt, and say each piece of text as soon as no later token can change it.
+
+    Args:
+        model: unwrapped, in evaluation mode.
+        tokenizer: decodes, and names the padding and end-of-text tokens.
+        prompt: ids.
+        max_new_tokens: bound on the tokens of the answer.
+        temperature: 0 takes the likeliest token each time; else tokens are drawn, at this temperature.
+        device: of the model.
+        autocast: precision of the forward passes.
+        say: called with the next piece.
+    """
+    settings = _settings(model, tokenizer, max_new_tokens)
+    if temperature > 0:
+        settings.update(do_sample=True, temperature=temperature)
+    ids = torch.tensor([list(prompt)], device=device)
+    with autocast():
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                       streamer=_Spoken(tokenizer, say))
+
+
+class _Spoken(BaseStreamer):
+    """Says the text of the tokens that `generate` hands over, the prompt's left out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> None:
+        self._tokenizer, self._say = tokenizer, say
+        self._ids: list[int] | None = None
+        self._said = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the next token. The first call brings the prompt."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        self._tell(last=False)
+
+    def end(self) -> None:
+        """Say what was held back."""
+        self._tell(last=True)
+
+    def _tell(self, *, last: bool) -> None:
+        text = self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+        # half a letter is decoded as U+FFFD until its other bytes come; a blank may go when a sign follows it
+        whole = text if last else text.rstrip("\ufffd ")
+        self._say(whole[self._said:])
+        self._said = max(self._said, len(whole))
 
 
 def _of_equal_length(group: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

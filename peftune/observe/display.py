@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 LOG_WIDTH = 100
 BAR_WIDTH = 40
+INDENT = " " * 10
+LONG_S = 60.0
+"""A log hears from a phase that takes longer, and again each time as much has gone by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,10 @@ class Piece:
 
 
 class Display:
-    """One place that prints. A terminal gets a moving line; a file gets one plain line a log row."""
+    """One place that prints. A terminal gets a moving line; a file gets one plain line a log row.
+
+    Where the stream is not UTF-8, bars and boxes are drawn in ASCII.
+    """
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         target = stream or sys.stdout
@@ -38,9 +46,15 @@ class Display:
         self._one_line = not terminal
         """A log keeps a message on one line; a terminal breaks it between words."""
         self._moving = terminal and not quiet
+        self._plain = self._console.options.ascii_only
+        self._status: Status | None = None
+        self._phase = self._doing = ""
+        """The phase that is going on, and what it is at."""
         self._progress: Progress | None = None
         self._training: TaskID | None = None
         self._evaluating: TaskID | None = None
+        self._told: float | None = None
+        """When a log was last told of the evaluation that is going on."""
         self._steps = 0
 
     def say(self, text: str) -> None:
@@ -64,7 +78,7 @@ class Display:
             elif self._console.is_terminal and not self._console.no_color:
                 text.append(piece.text, style="bold green")
             else:
-                text.append(f"«{piece.text}»")
+                text.append(f"<<{piece.text}>>" if self._plain else f"«{piece.text}»")
             text.append(f"[{piece.note}]" if piece.note else "", style="cyan")
         self._console.print(text, soft_wrap=True)
 
@@ -73,17 +87,57 @@ class Display:
         self._console.print(title, style="bold", markup=False)
         width = max(map(len, labels))
         for label, count in zip(labels, counts, strict=True):
-            bar = "█" * round(BAR_WIDTH * count / max(1, *counts))
-            self._console.print(f"  {label:<{width}} {bar or '▏' * bool(count)} {count:,}", markup=False)
+            full, thin = "#|" if self._plain else "█▏"
+            bar = full * round(BAR_WIDTH * count / max(1, *counts))
+            self._console.print(f"  {label:<{width}} {bar or thin * bool(count)} {count:,}", markup=False)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[list[str]]:
         """Time a phase; what is put into the yielded list is said with it at its end."""
         notes: list[str] = []
         started = time.perf_counter()
-        with self._console.status(name) if self._moving else contextlib.nullcontext():
-            yield notes
-        self.say(f"{name:<10} {time.perf_counter() - started:6.1f} s  {'; '.join(notes)}")
+        self._phase, self._doing = name, ""
+        try:
+            with self._spinning() if self._moving else self._telling(started):
+                yield notes
+        finally:
+            self._phase = ""
+        self._flow(f"{name:<10} {time.perf_counter() - started:6.1f} s  ", notes, "; ")
+
+    @contextlib.contextmanager
+    def _spinning(self) -> Iterator[None]:
+        with self._console.status(self._phase, spinner="line" if self._plain else "dots") as self._status:
+            try:
+                yield
+            finally:
+                self._status = None
+
+    @contextlib.contextmanager
+    def _telling(self, started: float) -> Iterator[None]:
+        ended, name = threading.Event(), self._phase
+
+        def tell() -> None:
+            while not ended.wait(LONG_S):
+                self.say(f"{name}: {time.perf_counter() - started:.0f} s so far{self._doing}")
+
+        teller = threading.Thread(target=tell, daemon=True, name="display")
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
+
+    def _flow(self, head: str, parts: Sequence[str], gap: str) -> None:
+        """A line of parts; a terminal breaks it between parts alone, and indents what follows."""
+        lines = [head]
+        for number, part in enumerate(parts):
+            piece = part + (gap if number + 1 < len(parts) else "")
+            if number and not self._one_line and len(lines[-1]) + len(piece.rstrip()) > self._console.width:
+                lines.append(INDENT)
+            lines[-1] += piece
+        for line in lines:
+            self.say(line.rstrip())
 
     @contextlib.contextmanager
     def training(self, steps: int, from_step: int) -> Iterator[None]:
@@ -106,7 +160,12 @@ class Display:
             self._progress.update(self._training, completed=step)
 
     def evaluation(self, name: str, done: int, total: int) -> None:
-        """Move the bar of an evaluation; it goes away when it is done."""
+        """Show how far an evaluation is, within a phase or beside the bar of the training."""
+        self._doing = f", {name} {done:,} of {total:,}"
+        if self._status is not None:
+            self._status.update(self._phase + self._doing)
+        elif not self._moving and not self._phase:
+            self._tell_now_and_then(done, total)
         if self._progress is None:
             return
         if self._evaluating is None:
@@ -115,6 +174,15 @@ class Display:
         if done == total:
             self._progress.remove_task(self._evaluating)
             self._evaluating = None
+
+    def _tell_now_and_then(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self._told = now if self._told is None else self._told
+        if done == total:
+            self._told = None
+        elif now - self._told >= LONG_S:
+            self.say(self._doing.removeprefix(", "))
+            self._told = now
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Say a row of metrics.jsonl."""
@@ -127,9 +195,9 @@ class Display:
                 self.say(f"step {row['step']:>6}/{self._steps}  epoch {row['epoch']:.2f}  {said}  "
                          f"lr {row['learning_rate']:.2e}  grad {row['grad_norm']:.2f}{self._eta(row)}")
         else:
-            values = "  ".join(f"{name} {value:.4f}" for name, value in row.items()
-                               if isinstance(value, float) and name not in ("epoch", "seconds") and "/" not in name)
-            self.say(f"step {row['step']:>6}  {row['split']}: {values}")
+            values = [f"{name} {value:.4f}" for name, value in row.items()
+                      if isinstance(value, float) and name not in ("epoch", "seconds") and "/" not in name]
+            self._flow(f"step {row['step']:>6}  {row['split']}: ", values, "  ")
 
     def _eta(self, row: Mapping[str, Any]) -> str:
         left = row["seconds"] / row["step"] * (self._steps - row["step"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +73,10 @@ class Journal:
     def warn(self, message: str) -> None:
         """Say what should not be overlooked."""
         self._display.warn(message)
+
+    def phase(self, name: str) -> AbstractContextManager[list[str]]:
+        """A part of the run besides its steps, for a person: see Display.phase."""
+        return self._display.phase(name)
 
     def progress(self, step: int) -> None:
         """Move the progress bar."""

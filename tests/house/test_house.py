@@ -94,7 +94,7 @@ def test_the_commands_are_these():
     done = subprocess.run([sys.executable, "-m", "peftune", "--help"], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     assert re.findall(r"^    (\w+) ", done.stdout, flags=re.M) == [
-        "init", "train", "check", "evaluate", "predict", "export", "report", "bench", "launch", "schema"]
+        "init", "train", "check", "evaluate", "predict", "export", "chat", "report", "bench", "launch", "schema"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -131,7 +131,7 @@ def test_every_config_runs(path, configs_ran):
 def test_the_readme_names_every_config_and_every_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(path.name in readme for path in CONFIGS)
-    commands = ("init", "train", "check", "evaluate", "predict", "export", "report", "bench", "launch", "schema")
+    commands = ("init", "train", "check", "evaluate", "predict", "export", "chat", "report", "bench", "launch", "schema")
     assert all(f"peftune {word}" in readme for word in commands)
 
 
