@@ -34,6 +34,8 @@ checkpoint.keep log log.every_steps log.trackers deadline
 checkpoint.asynchronous
 """
 
+COMMANDS = ["init", "train", "check", "evaluate", "predict", "export", "chat", "report", "bench", "launch", "schema"]
+
 
 def test_imports_point_one_way_and_each_library_has_its_room():
     done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True,
@@ -93,8 +95,7 @@ def test_the_keys_of_the_config_are_these():
 def test_the_commands_are_these():
     done = subprocess.run([sys.executable, "-m", "peftune", "--help"], cwd=ROOT, capture_output=True, text=True,
                           check=True)
-    assert re.findall(r"^    (\w+) ", done.stdout, flags=re.M) == [
-        "init", "train", "check", "evaluate", "predict", "export", "chat", "report", "bench", "launch", "schema"]
+    assert re.findall(r"^    (\w+) ", done.stdout, flags=re.M) == COMMANDS
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -131,8 +132,7 @@ def test_every_config_runs(path, configs_ran):
 def test_the_readme_names_every_config_and_every_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(path.name in readme for path in CONFIGS)
-    commands = ("init", "train", "check", "evaluate", "predict", "export", "chat", "report", "bench", "launch", "schema")
-    assert all(f"peftune {word}" in readme for word in commands)
+    assert all(f"peftune {word}" in readme for word in COMMANDS)
 
 
 @pytest.mark.parametrize("suite", BENCHMARKS)
