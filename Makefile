@@ -32,7 +32,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,deepspeed,quantization,eval,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,hub,deepspeed,quantization,eval,trackers,dev]"
 	touch $@
 
 clean:

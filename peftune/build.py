@@ -205,7 +205,8 @@ def _run(
     check_output_is_shared(world, folder / "manifest.json")
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
-        trackers=start_trackers(config.log.trackers, folder) if world.is_main else ())
+        trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json"))
+        if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep, stop,
                           layout if division else PADDED)
