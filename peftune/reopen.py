@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.canonical import refuse_surrogates
 from peftune.data.examples import Example
 from peftune.data.prepare import open_prepared, prepare
+from peftune.data.rows import RawRow
 from peftune.data.sources import read_records
 from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
@@ -135,15 +136,25 @@ def predict_file(trained: Trained, path: str) -> list[Record]:
     Raises:
         DataError: records that cannot be predicted from, with their lines.
     """
-    examples = read_prompts(path, trained.text.encoder, trained.config.data.columns)
+    return predict_rows(trained, read_records(path))
+
+
+def predict_rows(trained: Trained, rows: Iterable[RawRow]) -> list[Record]:
+    """The same for records that are read already."""
+    examples = prompts_of(rows, trained.text.encoder, trained.config.data.columns)
     return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
 
 
 def read_prompts(path: str, encoder: BoundEncoder, columns: Mapping[str, str]) -> list[Example]:
     """The records of a file as examples to predict from. Raises DataError, as `predict_file`."""
+    return prompts_of(read_records(path), encoder, columns)
+
+
+def prompts_of(rows: Iterable[RawRow], encoder: BoundEncoder, columns: Mapping[str, str]) -> list[Example]:
+    """Records as examples to predict from. Raises DataError, as `predict_file`."""
     examples: list[Example] = []
     faults: list[Fault] = []
-    for number, raw in enumerate(read_records(path)):
+    for number, raw in enumerate(rows):
         values = {**raw.values, **{want: raw.values[given] for want, given in columns.items() if given in raw.values}}
         try:
             refuse_surrogates(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # run as a script, python searches peftune/ itself first: search the folder above it instead
@@ -15,24 +16,28 @@ LISTENING = listen() if __name__ == "__main__" else None
 """A process of its own listens for signals before it imports anything that takes time."""
 
 from peftune.config.load import load
+from peftune.config.schema import RunConfig
 from peftune.errors import EXIT_DONE, guarded
 
 
 def main(arguments: list[str], stop: Stop | None = None) -> int:
     """Train, evaluate and save one run; return the exit code."""
-    config = load(arguments)  # before torch: a fault in the config is said at once
+    train(load(arguments), stop or Stop())  # the config before torch: a fault in it is said at once
+    return EXIT_DONE
 
+
+def train(config: RunConfig, stop: Stop) -> dict[str, Any]:
+    """Train, evaluate and save one run, or find that it is done; return its summary."""
     from peftune.build import build
     from peftune.loop.finish import finish
     from peftune.loop.fit import fit
     from peftune.report.closing import show_summary
     from peftune.report.page import write_report
 
-    stop = stop or Stop()
     with build(config, stop) as built:
         if built.run is None:
             show_summary(built.display, config.output_dir, built.summary or {}, done_before=True)
-            return EXIT_DONE
+            return built.summary or {}
         stop.wait_for_steps(config.deadline_s)
         with built.display.training(built.run.steps, built.state.step):
             state = fit(built.run, built.state)
@@ -40,7 +45,7 @@ def main(arguments: list[str], stop: Stop | None = None) -> int:
         if built.run.strategy.world.is_main:
             write_report(built.run.folder)
             show_summary(built.display, config.output_dir, summary)
-    return EXIT_DONE
+    return summary
 
 
 if __name__ == "__main__":

@@ -159,13 +159,13 @@ def write_predictions(path: Path, records: Sequence[Record], run: Run) -> None:
 
 def prediction_lines(records: Sequence[Record]) -> str:
     """Records as JSON lines: id, prediction and reference first."""
-    return "".join(json.dumps(_shown(record), ensure_ascii=False) + "\n" for record in records)
+    return "".join(json.dumps(shown(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def prediction_table(records: Sequence[Record]) -> str:
     """Records as CSV: the same values, lists and records among them as JSON, what is absent as nothing."""
     rows = [{key: value if isinstance(value, str | int | float | None) else json.dumps(value, ensure_ascii=False)
-             for key, value in _shown(record).items()} for record in records]
+             for key, value in shown(record).items()} for record in records]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -173,9 +173,10 @@ def prediction_table(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
-def _shown(record: Record) -> dict[str, Any]:
-    shown = {"id": record.get("id"), "prediction": record.get("prediction"), "reference": record.get("reference")}
-    return shown | {key: value for key, value in record.items() if key not in HIDDEN_KEYS and key not in shown}
+def shown(record: Record) -> dict[str, Any]:
+    """A record as people get it: id, prediction and reference first, what only the harness needs left out."""
+    first = {"id": record.get("id"), "prediction": record.get("prediction"), "reference": record.get("reference")}
+    return first | {key: value for key, value in record.items() if key not in HIDDEN_KEYS and key not in first}
 
 
 def _score(run: Run, name: str) -> Scored:

@@ -1,0 +1,67 @@
+"""The Python API: plain objects, the same numbers as the commands', nothing heavy at import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import peftune
+from peftune import configure, fine_tune, open_run
+from peftune.config.schema import DataConfig, ModelConfig, RunConfig
+from peftune.errors import ConfigError, DataError, RunFolderError
+from tests.conftest import ROOT, write_config
+
+
+def test_a_run_from_python_has_the_scores_and_predictions_of_the_commands(classify, train, tmp_path):
+    by_command = train(classify, name="command")
+    run = fine_tune(configure({**classify, "output_dir": str(tmp_path / "python")}))
+    commands = json.loads((by_command / "summary.json").read_text())
+    assert run.summary["metrics"] == commands["metrics"]
+    assert [row["loss"] for row in run.log if row["split"] == "train"] == [
+        json.loads(line)["loss"] for line in (by_command / "metrics.jsonl").read_text().splitlines()
+        if '"split": "train"' in line]
+    metrics, records = run.evaluate()
+    assert metrics["accuracy"] == run.summary["metrics"]["validation"]["accuracy"]
+    again = open_run(run.folder)
+    predicted = again.predict([{"text": record["text"]} for record in records])
+    assert [row["prediction"] for row in predicted] == [record["prediction"] for record in records]
+    assert not run.model.training and run.tokenizer.pad_token == "[PAD]"
+    with pytest.raises(DataError, match="rows:2: the key text is missing"):
+        again.predict([{"text": "fine"}, {"txt": "not"}])
+
+
+def test_a_config_made_by_hand_meets_the_same_rules(classify, tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.lerning_rate"):
+        configure({**classify, "train": {"lerning_rate": 1}})
+    by_hand = RunConfig(task="sequence_classification", model=ModelConfig(name_or_path="m"),
+                        data=DataConfig(train="t.jsonl", train_on="all"))
+    with pytest.raises(ConfigError, match=r"train_on"):
+        fine_tune(by_hand)
+    path = write_config(classify, tmp_path / "c")
+    assert configure(path, "train.batch_size=4").train.batch_size == 4
+    with pytest.raises(TypeError):
+        configure(classify, "train.batch_size=4")
+
+
+def test_a_folder_without_a_run_is_not_opened(tmp_path, classify):
+    with pytest.raises(ConfigError, match="no run folder"):
+        open_run(tmp_path)
+    write_config(classify, tmp_path / "begun")
+    (tmp_path / "begun" / "manifest.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="no trained weights"):
+        open_run(tmp_path / "begun")
+
+
+def test_importing_peftune_imports_nothing_heavy_and_names_its_public_objects():
+    code = ("import sys, time; began = time.perf_counter(); import peftune; took = time.perf_counter() - began; "
+            "print(took, sorted({'torch', 'numpy', 'transformers', 'pydantic', 'yaml'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    took, _, heavy = done.stdout.partition(" ")
+    assert heavy.strip() == "[]" and float(took) < 0.2
+    code = "import sys; from peftune import configure, RunConfig; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert all(getattr(peftune, name).__doc__ for name in peftune.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'train_it'"):
+        _ = peftune.train_it
