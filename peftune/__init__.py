@@ -11,4 +11,4 @@ def __getattr__(name: str) -> Any:
     """The Python API, imported when it is first asked for: torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("peftune.api"), name)  # one of __all__, which api.py holds
+    return vars(importlib.import_module("peftune.api"))[name]
