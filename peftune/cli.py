@@ -24,13 +24,19 @@ SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it;
 
 def main(arguments: list[str]) -> int:
     """Parse a command line and run its command; return the exit code."""
+    parsed = parse(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line, its `key=value` words among them as `overrides`. SystemExit where it is wrong."""
     parsed, extra = _parser().parse_known_args(arguments)
     unknown = [word for word in extra if word.startswith("-") or not parsed.takes_overrides]
     if unknown:
         _parser().error(f"unknown arguments: {' '.join(unknown)}")
     parsed.overrides = extra
-    command: Callable[[argparse.Namespace], int] = parsed.command
-    return command(parsed)
+    return parsed
 
 
 def run() -> None:

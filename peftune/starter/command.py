@@ -20,7 +20,8 @@ def add_init(commands: Any) -> None:
     """Add `peftune init` with its options to the commands."""
     text = "a first config for your data: task and columns are found"
     init = commands.add_parser("init", help=text, description=text)
-    init.add_argument("data", metavar="DATA", help="your rows: a file, glob or folder; or a hub id, with --task")
+    init.add_argument("data", metavar="DATA", nargs="?",
+                      help="your rows: a file, glob or folder; or a hub id, with --task")
     init.add_argument("--to", metavar="CONFIG.yaml", help="default: named after the data; never written over")
     init.add_argument("--task", help="default: found from the columns")
     init.add_argument("--columns", nargs="+", default=[], metavar="EXPECTED=GIVEN",
@@ -28,12 +29,24 @@ def add_init(commands: Any) -> None:
     init.add_argument("--model", help="a hub id, a folder, or package:<import name>/<folder>; default: a small one")
     init.add_argument("--validation", default="0.1", help="a share to split off, or a file; default 0.1")
     init.add_argument("--test", help="a file that is scored at the end")
+    for name in ("llamafactory", "axolotl"):
+        init.add_argument(f"--from-{name}", metavar="FILE", help="a config of it, in place of DATA")
+    init.add_argument("--devices", type=int, default=1, metavar="N",
+                      help="--from-...: those that its batch size was meant for; default 1")
     init.set_defaults(command=_init, takes_overrides=False)
 
 
 def _init(parsed: argparse.Namespace) -> int:
     from peftune.starter.starting import starting_config
 
+    others = {name: file for name, file in vars(parsed).items() if name.startswith("from_") and file}
+    if len(others) + (parsed.data is not None) != 1:
+        raise ConfigError(Fault(kind="config", message="one thing to begin with is needed",
+                                mend="peftune init DATA, --from-llamafactory FILE or --from-axolotl FILE"))
+    if others:
+        [(dialect, file)] = others.items()
+        return _from_other(dialect.removeprefix("from_"), file, parsed.to or f"{Path(file).stem}-peftune.yaml",
+                           parsed.devices)
     name = parsed.to or f"{Path(parsed.data.rstrip('/*')).stem}.yaml"
     _refuse_existing(name)
     found = _look(parsed.data, parsed.task, _pairs(parsed.columns))
@@ -45,6 +58,20 @@ def _init(parsed: argparse.Namespace) -> int:
     classes = f", {len(found.classes)} classes" if found.classes else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
     print(f"{name}: {found.task}{columns}{classes}\nnext: peftune check {name}, then peftune train {name}")
+    return EXIT_DONE
+
+
+def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
+    from peftune.starter.foreign import DIALECTS, translate
+    from peftune.starter.starting import nested_yaml
+
+    _refuse_existing(name)
+    found = translate(file, DIALECTS[dialect], devices)
+    left = [f"not taken over: {key}: {value}  ({why})" for key, value, why in found.left]
+    _write(name, "".join(f"# {line}\n" for line in [
+        f"Made by `peftune init --from-{dialect} {file}`, for {devices} device{'s' * (devices != 1)}.", *left,
+    ]) + nested_yaml(found.ours))
+    print("\n".join([*left, f"{name}: {len(found.ours)} settings\nnext: peftune check {name}"]))
     return EXIT_DONE
 
 

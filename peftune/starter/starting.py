@@ -91,3 +91,19 @@ def in_yaml(value: Any) -> str:
     """A value on one line of YAML."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+SECTIONS = ("task", "output_dir", "seed", "model", "adapter", "data", "train", "evaluation", "checkpoint", "log")
+
+
+def nested_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings by their dotted keys as YAML, in the order of the schema's sections."""
+    values: dict[str, Any] = {}
+    for key in sorted(settings, key=lambda key: SECTIONS.index(key.partition(".")[0])):
+        section, _, name = key.partition(".")
+        if name:
+            values.setdefault(section, {})[name] = settings[key]
+        else:
+            values[key] = settings[key]
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return text

@@ -1,6 +1,7 @@
 """A first config for somebody's data: what it is taken for, and what is refused."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 from peftune.cli import main
 from peftune.config.load import load
+from peftune.config.names import key_paths
 from peftune.errors import PeftuneError
+from peftune.starter.foreign import DIALECTS
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -119,3 +122,76 @@ def test_the_five_commands_of_the_readme_lead_from_a_csv_file_to_a_model(here, e
     assert predicted[0].startswith("id,prediction,") and [row.partition(",")[0] for row in predicted[1:]] == ["7", "8"]
     exported = json.loads(Path("tickets-model/config.json").read_text())
     assert exported["architectures"] == ["BertForSequenceClassification"]
+
+
+LLAMAFACTORY = """
+{model_name_or_path: m, stage: sft, do_train: true, finetuning_type: lora, lora_rank: 4, lora_target: "q_proj,v_proj",
+ dataset: "ours,elsewhere,unknown", template: qwen, max_samples: 9, output_dir: o, report_to: wandb,
+ quantization_bit: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 8, learning_rate: 1.0e-4,
+ lr_scheduler_type: polynomial, bf16: true, flash_attn: fa2, neat_packing: true, deepspeed: ds.json, resume_from_checkpoint: null}
+"""
+AXOLOTL = """
+{base_model: m, model_type: LlamaForCausalLM, load_in_8bit: true, adapter: lora, lora_r: 32, lora_alpha: 16,
+ lora_target_linear: true, lora_modules_to_save: [lm_head], val_set_size: 0.05, sequence_len: 4096,
+ sample_packing: true, datasets: [{path: org/name, name: part, type: alpaca, field_messages: conv}, {path: json, data_files: [a.json]}],
+ micro_batch_size: 2, gradient_accumulation_steps: 4, optimizer: adamw_bnb_8bit, learning_rate: 0.0002, bf16: auto,
+ chat_template: chatml, wandb_project: w, evals_per_epoch: 4, rl: dpo, rl_beta: 0.2, tokens: ["<x>"]}
+"""
+
+
+def test_a_config_of_llamafactory_becomes_one_of_ours_and_names_what_does_not(here, capsys):
+    (here / "lf.yaml").write_text(LLAMAFACTORY)
+    (here / "data").mkdir()
+    (here / "data" / "dataset_info.json").write_text(json.dumps(
+        {"ours": {"file_name": "a.json", "columns": {"prompt": "q"}}, "elsewhere": {"hf_hub_url": "org/name"}}))
+    init("--from-llamafactory", "lf.yaml", "--devices", "4")
+    config, left = load(["lf-peftune.yaml"]), capsys.readouterr().out
+    assert config.train.batch_size == 2 * 8 * 4 and config.train.learning_rate == 1e-4
+    assert (config.train.lr_scheduler, config.train.warmup_ratio) == ("linear", 0.0)
+    assert config.adapter.fields == {
+        "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    assert (config.model.quantization, config.model.attention) == ("nf4", "flash_attention_2")
+    assert [source.path for source in config.data.train] == ["data/a.json", "org/name", "unknown"]
+    assert config.data.train[0].max_rows == 9 and config.data.validation is None and config.data.layout == "packed"
+    assert config.log.trackers == ("wandb",)
+    for key in ("template: qwen", "dataset: unknown", "lr_scheduler_type: polynomial", "deepspeed: ds.json", "do_train",
+                "dataset_info: ours.columns: {'prompt': 'q'}"):
+        assert f"not taken over: {key}" in left and f"# not taken over: {key}" in Path("lf-peftune.yaml").read_text()
+    assert "resume_from_checkpoint" not in left
+
+
+def test_a_config_of_axolotl_becomes_one_of_ours_and_names_what_does_not(here, capsys):
+    (here / "ax.yml").write_text(AXOLOTL)
+    init("--from-axolotl", "ax.yml", "--to", "c.yaml")
+    config, left = load(["c.yaml"]), capsys.readouterr().out
+    assert (config.task, config.train.batch_size, config.train.dpo_beta) == ("preference", 8, 0.2)
+    assert config.adapter.fields["modules_to_save"] == ["lm_head"] and config.adapter.fields["lora_alpha"] == 16
+    assert [source.path for source in config.data.train] == ["org/name:part", "a.json"]
+    assert (config.data.validation, config.data.max_length, config.data.chat_template) == (0.05, 4096, "chatml")
+    assert (config.model.quantization, config.train.optimizer, config.train.num_epochs) == ("int8", "adamw_8bit", 1.0)
+    assert all(f"not taken over: {key}" in left for key in (
+        "model_type", "evals_per_epoch: 4", "datasets[0].field_messages: conv", "tokens: ['<x>']"))
+    (here / "full.yml").write_text("{base_model: m, datasets: [{path: a.jsonl}], lora_r: 8, learning_rate: 1e-5}")
+    init("--from-axolotl", "full.yml")
+    assert load(["full-peftune.yaml"]).adapter is None
+    assert "lora_r: 8  (all weights train, without an adapter)" in capsys.readouterr().out
+
+
+def test_what_other_frameworks_learn_and_we_do_not_is_refused(here):
+    (here / "kto.yaml").write_text("{model_name_or_path: m, stage: kto}")
+    (here / "odd.yaml").write_text("{base_model: m, datasets: [{path: a.jsonl}], learning_rate: quick}")
+    assert "stage: kto is not learned here" in faults_of("--from-llamafactory", "kto.yaml")
+    assert "train.learning_rate" in faults_of("--from-axolotl", "odd.yaml")
+    assert "one thing to begin with" in faults_of("a.csv", "--from-axolotl", "odd.yaml")
+    assert "one thing to begin with" in faults_of()
+    assert len(list(here.iterdir())) == 2
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_tables_of_the_documentation_are_those_of_the_command(dialect):
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8").lower().replace("-", "")
+    section = page.partition(f"\n## {dialect}\n")[2].partition("\n## ")[0]
+    keys = DIALECTS[dialect].keys
+    written = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|$", section, flags=re.M))
+    assert written == {theirs: ours for theirs, ours in keys.items() if theirs != ours}
+    assert {ours for ours in keys.values() if not ours.startswith("adapter.")} <= set(key_paths())
