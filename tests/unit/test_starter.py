@@ -128,12 +128,14 @@ LLAMAFACTORY = """
 {model_name_or_path: m, stage: sft, do_train: true, finetuning_type: lora, lora_rank: 4, lora_target: "q_proj,v_proj",
  dataset: "ours,elsewhere,unknown", template: qwen, max_samples: 9, output_dir: o, report_to: wandb,
  quantization_bit: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 8, learning_rate: 1.0e-4,
- lr_scheduler_type: polynomial, bf16: true, flash_attn: fa2, neat_packing: true, deepspeed: ds.json, resume_from_checkpoint: null}
+ lr_scheduler_type: polynomial, bf16: true, flash_attn: fa2, neat_packing: true, deepspeed: ds.json,
+ resume_from_checkpoint: null}
 """
 AXOLOTL = """
 {base_model: m, model_type: LlamaForCausalLM, load_in_8bit: true, adapter: lora, lora_r: 32, lora_alpha: 16,
  lora_target_linear: true, lora_modules_to_save: [lm_head], val_set_size: 0.05, sequence_len: 4096,
- sample_packing: true, datasets: [{path: org/name, name: part, type: alpaca, field_messages: conv}, {path: json, data_files: [a.json]}],
+ sample_packing: true, datasets: [{path: org/name, name: part, type: alpaca, field_messages: conv},
+  {path: json, data_files: [a.json]}],
  micro_batch_size: 2, gradient_accumulation_steps: 4, optimizer: adamw_bnb_8bit, learning_rate: 0.0002, bf16: auto,
  chat_template: chatml, wandb_project: w, evals_per_epoch: 4, rl: dpo, rl_beta: 0.2, tokens: ["<x>"]}
 """
