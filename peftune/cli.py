@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line, its `key=value` words among them as `overrides`. SystemExit where it is wrong."""
-    parsed, extra = _parser().parse_known_args(arguments)
+    parsed, extra = parser().parse_known_args(arguments)
     unknown = [word for word in extra if word.startswith("-") or not parsed.takes_overrides]
     if unknown:
-        _parser().error(f"unknown arguments: {' '.join(unknown)}")
+        parser().error(f"unknown arguments: {' '.join(unknown)}")
     parsed.overrides = extra
     return parsed
 
@@ -44,10 +44,11 @@ def run() -> None:
     sys.exit(guarded(main, sys.argv[1:]))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peftune", description="Fine-tune transformer models, and prove what ran.")
-    parser.add_argument("--version", action="version", version=f"peftune {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options; shtab makes a shell's completion of them."""
+    top = argparse.ArgumentParser(prog="peftune", description="Fine-tune transformer models, and prove what ran.")
+    top.add_argument("--version", action="version", version=f"peftune {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, *, overrides: bool = False
             ) -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("schema", _schema, "print the JSON Schema of the config, for editors")
     for sub in (check, evaluate, export, report):
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser
+    return top
 
 
 def _using(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
