@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from peftune.errors import EXIT_DONE, ConfigError, DataError, Fault
+from peftune.errors import EXIT_DONE, ConfigError, DataError, Fault, MachineError
 
 if TYPE_CHECKING:  # torch comes with it, and help must not wait for it
     from peftune.reopen import Trained
@@ -35,6 +35,9 @@ def _chat(parsed: argparse.Namespace) -> int:
     from peftune.reopen import find_trained, open_weights, opened
 
     with opened(only_json=False) as (world, display):
+        if world.ranks > 1:
+            raise MachineError(Fault(kind="environment", message=f"chat runs in one process, not in {world.ranks}",
+                                     mend="peftune chat ..., without a launcher"))
         folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
         if config.task not in GENERATIVE:
             raise ConfigError(Fault(kind="config", message=f"{parsed.model} is for {config.task}: it writes no text",

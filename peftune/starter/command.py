@@ -47,7 +47,7 @@ def _init(parsed: argparse.Namespace) -> int:
         [(dialect, file)] = others.items()
         return _from_other(dialect.removeprefix("from_"), file, parsed.to or f"{Path(file).stem}-peftune.yaml",
                            parsed.devices)
-    name = parsed.to or f"{Path(parsed.data.rstrip('/*')).stem}.yaml"
+    name = parsed.to or f"{_stem(parsed.data)}.yaml"
     _refuse_existing(name)
     found = _look(parsed.data, parsed.task, _pairs(parsed.columns))
     _write(name, starting_config(
@@ -59,6 +59,12 @@ def _init(parsed: argparse.Namespace) -> int:
     classes += f", {found.problem}" if found.problem != "auto" else ""
     print(f"{name}: {found.task}{columns}{classes}\nnext: peftune check {name}, then peftune train {name}")
     return EXIT_DONE
+
+
+def _stem(data: str) -> str:
+    """What to call a config: the file, or the folder of a glob, or the data set."""
+    plain = [part for part in Path(data.partition(":")[0]).parts if not set(part) & set("*?[")]
+    return Path(plain[-1]).stem if plain and Path(plain[-1]).stem else "config"
 
 
 def _from_other(dialect: str, file: str, name: str, devices: int) -> int:

@@ -87,7 +87,13 @@ def translate(path: str, dialect: Dialect, devices: int) -> Translation:
     """Read a file. Raises ConfigError: not YAML, or it learns what is not learned here."""
     theirs = {key: value for key, value in read(Path(path)).values.items() if value is not None}
     found = Translation(theirs, dict(dialect.defaults))
-    dialect.particular(found, devices)
+    try:
+        dialect.particular(found, devices)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(Fault(kind="config", file=path, message=f"not a config of {dialect.name}: a value is of "
+                                f"another kind than it takes: {error}", mend="mend it there")) from None
     adapted = "adapter.method" in found.ours
     for key, value in found.theirs.items():
         ours = dialect.keys.get(key)

@@ -94,6 +94,16 @@ def test_what_cannot_be_known_is_asked_for_and_nothing_is_written(here):
     assert list(here.iterdir()) == [here / "ab.csv"]
 
 
+@pytest.mark.parametrize(("data", "name"), [("rows/*.jsonl", "rows"), ("rows", "rows"), ("rows/a.b.jsonl", "a.b"),
+                                            ("*.jsonl", "config")])
+def test_a_config_is_named_after_its_data(data, name, here):
+    (here / "rows").mkdir()
+    for folder in (here, here / "rows"):
+        (folder / "a.b.jsonl").write_text('{"text": "x", "label": "y"}\n')
+    init(data)
+    assert load([f"{name}.yaml"]).output_dir == f"runs/{name}"
+
+
 def test_a_hub_id_with_a_task_needs_no_look_at_its_rows(here):
     init("org/name", "--task", "preference", "--columns", "chosen=good")
     assert load(["name.yaml"]).data.columns == {"chosen": "good"}
@@ -182,11 +192,17 @@ def test_a_config_of_axolotl_becomes_one_of_ours_and_names_what_does_not(here, c
 def test_what_other_frameworks_learn_and_we_do_not_is_refused(here):
     (here / "kto.yaml").write_text("{model_name_or_path: m, stage: kto}")
     (here / "odd.yaml").write_text("{base_model: m, datasets: [{path: a.jsonl}], learning_rate: quick}")
+    (here / "list.yaml").write_text("{base_model: m, datasets: [a.jsonl]}")
+    assert "not a config of axolotl" in faults_of("--from-axolotl", "list.yaml")
+    (here / "text.yaml").write_text("{model_name_or_path: m, per_device_train_batch_size: many}")
+    (here / "data").mkdir()
+    (here / "data" / "dataset_info.json").write_text("{")
+    assert "not a config of llamafactory" in faults_of("--from-llamafactory", "text.yaml")
     assert "stage: kto is not learned here" in faults_of("--from-llamafactory", "kto.yaml")
     assert "train.learning_rate" in faults_of("--from-axolotl", "odd.yaml")
     assert "one thing to begin with" in faults_of("a.csv", "--from-axolotl", "odd.yaml")
     assert "one thing to begin with" in faults_of()
-    assert len(list(here.iterdir())) == 2
+    assert not list(here.glob("*-peftune.yaml"))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
