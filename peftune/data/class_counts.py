@@ -66,7 +66,7 @@ class ClassCounts:
             yield self._finding("imbalance", split, rare, f"under 1/{RAREST} of the commonest's {most:,} rows",
                                 "gather rows of the rare classes, or judge by macro_f1, which weighs classes alike")
         if few:
-            yield self._finding("few_examples", split, few, f"fewer than {FEWEST_EXAMPLES} {_many(2, self._unit)}",
+            yield self._finding("few_examples", split, few, f"fewer than {_many(FEWEST_EXAMPLES, self._unit)}",
                                 "add examples, or merge them into other classes")
 
     def _spelling(self, split: str) -> Iterator[Finding]:

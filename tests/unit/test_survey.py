@@ -220,6 +220,7 @@ def test_rare_classes_are_named_with_their_first_rows():
     found = look("classification", [*rows, *(classed(f"odd {n}", "rare") for n in range(3))], [classed("x", "none")])
     assert set(found) == {"imbalance", "few_examples"} and found["imbalance"].count == found["few_examples"].count == 3
     assert lines(found["imbalance"]) == lines(found["few_examples"]) == [201]
+    assert "with fewer than 4 rows:" in found["few_examples"].message
     assert found["imbalance"].message.endswith("'rare' has 3") and "1/50" in found["imbalance"].message
 
 
