@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import model_for_training, reference_for, road_notes, wants_recomputing
+from peftune.build_model import model_for_training, reference_for, road_notes
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -56,7 +56,8 @@ from peftune.parallel.stop import Stop
 from peftune.parallel.strategy import Strategy
 from peftune.parallel.world import World, close_world, open_world
 from peftune.parallel.zero import open_zero
-from peftune.plan import choose_memory
+from peftune.plan.choose import memory_of_run
+from peftune.plan.manifest import memory_facts, memory_note
 from peftune.tasks import TASKS, generated
 from peftune.tasks.task import chosen_metric
 from peftune.tasks.text import Text, data_notes, data_warnings, open_text, quiet_libraries
@@ -169,13 +170,9 @@ def _run(
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
     with display.phase("model") as notes:
+        memory = world.on_main(lambda: memory_of_run(config, text, data, strategy, division.ranks if division else 1))
         model, loaded = model_for_training(config, text, data, strategy)
         counts = count(model)
-        memory = world.same(choose_memory(
-            text.config, device=world.device, longest=int(data.splits["train"].padded_lengths.max()),
-            bytes_per_value=2 if config.model.dtype == "bfloat16" else 4, trainable_bytes=4 * counts.trainable,
-            tokens=_given(config.train.tokens_per_micro_batch),
-            checkpointing=wants_recomputing(config), sequence_ranks=division.ranks if division else 1))
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         if config.model.compile:
@@ -192,6 +189,7 @@ def _run(
         notes += weight_notes(loaded, counts) + roads
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
+        notes.append(memory_note(memory))
     torch.manual_seed(config.seed + world.rank)
     state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, strategy)
     if start.checkpoint is not None:
@@ -200,7 +198,7 @@ def _run(
     facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
              "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
              "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
-             "layout": layout.name, "sequence_ranks": division.ranks if division else 1, **asdict(memory)}
+             "layout": layout.name, "sequence_ranks": division.ranks if division else 1, **memory_facts(memory)}
     world.on_main(writing(folder)(lambda: _open_folder(config, folder, world, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     journal = Journal(
@@ -219,10 +217,6 @@ def _run(
     return run, state
 
 
-def _given(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
 def _open_folder(
     config: RunConfig, folder: Path, world: World, strategy: Strategy, data: Prepared, text: Text, facts: dict[str, Any]
 ) -> None:
@@ -230,7 +224,9 @@ def _open_folder(
     tidy(folder)
     write_json(folder / "manifest.json", {
         **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,
-        "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template, **facts},
+        "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template,
+                  **{key: value for key, value in facts.items() if key != "memory"}},
+        "memory": facts["memory"],
         "data": {"fingerprints": data.fingerprints, "formats": data.formats, "classes": list(data.targets.names),
                  "problem": data.targets.problem,
                  "counts": {name: asdict(counts) for name, counts in data.counts.items()},

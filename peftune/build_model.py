@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from peftune.config.rules import WITHOUT_RECOMPUTING
 from peftune.config.schema import RunConfig
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
@@ -29,7 +28,7 @@ def model_for_training(config: RunConfig, text: Text, data: Prepared, strategy: 
     """The model as training begins with it, and what its checkpoint did not hold."""
     task, targets = text.encoder.task, data.targets
     adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
-                  tokenizer=text.tokenizer)
+                  pad_id=text.tokenizer.pad_token_id)
     quantization_of(config.model, text.config, adapted=config.adapter is not None, divided=strategy.lockstep)
     model, loaded = assemble(config.model, config.adapter, local_source(text.source), text.config, task.auto_class,
                              task=config.task, new_head=task.new_head, seed=config.seed,
@@ -60,10 +59,3 @@ def reference_for(model: nn.Module, frozen: nn.Module | None, strategy: Strategy
     if layout.kind != "padded":
         use_packing(frozen, pooled=False, first_position=layout.first_position)
     return reference_of(strategy.prepare_frozen(frozen))
-
-
-def wants_recomputing(config: RunConfig) -> bool | None:
-    """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
-    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
-        return False
-    return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing

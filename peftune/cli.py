@@ -15,9 +15,11 @@ from peftune.cluster.command import add_launch, add_machines
 from peftune.conversation import add_chat
 from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
 from peftune.parallel.names import STRATEGIES
+from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
 
-BENCHMARKS = ("parity", "memory", "sequences", "quantization", "startup", "data_scale", "lora_vs_full", "fuzz")
+BENCHMARKS = ("parity", "memory", "sequences", "quantization", "startup", "data_scale", "lora_vs_full", "fuzz", "plan",
+              "plan_budget")
 """Suites of `peftune bench`: files of benchmarks/."""
 SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"
 
@@ -70,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--sequence-parallel", type=int, default=1, metavar="N", help="also say what that cannot do")
     check.add_argument("--strict", action="store_true", help="exit 2 on warnings too")
     check.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, what is learned marked")
+    add_plan(commands, SEQUENCE_PARALLEL)
     evaluate, export = _using(add)
     add_chat(commands)
     report = add("report", _report, "write a run's page again, or a page that compares several runs")

@@ -199,7 +199,7 @@ def _summary(run: Run, state: TrainState, scores: dict[str, Any], deviation: flo
         "steps": state.step, "skipped_steps": state.skipped_steps, "examples": state.examples, "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens, "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
-        "peak_memory_bytes": run.journal.peak_memory_bytes(),
+        "peak_memory_bytes": run.journal.peak_memory_bytes(), "memory": _memory(run),
         "trainable_parameters": run.facts["trainable_parameters"],
         "total_parameters": run.facts["total_parameters"],
         "strategy": run.strategy.name, "world_size": run.strategy.world.ranks,
@@ -207,3 +207,11 @@ def _summary(run: Run, state: TrainState, scores: dict[str, Any], deviation: flo
         "baseline": state.baseline.get("untrained", {}),
         "majority": state.baseline.get("majority", {}), "reload_deviation": deviation,
     }
+
+
+def _memory(run: Run) -> dict[str, Any]:
+    """Predicted before the weights were loaded, and measured, above what the process held then."""
+    planned = run.facts["memory"]
+    predicted = planned["predicted"] or {}
+    return {"predicted_bytes": predicted.get("peak_bytes"), "predicted_instant": predicted.get("peak_instant"),
+            "measured_bytes": run.journal.peak_memory_bytes() - planned["baseline_bytes"]}

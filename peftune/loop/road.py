@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -31,11 +32,21 @@ def choose_road(
         divided: ranks may gather the output layer for each call of it, so they call it once.
         autocast: precision of forward passes.
     """
-    if config.compile:
+    rows = rows_at_once(config, model_config, world.device, divided=divided)
+    if rows is None:
         return "model.compile needs shapes that do not depend on the targets"
     vocabulary = model_config.get_text_config().vocab_size
     why = world.same(road_fault(model, vocabulary=vocabulary, dtype=DTYPES[config.dtype], device=world.device,
                                 autocast=autocast, whole=divided))
     if why is None:
-        take_road(model, 0 if divided else chunk_rows(vocabulary, world.device))
+        take_road(model, rows)
     return why
+
+
+def rows_at_once(
+    config: ModelConfig, model_config: PreTrainedConfig, device: torch.device, *, divided: bool
+) -> int | None:
+    """Tokens whose logits are to exist at once, see `EndsInLosses.rows`, if the model is proven to allow it."""
+    if config.compile:
+        return None
+    return 0 if divided else chunk_rows(model_config.get_text_config().vocab_size, device)

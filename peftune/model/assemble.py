@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,19 @@ class Parameters:
 def assemble(
     model: ModelConfig, adapter: AdapterConfig | None, source: str, model_config: PreTrainedConfig, auto_class: Any, *,
     task: str, new_head: bool, seed: int, rows: NewRows = NO_ROWS, device: torch.device = CPU,
+    load: Callable[..., Loaded] = load_weights,
 ) -> tuple[PreTrainedModel | PeftModel, Loaded]:
     """Load the weights, attach the adapter, set what trains. New weights depend on the seed alone.
 
     `new_head`: the task has an output layer that a checkpoint may lack. `rows`: of the added tokens. `device`: where
-    quantised weights are made.
+    quantised weights are made. `load`: in place of `load_weights`.
 
     Raises:
         ModelError, ConfigError: see `load_weights`, `peft_config`, `attach`, `earlier`.
     """
     torch.manual_seed(seed)
-    loaded = load_weights(model, source, model_config, auto_class, new_head=new_head,
-                          dtype=weight_dtype(model, adapted=adapter is not None), device=device)
+    loaded = load(model, source, model_config, auto_class, new_head=new_head,
+                  dtype=weight_dtype(model, adapted=adapter is not None), device=device)
     resize(loaded.model, rows)
     if model.dropout is not None:
         for module in loaded.model.modules():

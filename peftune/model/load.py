@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, ModelError
@@ -38,7 +38,7 @@ class Loaded:
 
 def adjust_config(
     config: PreTrainedConfig, *, dropout: float | None, problem: str, names: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
+    pad_id: int | None,
 ) -> PreTrainedConfig:
     """Write the classes, the padding token and the dropout rate into a model's config.
 
@@ -47,7 +47,7 @@ def adjust_config(
         dropout: rate for every dropout field the config has; None keeps them.
         problem: what the task predicts, see `Targets.problem`.
         names: class names in the order of the outputs.
-        tokenizer: gives the padding token.
+        pad_id: id of the padding token.
     """
     if dropout is not None:
         for key, value in config.to_dict().items():
@@ -55,8 +55,8 @@ def adjust_config(
                 setattr(config, key, dropout)
     if "use_cache" in config.to_dict():
         config.use_cache = False  # of no use in a whole forward pass; generation asks for its cache itself
-    config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    config.pad_token_id = tokenizer.pad_token_id
+    config.get_text_config().pad_token_id = pad_id
+    config.pad_token_id = pad_id
     if problem in PROBLEM_TYPES:
         config.problem_type = PROBLEM_TYPES[problem]
     if problem == "regression":

@@ -20,6 +20,8 @@ from peftune.model.load_names import head_names
 
 INSTALL = 'pip install "peftune[quantization]", or pip install "bitsandbytes>=0.50,<0.51"'
 FOUR_BITS = ("nf4", "fp4")
+BLOCK, SCALES_BLOCK = 64, 256
+"""4 bits: values that share a scale, and scales that share theirs; bitsandbytes' own."""
 
 
 def require_bitsandbytes(key: str) -> None:
@@ -131,6 +133,57 @@ def make_ready(model: PreTrainedModel, dtype: torch.dtype) -> None:
             Int8Linear.take_over(module)
 
 
+def quantise_hollow(
+    model: PreTrainedModel, kind: str, auto_class: Any, stored: PreTrainedConfig, *, dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> None:
+    """Give a model on the meta device bitsandbytes' layers, each with the tensors that it has once it is quantised.
+
+    In 8 bits a scale a row; in 4 bits 64 values a scale, the scales in 8 bits, and 256 of those a float32 scale.
+    """
+    if kind == "none":
+        return
+    import bitsandbytes
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    from peftune.model.int8 import Int8Linear
+
+    found = loading_options(kind, auto_class, stored, dtype=dtype, device=torch.device("meta"),
+                            trust_remote_code=trust_remote_code)["quantization_config"]
+    replace_with_bnb_linear(model, found.llm_int8_skip_modules, found)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            shape = module.weight.shape
+            module.weight.data = torch.empty(shape.numel() // 2 // dtype.itemsize, 1, dtype=dtype, device="meta")
+            module.weight.quant_state = module.quant_state = _four_bit_state(shape, kind, dtype)
+        elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=torch.int8), requires_grad=False)
+            module.state.SCB = torch.empty(module.out_features, device="meta")
+            Int8Linear.take_over(module)
+    model.config.quantization_config = found
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind != "int8"
+    make_ready(model, dtype)
+
+
+def _four_bit_state(shape: torch.Size, kind: str, dtype: torch.dtype) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    blocks = -(-shape.numel() // BLOCK)
+    scales = QuantState(torch.empty(-(-blocks // SCALES_BLOCK), device="meta"), code=torch.empty(256, device="meta"),
+                        blocksize=SCALES_BLOCK, dtype=torch.float32)
+    return QuantState(torch.empty(blocks, dtype=torch.uint8, device="meta"), shape, torch.empty(16, device="meta"),
+                      BLOCK, kind, dtype, offset=torch.empty((), device="meta"), state2=scales)
+
+
+def quantised_tensors(module: nn.Module) -> list[tuple[Any, str, Tensor]]:
+    """What a quantised layer holds beside its weights: (its holder, name of the attribute, tensor)."""
+    state = _state_of(module._parameters.get("weight"))
+    holders = ([state, state.state2] if state is not None
+               else [module.state] if type(module).__name__ == "Int8Linear" else [])
+    return [(holder, name, value) for holder in holders for name in ("absmax", "code", "offset", "SCB")
+            if isinstance(value := vars(holder).get(name), Tensor)]
+
+
 def is_quantised(model: PreTrainedModel) -> bool:
     """Whether any layer is."""
     return bool(model.config.to_dict().get("quantization_config"))
@@ -147,9 +200,13 @@ def quantised_by(model: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name, value in found.items() if not name.startswith("_")}
 
 
+def _state_of(parameter: Tensor | None) -> Any:
+    return getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit parameters alone
+
+
 def values_in(parameter: nn.Parameter) -> int:
     """Weights in a parameter; 4-bit ones are several to a stored value."""
-    state = getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit parameters alone
+    state = _state_of(parameter)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 

@@ -122,13 +122,22 @@ def facts(run: Finished) -> list[tuple[str, str]]:
         ("weights", f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} trained ({share:.2%})"),
         ("training", f"{summary['steps']:,} steps, {summary['examples']:,} examples, {summary['tokens']:,} tokens in "
                      f"{summary['seconds']:,.1f} s: {summary['tokens_per_second']:,.0f} tokens/s"),
-        ("peak memory", f"{gib(summary['peak_memory_bytes'])} measured, in the main process"),
+        ("peak memory", f"{gib(summary['peak_memory_bytes'])} measured, in the main process{_planned(summary)}"),
         ("layout", f"{manifest['model']['layout']}, {manifest['model']['micro_batch_tokens']:,} tokens a micro-batch"
                    + (", activations recomputed" if manifest["model"]["gradient_checkpointing"] else "")),
         ("machine", f"{summary['world_size']} x {manifest['device']}, {summary['strategy']}; {manifest['platform']}"),
         ("peftune", f"{manifest['peftune']}, commit {manifest['commit'] or 'unknown'}"),
         ("python", f"{manifest['python']}; {packages}"),
     ]
+
+
+def _planned(summary: Metrics) -> str:
+    """Beside the measured peak the predicted one, if there is one."""
+    memory = summary.get("memory", {})
+    if memory.get("predicted_bytes") is None:
+        return ""
+    return (f"; above what it held before the weights were loaded {gib(memory['measured_bytes'])}, and "
+            f"{gib(memory['predicted_bytes'])} of tensors were predicted, at {memory['predicted_instant']}")
 
 
 def subtitle(run: Finished) -> str:

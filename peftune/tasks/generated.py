@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
-from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
 from peftune.numerics import scores
@@ -27,6 +26,8 @@ def generation_scores(predictions: Sequence[str], references: Sequence[str]) -> 
 
     ROUGE-L is rouge-score's, without stemming; BLEU is sacrebleu's corpus BLEU with its default settings.
     """
+    from rouge_score import rouge_scorer  # it imports nltk, and that scikit-learn: nearly a second, for each command
+
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     pairs = list(zip(predictions, references, strict=True))
     yield _mean("exact_match", [float(got.strip() == want.strip()) for got, want in pairs])

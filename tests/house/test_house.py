@@ -34,7 +34,8 @@ checkpoint.keep log log.every_steps log.trackers deadline
 checkpoint.asynchronous
 """
 
-COMMANDS = ["init", "train", "check", "evaluate", "predict", "export", "chat", "report", "bench", "launch", "schema"]
+COMMANDS = ["init", "train", "check", "plan", "evaluate", "predict", "export", "chat", "report", "bench", "launch",
+            "schema"]
 
 
 def test_imports_point_one_way_and_each_library_has_its_room():

@@ -21,7 +21,7 @@ def assembled(path, task, adapter, names=("a", "b"), **model):
     tokenizer = load_tokenizer(section, path, generates=False)
     problem = "next_token" if task == "causal_lm" else "single_label"
     config = adjust_config(AutoConfig.from_pretrained(path), dropout=0.0, problem=problem, names=names,
-                           tokenizer=tokenizer)
+                           pad_id=tokenizer.pad_token_id)
     return assemble(section, adapter, path, config, TASKS[task](TrainConfig(), EvaluationConfig()).auto_class,
                     task=task, new_head=task != "causal_lm", seed=0)
 

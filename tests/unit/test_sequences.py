@@ -24,7 +24,6 @@ from peftune.parallel.launcher import choose_launch
 from peftune.parallel.names import check_launched, sequence_ranks
 from peftune.parallel.sequences import open_sequences
 from peftune.parallel.world import World
-from peftune.plan import choose_memory
 from tests.conftest import write_config
 from tests.unit.test_numerics import next_token_nats
 
@@ -220,10 +219,3 @@ def test_the_launch_line_hands_down_how_many_share_a_sequence(monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "none")
     with pytest.raises(MachineError, match="a number of ranks"):
         sequence_ranks()
-
-
-def test_devices_that_share_a_micro_batch_have_room_for_more_tokens():
-    settings = {"device": CPU, "longest": 100, "bytes_per_value": 4, "trainable_bytes": 0, "tokens": None,
-                "checkpointing": False}
-    one, two = (choose_memory(LlamaConfig(), **settings, sequence_ranks=ranks).micro_batch_tokens for ranks in (1, 2))
-    assert one < two <= 2 * one + 200

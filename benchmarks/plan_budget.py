@@ -1,0 +1,129 @@
+"""How much of a given memory do `auto` settings fill? Ten configs, each with a budget that 4,096 tokens would not fit.
+
+    peftune bench plan_budget [--to results.json] [--table table.md]
+
+A budget is what PEFTUNE_MEMORY_BYTES says: bytes that the process may take in all, libraries among them. Measured is
+the highest resident memory of the whole run, from reading the data to the last evaluation and save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.launches import Run, launched_together
+from benchmarks.plan import ALLOCATOR, LORA, MEASURED, MIB, Bench, Cell, write
+from peftune.observe.manifest import environment
+from peftune.plan.choose import LIMIT
+from tests import tiny
+
+STEPS, BATCH = 4, 32
+LOW, HIGH = 0.85, 0.97
+"""Share of the budget that a run is to fill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A config, and what it may take."""
+
+    cell: Cell
+    mib: int
+
+
+BUDGETS = (
+    Budget(Cell("llama-5m", "lora", length=320), 1100), Budget(Cell("llama-5m", "full", layout="padded"), 1000),
+    Budget(Cell("llama-30m", "lora", length=320), 1500), Budget(Cell("llama-30m", "full", length=320), 1600),
+    Budget(Cell("llama-30m", "lora", "bfloat16", layout="padded", length=320), 1100),
+    Budget(Cell("llama-30m", "nf4", "bfloat16", length=320), 1100), Budget(Cell("qwen-60m", "lora"), 1600),
+    Budget(Cell("qwen-60m", "full", "bfloat16", length=320), 2200), Budget(Cell("bert-30m", "lora"), 1200),
+    Budget(Cell("modernbert-40m", "full", length=320), 1800),
+)
+
+
+def rows(folder: Path, cell: Cell) -> str:
+    """Rows of many lengths, up to and beyond `cell.length` tokens."""
+    path = folder / f"ragged-{cell.is_decoder}-{cell.length}.jsonl"
+    made = []
+    for i in range(BATCH * STEPS):
+        words = " ".join([tiny.NOUNS[0]] * (8 + i * 37 % (cell.length // 2)))
+        made.append({"prompt": f"{i} {words}", "completion": f" {words}"} if cell.is_decoder else
+                    {"text": f"{i} {words} {words}", "label": str(i % 2)})
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(path)
+
+
+def config_of(bench: Bench, number: int) -> Path:
+    """A budget's config: the memory decides what the grid's cells fix."""
+    cell = BUDGETS[number].cell
+    path = bench.folder / f"budget-{number}.yaml"
+    path.write_text(yaml.safe_dump({
+        "task": "causal_lm" if cell.is_decoder else "sequence_classification",
+        "adapter": None if cell.method == "full" else LORA,
+        "model": {"name_or_path": bench.model(cell.model), "dtype": cell.dtype,
+                  "quantization": "nf4" if cell.method == "nf4" else "none"},
+        "data": {"train": rows(bench.folder, cell), "validation": 0.1, "max_length": cell.length,
+                 "layout": cell.layout},
+        "train": {"batch_size": BATCH, "max_steps": STEPS},
+        "evaluation": {"max_new_tokens": 0}, "log": {"trackers": []}}))
+    return path
+
+
+def measured(bench: Bench) -> list[dict[str, Any]]:
+    """What each budget's run chose, predicted and took."""
+    runs = [Run([str(config_of(bench, number)), f"output_dir={bench.folder / f'budget-{number}'}"], script=MEASURED,
+                environment={LIMIT: str(budget.mib * MIB)}) for number, budget in enumerate(BUDGETS)]
+    found = []
+    for number, ended in enumerate(launched_together("single", 1, runs, bench.folder / "logs-budget", limit_s=400)):
+        file = bench.folder / f"budget-{number}" / "plan-0.json"
+        taken = json.loads(file.read_text()) if ended.returncode == 0 else {"why": ended.stderr[-2000:]}
+        found.append({**asdict(BUDGETS[number]), "found": taken})
+    return found
+
+
+def table_of(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row a budget."""
+    lines = ["| model | method | dtype | length | layout | budget (MiB) | tokens a micro-batch | recomputed "
+             "| taken (MiB) | share |", "| --- | --- | --- | ---: | --- | ---: | ---: | --- | ---: | ---: |"]
+    for result in results:
+        cell, found = result["cell"], result["found"]
+        words = " | ".join(str(cell[key]) for key in ("model", "method", "dtype", "length", "layout"))
+        if "why" in found:
+            lines.append(f"| {words} | {result['mib']:,} | **failed** | | | |")
+            continue
+        taken = (found["baseline_bytes"] + max(found["resident_bytes"].values())) / MIB
+        lines.append(f"| {words} | {result['mib']:,} | {found['micro_batch_tokens']:,} | {found['recompute']} | "
+                     f"{taken:,.0f} | {taken / result['mib']:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Run all budgets, and say whether any run failed or left the band."""
+    parser = argparse.ArgumentParser(prog="peftune bench plan_budget", description=__doc__.splitlines()[0])
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--table", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
+        os.environ.update(ALLOCATOR)
+        results = measured(Bench(Path(scratch)))
+    write(asked.table, table_of(results))
+    if asked.to:
+        write(asked.to, json.dumps({**environment(torch.device("cpu")), "steps": STEPS, "batch_size": BATCH,
+                                    "allocator": ALLOCATOR, "runs": 1, "budgets": results}, indent=1) + "\n")
+    taken = [(result["found"]["baseline_bytes"] + max(result["found"]["resident_bytes"].values())) / MIB / result["mib"]
+             for result in results if "why" not in result["found"]]
+    return 0 if len(taken) == len(results) and all(LOW <= share <= HIGH for share in taken) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""A model without values: every shape and type of the real one, no memory. Operators on it compute shapes alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from peftune.config.schema import AdapterConfig, ModelConfig
+from peftune.model.assemble import assemble
+from peftune.model.load import Loaded
+from peftune.model.quantize import quantise_hollow, quantised_tensors
+from peftune.model.vocabulary import NO_ROWS, NewRows
+
+SAME_SHAPES = ("loftq", "eva", "gaussian", "orthogonal")
+"""Starts of a LoRA that read weights or data and change no shape."""
+
+
+def hollow_model(
+    model: ModelConfig, adapter: AdapterConfig | None, source: str, model_config: PreTrainedConfig, auto_class: Any, *,
+    task: str, new_head: bool, rows: NewRows = NO_ROWS,
+) -> PreTrainedModel | PeftModel:
+    """The model that `assemble` would give from this config, without its checkpoint. Takes no random numbers.
+
+    Attention that needs a GPU is SDPA here, which keeps the same tensors for backward.
+    """
+    def load(
+        config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
+        new_head: bool, device: torch.device,
+    ) -> Loaded:
+        attention = "eager" if config.attention == "eager" else None
+        made = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention,
+                                      trust_remote_code=config.trust_remote_code)
+        quantise_hollow(made, config.quantization, auto_class, model_config, dtype=dtype,
+                        trust_remote_code=config.trust_remote_code)
+        return Loaded(made, ())
+
+    if adapter is not None and adapter.start in SAME_SHAPES:
+        adapter = adapter.model_copy(deep=True)
+        assert adapter.model_extra is not None
+        adapter.model_extra.pop("init_lora_weights")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        result, _ = assemble(model, adapter, source, copy.deepcopy(model_config), auto_class, task=task,
+                             new_head=new_head, seed=0, rows=rows, load=load)
+    _lie_on_cpu(result)
+    return result
+
+
+def _lie_on_cpu(model: nn.Module) -> None:
+    """Give every tensor the CPU as its device, so that operators choose the kernels that they choose there."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too: a number of one that is gone would be given again
+
+    def moved(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+            done[id(tensor)] = tensor, (nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                                        if isinstance(tensor, nn.Parameter) else fake)
+        return done[id(tensor)][1]
+
+    for module in model.modules():
+        for holder, attribute, tensor in quantised_tensors(module):
+            setattr(holder, attribute, moved(tensor))
+        state = vars(module).get("quant_state")
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            store.update({name: moved(tensor) for name, tensor in store.items() if tensor is not None})
+        if state is not None:
+            module._parameters["weight"].quant_state = state  # type: ignore[union-attr]

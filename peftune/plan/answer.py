@@ -1,0 +1,248 @@
+"""`peftune plan`: does this config fit on these devices, how long does it take, and what is the cheapest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peftune.config.rules import strategy_faults
+from peftune.config.schema import RunConfig, Source
+from peftune.data.prepare import open_prepared, prepare
+from peftune.data.targets import Targets
+from peftune.errors import Fault, ModelError, PeftuneError
+from peftune.model.load import adjust_config, longest_input
+from peftune.model.resolve import load_model_config, resolve
+from peftune.model.vocabulary import NO_ROWS, NewRows
+from peftune.plan.choose import SHARE, UNTRACEABLE, MemoryChoice, choose_memory, subject_of
+from peftune.plan.devices import Device
+from peftune.plan.divide import Division
+from peftune.plan.footprint import Footprint, Tracer
+from peftune.plan.trace import Subject
+from peftune.plan.work import Lengths, lengths_of, lengths_without_data
+from peftune.tasks import TASKS
+from peftune.tasks.text import open_text
+
+WITHOUT_DATA: Mapping[str, Targets] = {
+    "sequence_classification": Targets("single_label", ("a", "b"), "class"),
+    "token_classification": Targets("bio", ("O", "B-a", "I-a")),
+    "question_answering": Targets("answer"),
+    "causal_lm": Targets("next_token"),
+    "preference": Targets("preference", kind="pair"),
+}
+"""What is predicted, where no data says it: the fewest classes."""
+SAME_RESULT = ("train.tokens_per_micro_batch", "model.gradient_checkpointing", "--strategy")
+"""Changes after which a run learns the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way to run the config."""
+
+    config: RunConfig
+    device: Device
+    division: Division
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was found of a case."""
+
+    case: Case
+    choice: MemoryChoice
+    found: Footprint
+    fits: bool
+    tokens_per_second: float
+    """Of all devices together, by the device's stated rate."""
+    seconds: float | None
+    """Of the run's steps; None where the data is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mend:
+    """A change that makes it fit."""
+
+    words: tuple[str, ...]
+    """As on the command line."""
+    answer: Answer
+
+    @property
+    def same_result(self) -> bool:
+        """Whether the run would learn the same from the same."""
+        return all(word.startswith(SAME_RESULT) for word in self.words)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the model's folder and the data tell."""
+
+    targets: Targets
+    lengths: Lengths
+    rows: NewRows
+    pad_id: int
+    note: str
+    """Where the lengths come from."""
+
+
+def known_of(config: RunConfig) -> Known:
+    """Lengths from local data, where it and a tokenizer can be read; else `data.max_length`.
+
+    Raises:
+        ModelError: the model's config cannot be had.
+    """
+    task = TASKS[config.task](config.train, config.evaluation)
+    try:
+        if not _is_local(config.data.train):
+            raise ModelError(Fault(kind="data", message="the data does not lie here"))
+        text = open_text(task, config.model, config.data)
+        data = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=text.identity()))
+    except PeftuneError as error:
+        source = _source(config)
+        limit = longest_input(load_model_config(config.model, source), config.data.max_length)
+        why = str(error).splitlines()[0]
+        lengths = lengths_without_data(limit, config.train.batch_size, config.train.max_steps or 0,
+                                       scored=config.data.validation is not None or config.data.test is not None)
+        return Known(WITHOUT_DATA[config.task], lengths, _assumed_rows(config, source), 0,
+                     f"every example as long as data.max_length, all of it supervised ({why})")
+    lengths = lengths_of(config, data)
+    return Known(data.targets, lengths, subject_of(config, text, data.targets).rows, text.tokenizer.pad_token_id,
+                 f"{len(lengths.tokens):,} examples, the longest of {lengths.longest:,} tokens")
+
+
+def _is_local(train: Any) -> bool:
+    sources = [train] if isinstance(train, str) else train
+    paths = [source.path if isinstance(source, Source) else source for source in sources]
+    return all(any(Path().glob(path)) if not Path(path).is_absolute() else Path(path).exists() for path in paths)
+
+
+def _source(config: RunConfig) -> str:
+    name = Path(config.model.name_or_path)
+    return str(name.resolve()) if name.suffix == ".json" and name.is_file() else resolve(config.model)
+
+
+def _assumed_rows(config: RunConfig, source: str) -> NewRows:
+    added = len(config.model.added_tokens) + len(config.model.added_special_tokens)
+    known = load_model_config(config.model, source).get_text_config().vocab_size
+    return NewRows(tuple(range(known, known + added)), known + added, known) if added else NO_ROWS
+
+
+class Planner:
+    """Plans cases of one config and its changes; what two of them share is traced once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Raises ModelError where the model's config cannot be had."""
+        self.known = known_of(config)
+        self._tracers: dict[str, Tracer] = {}
+
+    def answer(self, case: Case) -> Answer:
+        """Plan a case.
+
+        Raises:
+            ModelError: the model's code asks its tensors for values, so that it cannot be planned.
+        """
+        device, lengths = case.device, self.known.lengths
+        if case.config.data.too_long == "truncate":  # two strings, of a pair or a question, may be longer than that
+            lengths = lengths.cut(case.config.data.max_length * (2 if self.known.targets.kind == "pair" else 1))
+        room = int((SHARE if device.on_cpu else 1.0) * device.memory_bytes)
+        try:
+            choice = choose_memory(self._tracer(case.config), lengths, room_bytes=room, division=case.division,
+                                   device=device)
+        except UNTRACEABLE as error:
+            raise ModelError(Fault(
+                kind="model", message=f"this model cannot be planned: {(str(error).splitlines() or [''])[0][:300]}",
+                mend="peftune train CONFIG train.max_steps=2 measures it")) from error
+        found = choice.predicted
+        assert found is not None
+        rate = device.reached * device.flops[case.config.model.dtype] * found.tokens / found.flops * case.division.hands
+        total = lengths.steps * case.config.train.batch_size * lengths.mean
+        return Answer(case, choice, found, found.peak_bytes <= room, rate, total / rate if total else None)
+
+    def _tracer(self, config: RunConfig) -> Tracer:
+        key = config.model_dump_json(include={"model", "adapter", "data", "train"}, exclude={
+            "model": {"gradient_checkpointing"}, "train": {"tokens_per_micro_batch"}})
+        if key not in self._tracers:
+            source, known = _source(config), self.known
+            model_config = adjust_config(load_model_config(config.model, source), dropout=config.model.dropout,
+                                         problem=known.targets.problem, names=known.targets.names, pad_id=known.pad_id)
+            self._tracers[key] = Tracer(Subject(
+                config=config, source=source, model_config=model_config, targets=known.targets, rows=known.rows,
+                task=TASKS[config.task](config.train, config.evaluation)))
+        return self._tracers[key]
+
+
+def mends(case: Case, planner: Planner) -> list[Mend]:
+    """Changes that make it fit: each alone, or, where none does, the first ones together.
+
+    Those that keep the result come first, of them the fastest.
+    """
+    found = []
+    tried: list[tuple[tuple[str, ...], Case]] = []
+    for words, changed in _changes(case):
+        tried.append((words, changed))
+        planned = planner.answer(changed)
+        if planned.fits:
+            found.append(Mend(words, planned))
+    together: tuple[str, ...] = ()
+    both = case
+    for words, _ in [] if found else tried:
+        after = dict(_changes(both)).get(words)
+        if after is None:
+            continue
+        both, together = after, (*together, *words)
+        planned = planner.answer(both)
+        if planned.fits:
+            return [Mend(together, planned)]
+    return sorted(found, key=lambda mend: (not mend.same_result, -mend.answer.tokens_per_second))
+
+
+def _changes(case: Case) -> Iterator[tuple[tuple[str, ...], Case]]:
+    """One change at a time, the ones that cost least first; none that the config's rules refuse."""
+    config, model, train = case.config, case.config.model, case.config.train
+    if train.tokens_per_micro_batch != "auto":
+        yield _with(case, "train", "tokens_per_micro_batch", "auto")
+    if model.gradient_checkpointing is False:
+        yield _with(case, "model", "gradient_checkpointing", True)
+    if case.division.ranks > 1:
+        for strategy in ("zero2", "fsdp2", "zero3", "zero3-offload"):
+            if strategy != case.division.strategy and not strategy_faults(config, strategy):
+                yield ((f"--strategy {strategy}",),
+                       Case(config, case.device, replace(case.division, strategy=strategy)))
+    if config.adapter is not None and model.quantization == "none":
+        yield _with(case, "model", "quantization", "nf4")
+    if config.adapter is None:
+        lora = type(config).model_validate({**config.model_dump(), "adapter": {"method": "lora"}})
+        yield ("adapter.method=lora",), Case(lora, case.device, case.division)
+    if config.data.max_length >= 2 and config.data.too_long == "truncate":
+        yield _with(case, "data", "max_length", config.data.max_length // 2)
+
+
+def _with(case: Case, section: str, key: str, value: Any) -> tuple[tuple[str, ...], Case]:
+    part = vars(case.config)[section].model_copy(update={key: value})
+    word = f"{section}.{key}={str(value).lower()}"
+    return (word,), Case(case.config.model_copy(update={section: part}), case.device, case.division)
+
+
+def as_json(found: Answer, ways: list[Mend], note: str) -> dict[str, Any]:
+    """The object of `--json`: bytes are per device."""
+    return {
+        "fits": found.fits, "peak_bytes": found.found.peak_bytes, "peak_instant": found.found.peak_instant,
+        "by_cause": _rounded(found.found.instants[found.found.peak_instant]),
+        "instants": {name: _rounded(causes) for name, causes in found.found.instants.items()},
+        "parameters": {"total": found.found.parameters.total, "trainable": found.found.parameters.trainable},
+        "device": {"name": found.case.device.name, "memory_bytes": found.case.device.memory_bytes,
+                   "count": found.case.division.ranks},
+        "strategy": found.case.division.strategy,
+        "settings": {"tokens_per_micro_batch": found.choice.micro_batch_tokens,
+                     "gradient_checkpointing": found.choice.gradient_checkpointing},
+        "lengths": note,
+        "time": {"tokens_per_second": found.tokens_per_second, "seconds": found.seconds,
+                 "assumed_share_of_rate": found.case.device.reached},
+        "mends": [{"change": list(way.words), "same_result": way.same_result, "peak_bytes": way.answer.found.peak_bytes,
+                   "tokens_per_second": way.answer.tokens_per_second, "seconds": way.answer.seconds}
+                  for way in ways],
+    }
+
+
+def _rounded(causes: Mapping[str, float]) -> dict[str, int]:
+    return {cause: round(size) for cause, size in causes.items() if size >= 1}

@@ -1,0 +1,169 @@
+"""`auto` settings: the largest micro-batch that fits, and recomputed activations where one example would not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from peftune.config.rules import WITHOUT_RECOMPUTING
+from peftune.config.schema import RunConfig
+from peftune.data.prepare import Prepared
+from peftune.data.targets import Targets
+from peftune.loop.road import rows_at_once
+from peftune.model.load import adjust_config, local_source
+from peftune.model.vocabulary import new_rows
+from peftune.parallel.strategy import Strategy
+from peftune.plan.devices import Device
+from peftune.plan.divide import Division
+from peftune.plan.footprint import Footprint, Tracer, footprint
+from peftune.plan.trace import Road, Subject
+from peftune.plan.work import Lengths, lengths_of, packs, work_of
+from peftune.tasks.text import Text
+
+LARGEST_AUTO_TOKENS = 16_384
+CPU_AUTO_TOKENS = 4_096
+"""More tokens at once do not make a CPU faster; they only cost memory."""
+SHARE = 0.92
+"""Of the memory that can be had, what a plan may fill: heaps and the system's caches move by the rest."""
+LIMIT = "PEFTUNE_MEMORY_BYTES"
+"""Environment variable: bytes that one process may take in all, for shared machines."""
+REFINEMENTS = 3
+TENSORS = {"cpu": Device("cpu", 0, {}, 0, 0.0, 1.0), "cuda": Device("cuda", 0, {}, 0, 0.0, 1.0)}
+"""A run's own device: its plan counts tensors alone, and `SHARE` leaves room for the rest."""
+UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
+"""What a model's own code raises where it asks tensors without values for values."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryChoice:
+    """What `auto` became."""
+
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    predicted: Footprint | None
+    """None where the model's code cannot be traced."""
+    why_not: str = ""
+    baseline_bytes: int = 0
+    """What the process holds before the weights are loaded: libraries and data. On GPUs nothing."""
+
+
+def subject_of(config: RunConfig, text: Text, targets: Targets) -> Subject:
+    """What is planned, from what is known before weights are loaded. Leaves `text.config` as it is."""
+    adjusted = adjust_config(copy.deepcopy(text.config), dropout=config.model.dropout, problem=targets.problem,
+                             names=targets.names, pad_id=text.tokenizer.pad_token_id)
+    return Subject(config=config, source=local_source(text.source), model_config=adjusted, task=text.encoder.task,
+                   targets=targets, rows=new_rows(text.tokenizer, config.model))
+
+
+def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strategy, sharing: int) -> MemoryChoice:
+    """Resolve `tokens_per_micro_batch: auto` and `gradient_checkpointing: auto` before the weights are loaded.
+
+    `sharing`: ranks that share each sequence.
+    """
+    lengths = lengths_of(config, data)
+    device = strategy.world.device
+    try:
+        found = choose_memory(
+            Tracer(subject_of(config, text, data.targets)), lengths, room_bytes=room_bytes(device),
+            division=Division(strategy.name, strategy.world.ranks, sharing), device=TENSORS[device.type])
+    except UNTRACEABLE as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        tokens = config.train.tokens_per_micro_batch
+        return MemoryChoice(lengths.longest if tokens == "auto" else tokens, wants_recomputing(config) is not False,
+                            None, why)
+    return replace(found, baseline_bytes=psutil.Process().memory_info().rss if device.type == "cpu" else 0)
+
+
+def choose_memory(
+    tracer: Tracer, lengths: Lengths, *, room_bytes: int, division: Division, device: Device
+) -> MemoryChoice:
+    """The settings of the config where it has some; else solved from the plan.
+
+    Args:
+        tracer: of what is planned.
+        lengths: of the examples.
+        room_bytes: what a rank's step may take.
+        division: strategy and ranks.
+        device: on a CPU, more tokens than some do not help.
+    """
+    config = tracer.subject.config
+    wanted, checkpointing = config.train.tokens_per_micro_batch, wants_recomputing(config)
+    most = division.sharing * (CPU_AUTO_TOKENS if device.on_cpu else LARGEST_AUTO_TOKENS)
+    of_a_rank = lengths.longest * -(-config.train.batch_size // division.hands)
+    top = wanted if wanted != "auto" else max(lengths.longest, min(most, of_a_rank))
+    low = wanted if wanted != "auto" else lengths.longest
+    for recompute in (False, True) if checkpointing is None else (checkpointing,):
+        measure = functools.partial(footprint_at, tracer, lengths, recompute=recompute, division=division,
+                                    device=device)
+        tokens = _largest(measure, low, top, room_bytes)
+        if tokens is not None:
+            break
+    return MemoryChoice(tokens or low, recompute, measure(tokens or low))
+
+
+def footprint_at(
+    tracer: Tracer, lengths: Lengths, tokens: int, *, recompute: bool, division: Division, device: Device
+) -> Footprint:
+    """What a rank holds with `tokens` a micro-batch."""
+    config = tracer.subject.config
+    work = work_of(lengths, tokens, batch_size=config.train.batch_size, ranks=division.hands, packed=packs(config),
+                   new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
+    rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
+                        divided=division.weights_too)
+    return footprint(tracer.line(work, Road(recompute, packs(config), rows, division.sharing)), division, device)
+
+
+def _largest(measure: Callable[[int], Footprint], low: int, top: int, room: int) -> int | None:
+    """The most tokens from `low` to `top` that fit, as far as chords find them; None where `low` does not.
+
+    The peak is the highest of several straight lines in the tokens, so that a chord between two points lies above it.
+    """
+    found = measure(top)
+    size = step_bytes(found)
+    if size <= room:
+        return top
+    if sum(found.instants["resume"].values()) > room:
+        return None
+    least = step_bytes(measure(low)) if low < top else size
+    if least > room:
+        return None
+    fits, exceeds = (low, least), (top, size)
+    for _ in range(REFINEMENTS):
+        share = (room - fits[1]) / max(1, exceeds[1] - fits[1])
+        guess = fits[0] + int(share * (exceeds[0] - fits[0]))
+        if guess in (fits[0], exceeds[0]):
+            break
+        size = step_bytes(measure(guess))
+        if size <= room:
+            fits = guess, size
+        else:
+            exceeds = guess, size
+    return fits[0]
+
+
+def step_bytes(found: Footprint) -> int:
+    """Peak within a step."""
+    return round(sum(found.instants["step"].values()))
+
+
+def wants_recomputing(config: RunConfig) -> bool | None:
+    """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
+    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
+        return False
+    return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
+
+
+def room_bytes(device: torch.device) -> int:
+    """What this rank's tensors may take: a share of the free memory, or of PEFTUNE_MEMORY_BYTES if that is less."""
+    if device.type == "cuda":
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available // here
+    limit = os.environ.get(LIMIT)
+    return int(SHARE * (free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)))

@@ -1,0 +1,298 @@
+"""One step, one evaluation batch and one generation of a model without values, followed byte by byte.
+
+The code that runs is the run's own: the task's loss, `train_step`, the optimizer, the layouts. So whatever it keeps for
+backward is counted, and a change of it needs no change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from peftune.config.schema import AdapterConfig, ModelConfig, RunConfig
+from peftune.data.examples import Batch, Example
+from peftune.data.layouts import PADDED, Layout, lay_out
+from peftune.data.targets import Targets
+from peftune.loop.optimizer import build_optimizer
+from peftune.loop.step import StepWork, train_step
+from peftune.model.assemble import Parameters, count
+from peftune.model.hollow import hollow_model
+from peftune.model.load import first_position
+from peftune.model.next_token import end_in_losses, take_road
+from peftune.model.packing import use_packing
+from peftune.model.precision import autocast, enable_gradient_checkpointing
+from peftune.model.quantize import quantised_tensors
+from peftune.model.reference import Reference, reference_of
+from peftune.model.vocabulary import NO_ROWS, NewRows
+from peftune.numerics.losses import IGNORE
+from peftune.parallel.single import Single
+from peftune.parallel.world import World
+from peftune.plan.layers import Bytes, of_layers
+from peftune.plan.live import LiveBytes
+from peftune.tasks.task import Task
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is planned: a run's config, and what is known of its model and task before weights are loaded."""
+
+    config: RunConfig
+    source: str
+    model_config: PreTrainedConfig
+    """Adjusted as for training (`adjust_config`)."""
+    task: Task
+    targets: Targets
+    rows: NewRows = NO_ROWS
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Examples of a micro-batch: how long each is, and how many of its tokens are supervised."""
+
+    lengths: tuple[int, ...]
+    supervised: tuple[int, ...]
+    later: bool = False
+    """An earlier micro-batch of the same step has left its gradients."""
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """How a run computes, which its settings decide, and its devices and strategy."""
+
+    recompute: bool
+    """Activations are recomputed in backward."""
+    packed: bool
+    """Micro-batches are packed, if the model can take them."""
+    loss_rows: int | None
+    """Tokens whose logits exist at once, see `EndsInLosses.rows`."""
+    sharing: int = 1
+    """Ranks that share each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastPart:
+    """A `Division` of one process: the part with the most supervised tokens, and others that answer with its own."""
+
+    ranks: int
+
+    @property
+    def place(self) -> int:
+        """The last one."""
+        return self.ranks - 1
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """What is sent, laid end to end, and as much again that is received; in backward too."""
+        return parts.contiguous() * 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """As large as the sum over ranks."""
+        return tensor.clone()
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """What the trace of a step found."""
+
+    peaks: Mapping[str, Bytes]
+    """The highest within each part of the step."""
+    flops: float
+    """Of its micro-batch, forward and backward."""
+    parameters: Parameters
+
+
+def trace_step(subject: Subject, layers: int, rows: Rows, road: Road) -> TracedStep:
+    """Follow one step of a model of `layers` layers.
+
+    Args:
+        subject: what is planned.
+        layers: of the model, instead of its own number.
+        rows: a micro-batch of the step.
+        road: how the run computes.
+    """
+    task = subject.task
+    model, live, reference = _opened(subject, layers, road)
+    layout = _layout(model, subject.model_config, task, road) if road.packed else PADDED
+    if road.recompute:
+        enable_gradient_checkpointing(model)
+
+    def losses(live_model: nn.Module, batch: Batch) -> Tensor:
+        return task.losses(task.forward(live_model, batch, reference), batch, subject.targets)
+
+    peaks = _step(live, subject, model, layers, losses, batch_of(subject, rows, layout), later=rows.later)
+    return TracedStep(peaks, live.flops, count(model))
+
+
+def trace_evaluation(subject: Subject, layers: int, rows: Rows, road: Road) -> Bytes:
+    """The peak of an evaluation batch, which is padded unless ranks share its rows."""
+    model, live, reference = _opened(subject, layers, road)
+    task = subject.task
+    layout = PADDED if road.sharing == 1 else _layout(model, subject.model_config, task, road)
+    batch = batch_of(subject, rows, layout)
+
+    def work() -> Tensor:
+        outputs = task.forward(model, batch, reference)
+        return task.losses(outputs, batch, subject.targets)
+
+    with torch.no_grad(), autocast(subject.config.model, CPU)():
+        return _peak(live, model, work)
+
+
+def trace_generation(subject: Subject, layers: int, rows: int, tokens: int) -> Bytes:
+    """The peak of generating. All tokens at once instead of one after another: the cache is as large at the end, and
+    one layer's is copied when it grows."""
+    model, live, _ = _opened(subject, layers, None)
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+
+    def work() -> Any:
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        return cache, [torch.cat([layer.keys, layer.values]) for layer in cache.layers[:1]]
+
+    with torch.no_grad(), autocast(subject.config.model, CPU)():
+        return _peak(live, model, work)
+
+
+def _opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveBytes, Reference | None]:
+    """The model, what is followed of it, and the untrained one that the loss compares with, if it does.
+
+    `road`: None where no loss is computed.
+    """
+    config, task = subject.config, subject.task
+
+    def hollow(model: ModelConfig, adapter: AdapterConfig | None) -> Any:
+        made = hollow_model(model, adapter, subject.source, of_layers(subject.model_config, layers), task.auto_class,
+                            task=config.task, new_head=task.new_head, rows=subject.rows)
+        if task.next_token and road is not None:
+            end_in_losses(made)
+            take_road(made, road.loss_rows)
+        return made
+
+    model = hollow(config.model, config.adapter)
+    live = LiveBytes()
+    _hold_model(live, model, adapted=config.adapter is not None)
+    if not task.needs_reference or road is None:
+        return model, live, None
+    if config.adapter is not None:
+        return model, live, reference_of(model)
+    frozen = hollow(config.model.model_copy(update={"pure_bf16": True}), None)  # as `frozen_copy`, in model.dtype
+    live.hold(frozen.requires_grad_(False).parameters(), "weights")
+    return model, live, reference_of(frozen.eval())
+
+
+def _layout(model: Any, model_config: PreTrainedConfig, task: Task, road: Road) -> Layout:
+    first = first_position(model_config)
+    kind = use_packing(model, pooled=task.pooled, first_position=first)
+    return PADDED if kind is None else Layout(kind, first, LastPart(road.sharing) if road.sharing > 1 else None)
+
+
+def _hold_model(live: LiveBytes, model: nn.Module, *, adapted: bool) -> None:
+    for parameter in model.parameters():
+        live.hold([parameter], "adapters" if adapted and parameter.requires_grad else "weights")
+    live.hold(model.buffers(), "weights")
+    for module in model.modules():
+        live.hold((tensor for _, _, tensor in quantised_tensors(module)), "weights")
+
+
+def _step(
+    live: LiveBytes, subject: Subject, model: nn.Module, layers: int, losses: Any, batch: Batch, *, later: bool
+) -> dict[str, Bytes]:
+    """Peaks within a step that is not the first one: the optimizer has its state, and an earlier micro-batch of the
+    same step has left its gradients, if there is one."""
+    strategy, config = Single(ALONE), subject.config
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(model.train(), config.train)
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if later:
+        live.hold((p.grad for p in trainable if p.grad is not None), "gradients")
+    else:
+        optimizer.zero_grad()
+    live.hold((value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)),
+              "optimizer")
+
+    def watched(live_model: nn.Module, batch: Batch) -> Tensor:
+        live.label, live.cause = "forward/before", "activations"
+        result: Tensor = losses(live_model, batch)
+        live.label, live.cause = "backward/after", "logits_and_loss"
+        return result
+
+    def inspect(_: nn.Module) -> None:
+        live.hold((p.grad for p in trainable if p.grad is not None), "gradients")
+        live.label, live.cause = "optimizer", "temporaries"
+
+    handles = _mark_layers(live, model, layers)
+    work = StepWork([batch], 1, 1, 1, 1, list)
+    with live:
+        train_step(model, work, optimizer, strategy, losses=watched, autocast=autocast(config.model, CPU),
+                   max_grad_norm=config.train.max_grad_norm, inspect=inspect)
+    for handle in handles:
+        handle.remove()
+    return {label: peak.by_cause() for label, peak in live.peaks.items()}
+
+
+def _mark_layers(live: LiveBytes, model: nn.Module, count: int) -> list[Any]:
+    """Say where the step is: forward and backward, before, in or after the layers."""
+    stack = next((module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count),
+                 None)
+    if stack is None:
+        return []
+
+    def name(index: int) -> str:
+        return "first layer" if index == 0 else "last layer" if index == count - 1 else "middle layers"
+
+    def enter(index: int, *_: Any) -> None:
+        if live.label.startswith("forward"):  # in backward, a layer that is computed again
+            live.label = f"forward/{name(index)}"
+
+    def leave(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not live.label.startswith("forward"):
+            return
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(partial(back, index))
+        if index == count - 1:
+            live.label, live.cause = "forward/after", "logits_and_loss"
+
+    def back(index: int, _: Tensor) -> None:
+        live.label, live.cause = f"backward/{name(index)}", "temporaries"
+
+    return [handle for index, layer in enumerate(stack) for handle in (
+        layer.register_forward_pre_hook(partial(enter, index)), layer.register_forward_hook(partial(leave, index)))]
+
+
+def _peak(live: LiveBytes, model: nn.Module, work: Any) -> Bytes:
+    model.eval()
+    live.cause = "activations"
+    with live:
+        held = work()  # alive until the peak is read
+    del held
+    return live.peaks[live.label].by_cause()
+
+
+def batch_of(subject: Subject, rows: Rows, layout: Layout) -> Batch:
+    """A micro-batch of made-up examples, with real values: its masks decide what is computed."""
+    kind, width = subject.targets.kind, subject.targets.width
+
+    def targets(length: int, supervised: int) -> Sequence[float]:
+        if kind in ("token", "pair"):
+            return [IGNORE] * (length - supervised) + [1] * supervised
+        return [0] if kind == "class" else [0.0] * width
+
+    examples = [Example([1] * length, targets(length, wanted), 1, length, {}, first_part=length // 2)
+                for length, wanted in zip(rows.lengths, rows.supervised, strict=True)]
+    return lay_out(examples, range(len(examples)), layout=layout, pad_id=0, kind=kind, width=width, device=CPU)

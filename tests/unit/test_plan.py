@@ -1,0 +1,217 @@
+"""What is planned beside what real tensors take, by one watch; auto settings; the command."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoConfig
+
+import peftune.loop.fit as loop
+from peftune.cli import main
+from peftune.config.schema import RunConfig
+from peftune.model.load import adjust_config
+from peftune.model.quantize import quantised_tensors
+from peftune.plan.answer import WITHOUT_DATA
+from peftune.plan.choose import LIMIT, choose_memory, footprint_at, step_bytes
+from peftune.plan.devices import GPUS, Device
+from peftune.plan.divide import Division
+from peftune.plan.footprint import Tracer
+from peftune.plan.layers import traced_layers
+from peftune.plan.live import LiveBytes
+from peftune.plan.trace import Road, Rows, Subject, trace_step
+from peftune.plan.work import Candidate, Work, lengths_without_data
+from peftune.tasks import TASKS
+from tests.conftest import ROOT, summary
+
+TENSORS = Device("cpu", 0, {}, 0, 0.0, 1.0)
+MODELS = ROOT / "benchmarks" / "models"
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 500}
+
+
+@contextmanager
+def watched_steps(monkeypatch) -> Iterator[list[int]]:
+    """The highest sum of live tensors of each step but the first, whose optimizer has no state yet."""
+    found: list[int] = []
+    plain, steps = loop.train_step, []
+
+    def step(model, work, optimizer, strategy, **named):
+        steps.append(1)
+        if len(steps) == 1:
+            return plain(model, work, optimizer, strategy, **named)
+        live = LiveBytes()
+        live.hold([*model.parameters(), *model.buffers()], "weights")
+        live.hold((tensor for module in model.modules() for _, _, tensor in quantised_tensors(module)), "weights")
+        live.hold((value for state in optimizer.state.values() for value in state.values()
+                   if isinstance(value, Tensor)), "optimizer")
+        with live:
+            stats = plain(model, work, optimizer, strategy, **named)
+        found.append(max(peak.live_bytes for peak in live.peaks.values()))
+        return stats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        yield found
+
+
+@pytest.mark.parametrize(("settings", "changes"), [
+    ("converse", ["data.layout=padded"]), ("converse", ["data.layout=packed", "train.tokens_per_micro_batch=5000"]),
+    ("converse", ["adapter=null"]), ("converse", ["model.gradient_checkpointing=true", "model.dtype=bfloat16"]),
+    ("converse", ["model.quantization=nf4"]), ("converse", ["model.quantization=int8"]),
+    ("converse", ["train.optimizer=adamw_8bit", "adapter=null"]), ("converse", ["adapter.init_lora_weights=pissa"]),
+    ("classify", ["data.layout=padded"]), ("classify", ["data.layout=packed", "adapter=null"]),
+    ("tag", []), ("answer", ["data.layout=padded"]), ("prefer", ["data.layout=padded"]), ("prefer", ["adapter=null"]),
+], ids=str)
+def test_the_planned_peak_of_a_step_is_what_its_tensors_take(settings, changes, request, train, monkeypatch):
+    if any("quantization" in word or "8bit" in word for word in changes):
+        pytest.importorskip("bitsandbytes")
+    given = request.getfixturevalue(settings)
+    given = {**given, "evaluation": {"max_new_tokens": 0} if settings == "converse" else {},
+             "train": {"batch_size": 1000, "max_steps": 3, "tokens_per_micro_batch": 400}}  # each step sees all rows
+    with watched_steps(monkeypatch) as found:
+        folder = train(given, *changes)
+    planned = json.loads((folder / "manifest.json").read_text())["memory"]
+    assert planned["predicted"], planned["why_not"]
+    assert planned["predicted"]["instants"]["step"] == pytest.approx(max(found), rel=0.02)
+    assert summary(folder)["memory"]["predicted_bytes"] == planned["predicted"]["peak_bytes"]
+
+
+def subject_of(model_config, task="causal_lm", **sections) -> Subject:
+    config = RunConfig.model_validate({"task": task, "model": {"name_or_path": "none", "dtype": "float32"},
+                          "data": {"train": "none.jsonl"}, **sections})
+    targets = WITHOUT_DATA[task]
+    adjusted = adjust_config(model_config, dropout=0.0, problem=targets.problem, names=targets.names, pad_id=0)
+    return Subject(config=config, source="none", model_config=adjusted, targets=targets,
+                   task=TASKS[task](config.train, config.evaluation))
+
+
+@pytest.mark.parametrize(("family", "layers", "task"), [
+    ("llama", 5, "causal_lm"), ("bert", 5, "sequence_classification"), ("modernbert", 9, "token_classification")])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_of_many_layers_lies_on_the_line_through_two_small_ones(family, layers, task, recompute):
+    sizes = {**SMALL, "num_hidden_layers": layers}
+    subject = subject_of(AutoConfig.for_model(family, **sizes), task)
+    counts = traced_layers(subject.model_config)
+    rows = Rows((200, 90), (200, 20) if task != "sequence_classification" else (1, 1), later=True)
+    road = Road(recompute, packed=False, loss_rows=50)
+    whole = trace_step(subject, layers, rows, road)
+    line = Tracer(subject).line(Work((Candidate(rows, 400),), None, None), road)
+    assert max(counts) < layers
+    assert max(sum(part.values()) for part in line.step.values()) == max(
+        sum(part.values()) for name, part in whole.peaks.items())
+    assert (line.flops, line.parameters) == (whole.flops, whole.parameters)
+
+
+@pytest.mark.parametrize(("name", "weights"), [
+    ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496), ("qwen2.5-7b", 7_615_616_512)])
+def test_weights_are_counted_as_their_publishers_count_them(name, weights):
+    subject = subject_of(AutoConfig.from_pretrained(MODELS / f"{name}.json"), adapter=None)
+    lengths = lengths_without_data(64, 1, 1, scored=False)
+    found = footprint_at(Tracer(subject), lengths, 64, recompute=True, division=Division(), device=TENSORS)
+    assert found.parameters.total == found.parameters.trainable == weights
+    assert found.instants["step"]["optimizer"] == pytest.approx(8 * weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
+def test_auto_takes_the_largest_micro_batch_that_fits(share):
+    subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=4), train={"batch_size": 32},
+                         model={"name_or_path": "none", "dtype": "float32", "gradient_checkpointing": False})
+    tracer, lengths = Tracer(subject), lengths_without_data(100, 32, 1, scored=False)
+
+    def size(tokens):
+        return step_bytes(footprint_at(tracer, lengths, tokens, recompute=False, division=Division(), device=TENSORS))
+
+    room = int(size(100) + share * (size(3200) - size(100)))
+    choice = choose_memory(tracer, lengths, room_bytes=room, division=Division(), device=TENSORS)
+    assert size(choice.micro_batch_tokens) <= room
+    assert size(choice.micro_batch_tokens + 200) > room
+
+
+def test_ranks_that_share_each_row_have_room_for_more_tokens():
+    subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=4), train={"batch_size": 64},
+                         model={"name_or_path": "none", "dtype": "float32", "gradient_checkpointing": False})
+    tracer, lengths = Tracer(subject), lengths_without_data(100, 64, 1, scored=False)
+    alone = Division("ddp", 2)
+    room = step_bytes(footprint_at(tracer, lengths, 1600, recompute=False, division=alone, device=TENSORS))
+    one, two = (choose_memory(tracer, lengths, room_bytes=room, division=division, device=TENSORS)
+                for division in (alone, Division("ddp", 2, sharing=2)))
+    assert 1500 < one.micro_batch_tokens <= 1700
+    assert 1.5 * one.micro_batch_tokens < two.micro_batch_tokens <= 2 * one.micro_batch_tokens + 100
+
+
+def test_auto_recomputes_only_where_one_example_would_not_fit():
+    subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=8), train={"batch_size": 1})
+    tracer, lengths = Tracer(subject), lengths_without_data(400, 1, 1, scored=False)
+    plain, frugal = (footprint_at(tracer, lengths, 400, recompute=recompute, division=Division(), device=TENSORS)
+                     for recompute in (False, True))
+    assert step_bytes(frugal) < 0.6 * step_bytes(plain)
+    for room, recompute in ((step_bytes(plain), False), (step_bytes(plain) - 1, True)):
+        choice = choose_memory(tracer, lengths, room_bytes=room, division=Division(), device=TENSORS)
+        assert choice.gradient_checkpointing is recompute
+
+
+def test_a_limit_on_memory_changes_the_micro_batches_and_not_the_losses(converse, train, monkeypatch):
+    free = train({**converse, "evaluation": {"max_new_tokens": 0}}, name="free")
+    monkeypatch.setenv(LIMIT, "1")
+    tight = train({**converse, "evaluation": {"max_new_tokens": 0}}, name="tight")
+    first, second = (json.loads((folder / "manifest.json").read_text())["model"] for folder in (free, tight))
+    assert second["micro_batch_tokens"] < first["micro_batch_tokens"] and second["gradient_checkpointing"]
+    losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+              for folder in (free, tight)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.fixture
+def big(tmp_path):
+    """A config of a large model of which there is nothing but its shape."""
+    path = tmp_path / "big.yaml"
+    path.write_text(yaml.safe_dump({
+        "task": "causal_lm", "model": {"name_or_path": str(MODELS / "llama-3.1-8b.json")},
+        "data": {"train": "nowhere.jsonl", "max_length": 512}, "train": {"batch_size": 4}}))
+    return str(path)
+
+
+def test_a_plan_that_does_not_fit_exits_3_and_names_what_does(big, capsys):
+    assert main(["plan", big, "--device", "rtx-4090-24gb", "--json", "train.tokens_per_micro_batch=2048",
+                 "model.gradient_checkpointing=false"]) == 3
+    plan = json.loads(capsys.readouterr().out)
+    assert {"fits", "peak_bytes", "peak_instant", "by_cause", "parameters"} <= plan.keys()
+    assert not plan["fits"] and plan["peak_bytes"] == pytest.approx(sum(plan["by_cause"].values()), abs=20)
+    assert plan["by_cause"]["weights"] == pytest.approx(2 * 8_030_261_248, rel=1e-4)
+    assert plan["mends"] and all(way["peak_bytes"] < 23.5 * 2**30 for way in plan["mends"])
+    order = [(not way["same_result"], -way["tokens_per_second"]) for way in plan["mends"]]
+    assert order == sorted(order)
+
+
+def test_a_plan_that_fits_exits_0_and_stays_within_80_columns(big, capsys):
+    assert main(["plan", big, "--device", "h100-80gb", "--devices", "8", "--strategy", "zero2"]) == 0
+    text = capsys.readouterr().out
+    assert "fits" in text and "optimizer" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_quantised_weights_take_what_bitsandbytes_stores():
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import quantize_4bit
+
+    sections = {"model": {"name_or_path": "none", "dtype": "float32", "quantization": "nf4"}}
+    subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=2), **sections)
+    lengths = lengths_without_data(8, 1, 1, scored=False)
+    found = footprint_at(Tracer(subject), lengths, 8, recompute=False, division=Division(), device=TENSORS)
+    wide, inner, words = SMALL["hidden_size"], SMALL["intermediate_size"], SMALL["vocab_size"]
+    stored = 0
+    for shape in 4 * [(wide, wide)] + 2 * [(inner, wide)] + [(wide, inner)]:
+        data, state = quantize_4bit(torch.ones(shape), compress_statistics=True, quant_type="nf4")
+        parts = [data, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        stored += sum(part.numel() * part.element_size() for part in parts)
+    head = wide // SMALL["num_attention_heads"]
+    plain = 4 * (2 * words * wide + 5 * wide + head // 2 * 2)  # embeddings, output, norms, rotary frequencies twice
+    assert found.instants["load"]["weights"] == pytest.approx(2 * stored + plain, rel=0.001)
+
+
+def test_every_gpu_of_the_table_holds_less_than_its_name_says():
+    for name, device in GPUS.items():
+        assert 0.9 < device.memory_bytes / 2**30 / int(name.split("-")[-1].removesuffix("gb")) < 1.0
