@@ -154,7 +154,8 @@ def _method(config: RunConfig) -> str:
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
     with display.phase("data") as notes:
         text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data)
-        work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity())
+        work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity(),
+                                 progress=display.progress)
         data = open_prepared(prepared_on_each_machine(world, work))
         if text.encoder.task.converses and config.data.too_long != "split":
             check_end_of_text(data.splits["train"], text.tokenizer.eos_token_id)
@@ -206,7 +207,7 @@ def _run(
         trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json"))
         if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
-                          config.evaluation.max_new_tokens, reference, display.evaluation, strategy.lockstep, stop,
+                          config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
                           layout if division else PADDED)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):

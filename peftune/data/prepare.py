@@ -29,6 +29,8 @@ LOOKED_AT = 200
 """Rows of a split whose tokens are turned back into text."""
 MAY_DIFFER = {"layout", "on_bad_row"}
 """Keys of the data section that change no example."""
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much, and of how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Prepared:
 
 def prepare(
     config: DataConfig, encoder: RowEncoder, *, seed: int, identity: Mapping[str, Any], targets: Targets | None = None,
-    only: Sequence[str] = SPLITS, inspect: bool = False,
+    only: Sequence[str] = SPLITS, inspect: bool = False, progress: Progress = lambda what, done, total: None,
 ) -> Path:
     """Read, check and tokenise the splits unless that was done before; return the folder that holds them.
 
@@ -61,6 +63,7 @@ def prepare(
         targets: classes of a model that is already trained; None learns them from the training rows.
         only: the splits that are wanted.
         inspect: go on past bad rows whatever `on_bad_row` says, so that all there is to say is found.
+        progress: told how much is tokenised, where that takes several processes.
 
     Raises:
         DataError: bad rows where they are errors; sources that cannot be read; a split without any good row.
@@ -78,7 +81,8 @@ def prepare(
     folder = cache_root() / key
     if not (folder / "meta.json").exists():
         stops = config.on_bad_row == "error" and not inspect
-        _publish(folder, lambda draft: _fill(draft, config, encoder, seed, targets, only, fingerprints, stops))
+        _publish(folder, lambda draft: _fill(
+            draft, config, encoder, seed, targets, only, fingerprints, stops, progress))
     if config.on_bad_row == "error" and not inspect:
         faults = _meta(folder)["faults"]
         if faults:
@@ -141,7 +145,7 @@ def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
 
 def _fill(
     draft: Path, config: DataConfig, encoder: RowEncoder, seed: int, targets: Targets | None, only: Sequence[str],
-    fingerprints: Mapping[str, Any], stops: bool,
+    fingerprints: Mapping[str, Any], stops: bool, progress: Progress,
 ) -> None:
     spools, found = spool_rows(config, encoder.formats, seed, only, draft)
     if found.faults.count and stops:
@@ -160,7 +164,7 @@ def _fill(
             doubts.extend(_doubts(name, spool, encoder))
 
     works = [Work(name, spool, encoder, known, config, draft) for name, spool in spools.items()]
-    outcomes = tokenise(works, look_over if set(only) == set(SPLITS) else lambda: None)
+    outcomes = tokenise(works, look_over if set(only) == set(SPLITS) else lambda: None, progress)
     faults = found.faults
     for name, outcome in outcomes.items():
         faults.add_all(outcome.faults.kept)

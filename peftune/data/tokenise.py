@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -109,12 +110,15 @@ class Work:
     folder: Path
 
 
-def tokenise(works: Sequence[Work], meanwhile: Callable[[], None]) -> dict[str, Outcome]:
+def tokenise(
+    works: Sequence[Work], meanwhile: Callable[[], None], progress: Callable[[str, int, int], None]
+) -> dict[str, Outcome]:
     """Tokenise splits into `folder/<split>-<part>.arrow`; the order of the rows is kept.
 
     Args:
         works: the splits.
         meanwhile: what this process does while others tokenise; before it tokenises itself, where rows are few.
+        progress: told of each part that another process has done, from a thread: what is done, parts, and all parts.
     """
     processes = min(MOST_PROCESSES, _cores())
     if processes < 2 or sum(work.spool.rows for work in works) < PARALLEL_FROM_ROWS:
@@ -126,6 +130,9 @@ def tokenise(works: Sequence[Work], meanwhile: Callable[[], None]) -> dict[str, 
         for work in works:
             futures[work.name] = [pool.submit(_part, work, number, begin, end) for number, (begin, end)
                                   in enumerate(work.spool.parts(processes * PARTS_PER_PROCESS))]
+        submitted = list(itertools.chain.from_iterable(futures.values()))
+        for future in submitted:
+            future.add_done_callback(lambda _: progress("tokenised", sum(map(Future.done, submitted)), len(submitted)))
         meanwhile()
         outcomes = {}
         for name, parts in futures.items():

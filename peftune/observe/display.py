@@ -159,8 +159,8 @@ class Display:
         if self._progress is not None and self._training is not None:
             self._progress.update(self._training, completed=step)
 
-    def evaluation(self, name: str, done: int, total: int) -> None:
-        """Show how far an evaluation is, within a phase or beside the bar of the training."""
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Show how far a part of a phase is, or an evaluation beside the bar of the training."""
         self._doing = f", {name} {done:,} of {total:,}"
         if self._status is not None:
             self._status.update(self._phase + self._doing)

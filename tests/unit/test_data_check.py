@@ -155,13 +155,19 @@ def test_several_processes_tokenise_as_one(encoder, write_rows, monkeypatch):
                         validation=0.2, labels=("praise", "complaint"), on_bad_row="skip")
     text = open_text(SEQUENCE_CLASSIFICATION, ModelConfig(name_or_path=encoder), config)
 
+    told = []
+
     def prepared(name):
-        return open_prepared(prepare(config, text.encoder, seed=0, identity={"name": name}))
+        return open_prepared(prepare(config, text.encoder, seed=0, identity={"name": name},
+                                     progress=lambda *said: told.append(said)))
 
     one = prepared("one")
+    assert not told
     monkeypatch.setattr(tokenise, "PARALLEL_FROM_ROWS", 1)
     monkeypatch.setattr(tokenise, "_cores", lambda: 2)
     several = prepared("several")
+    parts = told[0][2]
+    assert len(told) == parts > 2 and ("tokenised", parts, parts) in told
     assert several.counts == one.counts and several.findings == one.findings
     assert [asdict(fault) for fault in several.faults] == [asdict(fault) for fault in one.faults] != []
     for name, split in one.splits.items():

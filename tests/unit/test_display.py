@@ -63,11 +63,11 @@ def test_a_log_hears_from_a_long_phase_and_a_long_evaluation(monkeypatch):
     log = io.StringIO()
     display = Display(stream=log)
     with display.phase("untrained") as notes:
-        display.evaluation("validation", 1, 4)
+        display.progress("validation", 1, 4)
         time.sleep(0.1)
         notes.append("done")
     for done in range(1, 5):
-        display.evaluation("test", done, 4)
+        display.progress("test", done, 4)
         time.sleep(0.03)
     said = log.getvalue()
     assert "untrained: 0 s so far, validation 1 of 4" in said and "test 3 of 4" in said and "test 4 of 4" not in said
