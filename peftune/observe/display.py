@@ -162,8 +162,9 @@ class Display:
     def progress(self, name: str, done: int, total: int) -> None:
         """Show how far a part of a phase is, or an evaluation beside the bar of the training."""
         self._doing = f", {name} {done:,} of {total:,}"
-        if self._status is not None:
-            self._status.update(self._phase + self._doing)
+        status = self._status  # another thread may tell of its progress as the phase ends
+        if status is not None:
+            status.update(self._phase + self._doing)
         elif not self._moving and not self._phase:
             self._tell_now_and_then(done, total)
         if self._progress is None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 1000
 """Rows of the data."""
+PLACEHOLDER = "train.jsonl"
+"""Data of a config for a task alone."""
 
 
 def add_init(commands: Any) -> None:
@@ -21,7 +23,7 @@ def add_init(commands: Any) -> None:
     text = "a first config for your data: task and columns are found"
     init = commands.add_parser("init", help=text, description=text)
     init.add_argument("data", metavar="DATA", nargs="?",
-                      help="your rows: a file, glob or folder; or a hub id, with --task")
+                      help="your rows: a file, glob or folder; a hub id, with --task; or only the name of a task")
     init.add_argument("--to", metavar="CONFIG.yaml", help="default: named after the data; never written over")
     init.add_argument("--task", help="default: found from the columns")
     init.add_argument("--columns", nargs="+", default=[], metavar="EXPECTED=GIVEN",
@@ -37,6 +39,8 @@ def add_init(commands: Any) -> None:
 
 
 def _init(parsed: argparse.Namespace) -> int:
+    from peftune.config.rules import FORMATS
+    from peftune.starter.guess import Guess
     from peftune.starter.starting import starting_config
 
     others = {name: file for name, file in vars(parsed).items() if name.startswith("from_") and file}
@@ -49,11 +53,13 @@ def _init(parsed: argparse.Namespace) -> int:
                            parsed.devices)
     name = parsed.to or f"{_stem(parsed.data)}.yaml"
     _refuse_existing(name)
-    found = _look(parsed.data, parsed.task, _pairs(parsed.columns))
+    if parsed.data in FORMATS and not Path(parsed.data).exists():
+        rows, found = PLACEHOLDER, Guess(parsed.data, "auto", _pairs(parsed.columns))
+    else:
+        rows, found = parsed.data, _look(parsed.data, parsed.task, _pairs(parsed.columns))
     _write(name, starting_config(
-        name, found, about=f"Made by `peftune init` from {parsed.data}.", output_dir=f"runs/{Path(name).stem}",
-        model=parsed.model, data={"train": parsed.data, "validation": _number(parsed.validation),
-                                  "test": parsed.test}))
+        name, found, about=f"Made by `peftune init {parsed.data}`.", output_dir=f"runs/{Path(name).stem}",
+        model=parsed.model, data={"train": rows, "validation": _number(parsed.validation), "test": parsed.test}))
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
     classes = f", {len(found.classes)} classes" if found.classes else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""

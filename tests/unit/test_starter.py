@@ -10,6 +10,7 @@ import pytest
 from peftune.cli import main
 from peftune.config.load import load
 from peftune.config.names import key_paths
+from peftune.config.rules import FORMATS
 from peftune.errors import PeftuneError
 from peftune.starter.foreign import DIALECTS
 from tests import tiny
@@ -107,6 +108,13 @@ def test_a_config_is_named_after_its_data(data, name, here):
 def test_a_hub_id_with_a_task_needs_no_look_at_its_rows(here):
     init("org/name", "--task", "preference", "--columns", "chosen=good")
     assert load(["name.yaml"]).data.columns == {"chosen": "good"}
+
+
+@pytest.mark.parametrize("task", FORMATS)
+def test_the_name_of_a_task_gives_a_config_to_fill_in(task, here):
+    init(task)
+    config = load([f"{task}.yaml"])
+    assert (config.task, config.data.train) == (task, "train.jsonl")
 
 
 def test_an_existing_config_is_not_written_over(here):
