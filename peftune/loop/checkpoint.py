@@ -91,6 +91,15 @@ def verify(folder: Path) -> None:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from None
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is there and passes its checksums."""
+    try:
+        verify(folder)
+    except RunFolderError:
+        return False
+    return True
+
+
 def differing_keys(mine: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: theirs -> mine` for every setting that would change the training."""
     result = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.errors import Fault, RunFolderError, Unwritable
-from peftune.loop.checkpoint import MANIFEST, SAFE, all_checkpoints, folder_of, sha256, verify
+from peftune.loop.checkpoint import MANIFEST, SAFE, all_checkpoints, folder_of, is_whole, sha256, verify
 from peftune.loop.publish import draft_of, flush, open_draft, publish_draft, remove, write_json, write_text, writing
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
@@ -66,7 +66,7 @@ class Saver:
         """Whether `news` has said why the last checkpoint that `settle` waited for has failed."""
 
     def save(self, state: TrainState, model: nn.Module, optimizer: Optimizer, *, wait: bool) -> float:
-        """Write the checkpoint of `state`, unless it is there. All ranks call it, after `settle`.
+        """Write the checkpoint of `state`, unless it is there and whole. All ranks call it, after `settle`.
 
         Args:
             state: what has been done.
@@ -82,7 +82,7 @@ class Saver:
             SelfCheckError: a weight is not finite; nothing is written.
         """
         folder, world = folder_of(self._run_folder, state.step), self._strategy.world
-        if world.on_main(folder.exists):
+        if world.on_main(lambda: is_whole(folder)):
             return 0.0
         started = time.perf_counter()
         check_weights(model, self._strategy)

@@ -148,3 +148,14 @@ def test_a_row_that_a_stop_cut_in_half_is_written_again(classify, train):
     again = metric_rows(folder)
     assert [(row["step"], row["split"], row["loss"]) for row in again] == [
         (row["step"], row["split"], row["loss"]) for row in before]
+
+
+def test_a_damaged_checkpoint_is_written_again_when_its_step_is_done_again(classify, train):
+    settings = {**classify, "checkpoint": {"every_steps": 2, "keep": 9}}
+    folder = train(settings)
+    (folder / "summary.json").unlink()
+    for step in (4, 6):  # one while training, and the last
+        (folder / "checkpoints" / f"step-{step:06d}" / "tensors-00000-of-00001.safetensors").write_bytes(b"x")
+    train(settings)
+    for checkpoint in all_checkpoints(folder):
+        verify(checkpoint)
