@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from peftune.errors import EXIT_DONE, ConfigError, Fault, MachineError, PeftuneError, RunFolderError
@@ -79,7 +80,7 @@ def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
 
     _refuse_existing(name)
     found = translate(file, DIALECTS[dialect], devices)
-    left = [f"not taken over: {key}: {value}  ({why})" for key, value, why in found.left]
+    left = [f"not taken over: {key}: {shorten(str(value), 80)}  ({why})" for key, value, why in found.left]
     _write(name, "".join(f"# {line}\n" for line in [
         f"Made by `peftune init --from-{dialect} {file}`, for {devices} device{'s' * (devices != 1)}.", *left,
     ]) + nested_yaml(found.ours))

@@ -103,7 +103,7 @@ def translate(path: str, dialect: Dialect, devices: int) -> Translation:
                         else FAMILIAR.get(key, "has no counterpart here"))
         elif ours.startswith("adapter.") and not adapted:
             found.leave(key, value, "all weights train, without an adapter")
-        elif words is not None and value not in words:
+        elif words is not None and value not in list(words):  # a list or a mapping is no key
             found.leave(key, value, f"{ours} takes {', '.join(dict.fromkeys(words.values()))}")
         else:
             found.ours[ours] = value if words is None else words[value]
