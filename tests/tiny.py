@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,18 @@ def _corpus() -> list[str]:
     return texts + [turn["content"] for row in chat_rows(100, seed=1) for turn in row["messages"]]
 
 
+def _word_pieces(texts: list[str]) -> dict[str, int]:
+    """The letters of these texts, at the beginning of a word and inside one, and the words seen five times or more.
+
+    tokenizers' own trainer chooses and numbers pieces otherwise in each process, and every run's losses with them.
+    """
+    words = Counter(word for text in texts for word in re.findall(r"\w+|[^\w\s]", text))
+    letters = sorted({letter for word in words for letter in word})
+    frequent = sorted(word for word, count in words.items() if count >= 5 and len(word) > 1)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters), *frequent]
+    return {piece: number for number, piece in enumerate(pieces)}
+
+
 def save_decoder(folder: Path, *, texts: list[str] | None = None, vocab_size: int = 400, **changes: Any) -> str:
     """A byte-level BPE tokenizer whose padding token is its end-of-text token, and a Llama of two layers.
 
@@ -118,10 +132,8 @@ def save_encoder(folder: Path) -> str:
     differences between texts, the output barely depends on the input, and a short training run only finds the class
     frequencies. New heads are drawn as BERT's are.
     """
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend = Tokenizer(models.WordPiece(_word_pieces(_corpus()), unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.train_from_iterator(_corpus(), trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False))
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer = PreTrainedTokenizerFast(

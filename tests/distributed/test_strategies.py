@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.launches import Run, launched_together
 from benchmarks.parity import LAYOUTS, TOLERANCES, Asked, Bench, Cell
+from peftune.config.load import load
+from peftune.config.rules import strategy_faults
 from peftune.parallel.launcher import choose_launch
 from peftune.parallel.names import STRATEGIES
+from tests import tiny
 from tests.conftest import ROOT, metric_rows, summary
 from tests.distributed.conftest import CHAIN, NEEDS_BITSANDBYTES
 
@@ -137,6 +142,45 @@ def test_a_run_goes_on_under_any_other_strategy_and_number_of_processes(bench, r
         assert ran[one].returncode == 0, ran[one].stderr
         losses = [row["loss"] for row in metric_rows(bench.run_folder(one), "train")]
         assert losses == pytest.approx(want[step:], rel=1e-5)
+
+
+PROMPT = "adapter={method: prompt_tuning, num_virtual_tokens: 4}"
+EIGHT_BITS = "train.optimizer=adamw_8bit"
+
+
+def refused(strategy, method, *overrides):
+    """A run that the rules refuse, without them; and the same on one process."""
+    return tuple(Asked(Cell(one, method, "causal_lm", LAYOUT), overrides, script=FAULTY,
+                       name=f"{one}-{''.join(filter(str.isalnum, overrides[0]))}",
+                       environment=(("PLANTED", "no rules"),)) for one in ("single", strategy))
+
+
+@pytest.mark.parametrize("asked", [
+    refused("zero2", "lora", "adapter={method: adalora}"), refused("fsdp2", "lora", "adapter={method: adalora}"),
+    refused("fsdp2", "lora", PROMPT),
+    pytest.param(refused("zero1", "full", EIGHT_BITS), marks=NEEDS_BITSANDBYTES),
+    pytest.param(refused("fsdp2", "full", EIGHT_BITS), marks=NEEDS_BITSANDBYTES),
+    refused("zero2", "lora", "model.pure_bf16=true", "model.dtype=bfloat16"),
+], ids=lambda asked: asked[1].name)
+def test_what_a_strategy_refuses_would_fail_or_train_another_model(bench, ran, asked):
+    one, divided = asked
+    config = load([str(bench.config(divided.cell)), *divided.overrides])
+    assert strategy_faults(config, divided.cell.strategy) and not strategy_faults(config, "single")
+    assert ran[one].returncode == 0, ran[one].stderr
+    if ran[divided].returncode == 0:
+        mine, other = (load_file(next((bench.run_folder(run) / "final").glob("*.safetensors"))) for run in asked)
+        assert max((mine[name] - other[name]).abs().max() for name in other) > 10 * TOLERANCES["weights"]
+    else:
+        assert "Traceback" in ran[divided].stderr
+
+
+def test_what_zero_3_refuses_would_wait_for_ever(bench, tmp_path):
+    tied = f"model.name_or_path={tiny.save_decoder(tmp_path / 'tied', tie_word_embeddings=True)}"
+    runs = [Run([str(bench.config(Cell("zero3", "lora", "causal_lm", LAYOUT))), f"output_dir={tmp_path / name}",
+                 *overrides], FAULTY, {"PLANTED": "no rules"})
+            for name, overrides in (("tokens", (tied, "model.added_tokens=['<a>']")), ("prompt", (PROMPT,)))]
+    ended = launched_together("zero3", 2, runs, tmp_path / "logs", limit_s=25)
+    assert [done.returncode for done in ended] == [-signal.SIGKILL] * 2, ended[0].stderr
 
 
 def test_a_deepspeed_file_of_the_users_own_is_used_and_its_auto_values_filled_in(bench, tmp_path):
