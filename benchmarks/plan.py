@@ -57,6 +57,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 DECODERS = ("llama", "qwen")
 LARGE = ("llama-3.1-8b", "qwen2.5-7b", "llama-3.1-70b")
+INTRODUCTION = """# Plans of large models
+
+Made by `peftune bench plan --models`, from the models' shapes alone: LoRA of rank 16 on all linear layers, examples of
+2,048 tokens, all of them supervised, 32 a step; `train.tokens_per_micro_batch` and `model.gradient_checkpointing` are
+`auto`. The floor is arithmetic: 2 bytes a frozen weight (bfloat16) and 16 bytes a trained one (float32: the weight, its
+gradient, two of AdamW). No run on a GPU has been compared with these; what is assumed of GPUs stands in
+`peftune/plan/devices.py`, what of divided states in `peftune/plan/divide.py`. `fsdp2` and `zero3` take the logits of
+all supervised tokens of a micro-batch at once, the others some at a time.
+"""
+DEVICES = (("rtx-4090-24gb", 1, "single"), ("h100-80gb", 1, "single"), ("h100-80gb", 8, "fsdp2"))
 FULL, LORA = None, {"method": "lora", "r": 16}
 
 
@@ -206,17 +216,14 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
 
 def plans(names: Sequence[str]) -> str:
     """Markdown: large models on few and many GPUs, and the least that their states must take."""
-    text = ["Plans from the models' shapes alone: LoRA of rank 16 on all linear layers, examples of 2,048 tokens, 32",
-            "a step. The floor is arithmetic: 2 bytes a frozen weight (bfloat16) and 16 bytes a trained one (float32:",
-            "the weight, its gradient, two of AdamW).", ""]
-    devices = (("rtx-4090-24gb", 1, "single"), ("h100-80gb", 1, "single"), ("h100-80gb", 8, "fsdp2"))
-    for name, (device, count, strategy) in itertools.product(names, devices):
+    text = [INTRODUCTION]
+    for name, (device, count, strategy) in itertools.product(names, DEVICES):
         words = [str(HERE / "models" / "plan.yaml"), f"model.name_or_path={HERE / 'models' / name}.json"]
         found, ways, note = answered(words, device, count, strategy)
         total, trained = found.found.parameters.total, found.found.parameters.trainable
         least = (2 * (total - trained) + 16 * trained) / count
-        shown = rendered(found, ways, note).replace(str(HERE) + "/", "")
-        text += [f"## {name}, {count} x {device}", "", "```", shown, "```", "",
+        shown = f"{name}: {rendered(found, ways, note).split(': ', 1)[1]}"
+        text += [f"## {name}, {count} x {device}", "", "```text", shown, "```", "",
                  f"Floor: (2 x {total - trained:,} + 16 x {trained:,}) / {count} bytes = {least / GIB:.2f} GiB.", ""]
     return "\n".join(text)
 
