@@ -195,7 +195,7 @@ def test_a_config_of_axolotl_becomes_one_of_ours_and_names_what_does_not(here, c
     init("--from-axolotl", "full.yml")
     assert load(["full-peftune.yaml"]).adapter is None
     assert "lora_r: 8  (all weights train, without an adapter)" in capsys.readouterr().out
-    (here / "odd.yml").write_text('{base_model: m, lr_scheduler: [a], chat_template_jinja: "{%\\n %}", learning_rate: 1}')
+    (here / "odd.yml").write_text('{base_model: m, lr_scheduler: [a], chat_template_jinja: "{%\\n %}"}')
     init("--from-axolotl", "odd.yml")
     assert "chat_template_jinja: {% %}" in capsys.readouterr().out
 
