@@ -25,6 +25,7 @@ from peftune.loop.checkpoint import load_checkpoint
 from peftune.loop.evaluate import Evaluator
 from peftune.loop.finish import measure_baseline
 from peftune.loop.layout import choose_layout
+from peftune.loop.lock import FolderLock
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text, writing
 from peftune.loop.resume import Start, find_start
@@ -46,6 +47,7 @@ from peftune.observe.display import Display
 from peftune.observe.journal import Journal
 from peftune.observe.manifest import environment
 from peftune.observe.trackers import check_trackers, start_trackers
+from peftune.out_of_memory import PREPARING, saying_what_takes_less
 from peftune.parallel.ddp import Ddp
 from peftune.parallel.fsdp2 import open_fsdp2
 from peftune.parallel.names import check_launched, launched_kind, sequence_ranks
@@ -54,7 +56,8 @@ from peftune.parallel.shared import check_output_is_shared, prepared_on_each_mac
 from peftune.parallel.single import Single
 from peftune.parallel.stop import Stop
 from peftune.parallel.strategy import Strategy
-from peftune.parallel.world import World, close_world, open_world
+from peftune.parallel.watch import watched_world
+from peftune.parallel.world import World
 from peftune.parallel.zero import open_zero
 from peftune.plan.choose import memory_of_run
 from peftune.plan.manifest import memory_facts, memory_note
@@ -96,36 +99,39 @@ def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
         PeftuneError: whatever the user can mend.
     """
     quiet_libraries()
-    world = open_world()
-    display = Display(quiet=not world.is_main)
-    try:
+    stop = stop or Stop()
+    folder = Path(config.output_dir)
+    with watched_world(config.hang_timeout_s, stop) as world, FolderLock(folder) as lock:
+        display = Display(quiet=not world.is_main)
         strategy = open_strategy(config, world)
         division = open_sequences(world)
+        world.on_main(lock.take)
         check_trackers(config.log.trackers)
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}"
                     + (f", each sequence on {division.ranks}" if division else ""))
         if slow := slow_products(config.model, world.device):
             display.warn(slow)
-        text, data = _data(config, world, display)
+        lacking_memory = functools.partial(saying_what_takes_less, config, world, strategy.name)
+        with lacking_memory():
+            text, data = _data(config, world, display)
         if division is not None:
             refuse_undividable(text.config, division.ranks)
         metric = chosen_metric(text.encoder.task, data.targets, config.evaluation.metric)
-        folder = Path(config.output_dir)
         start = world.on_main(lambda: find_start(folder, dump(config), config.resume, data.fingerprints))
         for note in start.notes:
             display.warn(note)
         if start.summary is not None:
             yield Built(None, TrainState(), display, start.summary)
             return
-        run, state = _run(config, world, strategy, display, text, data, start, metric,
-                          stop or Stop(), division)
+        with lacking_memory():
+            run, state = _run(config, world, strategy, display, text, data, start, metric, stop, division, lock)
         try:
-            yield Built(run, state, display)
+            with lacking_memory(run.micro_batch_tokens, run.facts["gradient_checkpointing"]):
+                yield Built(run, state, display)
         finally:
+            world.progress.ending = True
             run.journal.close()
-    finally:
-        close_world()
 
 
 def open_strategy(config: RunConfig, world: World) -> Strategy:
@@ -152,6 +158,7 @@ def _method(config: RunConfig) -> str:
 
 
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
+    world.progress.at(PREPARING)
     with display.phase("data") as notes:
         text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity(),
@@ -167,9 +174,10 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
 
 def _run(
     config: RunConfig, world: World, strategy: Strategy, display: Display, text: Text, data: Prepared, start: Start,
-    metric: str, stop: Stop, division: SequenceGroup | None,
+    metric: str, stop: Stop, division: SequenceGroup | None, lock: FolderLock,
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
+    world.progress.at("loading the model")
     with display.phase("model") as notes:
         memory = world.on_main(lambda: memory_of_run(config, text, data, strategy, division.ranks if division else 1))
         model, loaded = model_for_training(config, text, data, strategy)
@@ -200,7 +208,7 @@ def _run(
              "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
              "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
              "layout": layout.name, "sequence_ranks": division.ranks if division else 1, **memory_facts(memory)}
-    world.on_main(writing(folder)(lambda: _open_folder(config, folder, world, strategy, data, text, facts)))
+    world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, world, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
@@ -219,9 +227,11 @@ def _run(
 
 
 def _open_folder(
-    config: RunConfig, folder: Path, world: World, strategy: Strategy, data: Prepared, text: Text, facts: dict[str, Any]
+    config: RunConfig, folder: Path, lock: FolderLock, world: World, strategy: Strategy, data: Prepared, text: Text,
+    facts: dict[str, Any],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    lock.take()
     tidy(folder)
     write_json(folder / "manifest.json", {
         **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,

@@ -100,6 +100,13 @@ class Preempted(PeftuneError):
     heading = "stopped"
 
 
+class OutOfMemory(PeftuneError):
+    """The run does not fit into the memory that there is."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+    heading = "out of memory"
+
+
 class ExportError(PeftuneError):
     """What was to be exported is not the trained model: nothing is published. No mend of the user's can change it."""
 
@@ -108,9 +115,9 @@ class ExportError(PeftuneError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up. By name and text: torch is not imported here."""
-    said = str(error)
+    words = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in said or "CUDA out of memory" in said)
+            or any(said in str(error) for said in words))
 
 
 def faults_of(look: Callable[[], object]) -> list[Fault]:

@@ -252,6 +252,9 @@ class RunConfig(Section):
     deadline: Annotated[str, AfterValidator(_duration)] | None = None
     """Time from the command's start, as 3h55m, 90m or 45s, before which the run saves and ends with exit code 75; null
     has none. Time for the checkpoint is left as measured."""
+    hang_timeout: Annotated[str, AfterValidator(_duration)] | None = "10m"
+    """Several processes: how long all of them may stand still, or one may be silent, before the run ends and names the
+    late one. A step's micro-batch, an evaluation's batch or a generated token must take less; null waits."""
     model: ModelConfig
     adapter: AdapterConfig | None = AdapterConfig()
     """null fine-tunes all weights."""
@@ -265,3 +268,8 @@ class RunConfig(Section):
     def deadline_s(self) -> int | None:
         """In seconds."""
         return None if self.deadline is None else seconds_of(self.deadline)
+
+    @property
+    def hang_timeout_s(self) -> int | None:
+        """In seconds."""
+        return None if self.hang_timeout is None else seconds_of(self.hang_timeout)

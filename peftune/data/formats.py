@@ -111,13 +111,12 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
         return best
     raw, values = first[0]
     needs = "; ".join(f"{name}: {', '.join(COLUMNS[name])}" for name in candidates)
-    renames = {expected: given for expected, others in OTHER_NAMES.items() for given in reversed(list(values))
+    renames = [f"{expected}: {given}" for expected, others in OTHER_NAMES.items() for given in values
                if given.lower() in (expected, *others) and expected not in values
-               and any(expected in COLUMNS[name] for name in candidates)}
-    written = ", ".join(f"{expected}: {given}" for expected, given in itertools.islice(renames.items(), 3))
+               and any(expected in COLUMNS[name] for name in candidates)]
     raise DataError(Fault(
         kind="data", file=raw.file, line=raw.line,
         message=f"columns {', '.join(map(str, values)) or 'none'} fit no format of this task ({needs})",
-        mend=(f"perhaps data.columns={{{written}}}" if written
+        mend=(f"perhaps data.columns={{{', '.join(renames[:3])}}}" if renames
               else "rename them with data.columns={expected: given}"),
     ))

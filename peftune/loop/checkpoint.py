@@ -20,7 +20,7 @@ from peftune.parallel.strategy import Strategy
 
 MANIFEST = "manifest.json"
 SAFE = ".safetensors"
-FREE_KEYS = ("output_dir", "resume", "deadline", "log", "checkpoint", "train.tokens_per_micro_batch",
+FREE_KEYS = ("output_dir", "resume", "deadline", "hang_timeout", "log", "checkpoint", "train.tokens_per_micro_batch",
              "train.max_skipped_steps")
 """Config keys that may differ between a checkpoint and the run that continues it: none changes the training."""
 

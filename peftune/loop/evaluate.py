@@ -88,6 +88,7 @@ def predict(
     evaluator: Evaluator, model: nn.Module, split: Readable, *, name: str, generate: bool, scored: bool = True
 ) -> list[Record]:
     """One record a row, in order of position, on every rank. `scored`: the examples have targets."""
+    evaluator.world.progress.at(f"scoring {name}", steady=True)
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -163,6 +164,7 @@ def _add_generations(
     texts = generate_texts(
         model, evaluator.tokenizer, prompts, max_new_tokens=evaluator.max_new_tokens, device=evaluator.world.device,
         autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total),
-        calls=evaluator.world.largest, joint=evaluator.lockstep, before=evaluator.agree)
+        calls=evaluator.world.largest, joint=evaluator.lockstep, before=evaluator.agree,
+        token=evaluator.world.progress.tick)
     for i, text in texts.items():
         by_position[i]["prediction"] = text

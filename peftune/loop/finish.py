@@ -18,7 +18,7 @@ from peftune.data.store import Part
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.judge import judge
-from peftune.loop.publish import published, write_json, write_text, writing
+from peftune.loop.publish import published, refuse_vanished, write_json, write_text, writing
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
@@ -107,6 +107,7 @@ def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any
 
 def publish_final(run: Run) -> float:
     """Write final/ and prove that it reloads; return the largest deviation of its logits."""
+    run.strategy.world.progress.at("publishing final/")
     model, split = run.strategy.unwrap(run.model), run.data.splits.get("validation", run.data.splits["train"])
     positions = list(range(min(CHECKED_EXAMPLES, len(split))))
     examples = [_beginning(split[i], run.data.targets.kind) for i in positions]
@@ -129,6 +130,7 @@ def _beginning(example: Example, kind: TargetKind) -> Example:
 def _publish_and_reload(
     run: Run, model: nn.Module, weights: dict[str, Tensor], inputs: dict[str, Tensor], logits: Tensor
 ) -> float:
+    refuse_vanished(run.folder)
     with published(run.folder / "final") as draft:
         run.publish(model, weights, draft)
         deviation = run.reload_deviation(model, draft, inputs, logits)

@@ -7,7 +7,13 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from peftune.data.examples import Example
@@ -25,6 +31,7 @@ def generate_texts(
     max_new_tokens: int, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
     progress: Callable[[int, int], None] = lambda done, total: None,
     calls: Callable[[int], int] = lambda mine: mine, joint: bool = False, before: Callable[[], None] = lambda: None,
+    token: Callable[[], None] = lambda: None,
 ) -> dict[int, str]:
     """Key -> prompt ids to key -> generated text, special tokens removed.
 
@@ -42,6 +49,7 @@ def generate_texts(
         calls: this rank's number of batches -> the largest of all ranks'.
         joint: forward passes are joint: each batch goes on until every rank's is done.
         before: called before each batch, equally often on all ranks.
+        token: called at each token of a batch.
     """
     keys = list(prompts)
     texts: dict[int, str] = {}
@@ -60,7 +68,8 @@ def generate_texts(
         batch = lay_out(examples, members, kind="class", width=0, pad_id=settings.pad_token_id, device=device,
                         left=True)
         with autocast():
-            ids = model.generate(**batch.inputs, generation_config=settings, synced_gpus=joint)
+            ids = model.generate(**batch.inputs, generation_config=settings, synced_gpus=joint,
+                                 logits_processor=LogitsProcessorList([_EachToken(token)]))
         for key, row in zip(members, ids[:len(members), batch.inputs["input_ids"].shape[1]:], strict=True):
             texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
         progress(len(texts), len(keys))
@@ -120,6 +129,17 @@ class _Spoken(BaseStreamer):
         whole = text if last else text.rstrip("\ufffd ")
         self._say(whole[self._said:])
         self._said = max(self._said, len(whole))
+
+
+class _EachToken(LogitsProcessor):
+    """Calls something, and leaves the scores as they are."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._call()
+        return scores
 
 
 def _of_equal_length(group: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

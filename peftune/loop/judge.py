@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftune.errors import Unwritable
 from peftune.loop.evaluate import Scored, evaluate
-from peftune.loop.publish import published
+from peftune.loop.publish import published, refuse_vanished
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
@@ -38,6 +38,7 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     run.journal.evaluation_row(state, "validation", scored.metrics, epoch=run.epochs_of(state.step))
     value = scored.metrics.get(run.metric)
     if better(run.metric, value, state.best_value) or state.best_step is None:
+        run.strategy.world.progress.at("keeping the best weights")
         model = run.strategy.unwrap(run.model)
         check_weights(model, run.strategy)
         weights = run.strategy.gather(model)
@@ -53,5 +54,6 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
 
 
 def _publish_best(run: Run, model: nn.Module, weights: dict[str, Tensor]) -> None:
+    refuse_vanished(run.folder)
     with published(run.folder / "best") as draft:
         run.publish(model, weights, draft)

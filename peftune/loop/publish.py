@@ -21,9 +21,22 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise Unwritable(Fault(kind="run_folder", file=str(path), message=f"cannot be written: {reason}",
-                               mend="make room on this disk, or see who may write there")) from None
+        raise refused(path, error) from None
+
+
+def refused(path: Path, reason: OSError | SafetensorError | str) -> Unwritable:
+    """The error to raise where `path` cannot be written."""
+    said = reason.strerror if isinstance(reason, OSError) else str(reason)
+    return Unwritable(Fault(kind="run_folder", file=str(path), message=f"cannot be written: {said}",
+                            mend="make room on this disk, or see who may write there"))
+
+
+def refuse_vanished(run_folder: Path) -> None:
+    """Raise Unwritable if a run's folder is not there any more. What is written then would begin a folder of its own,
+    on whatever disk lies beneath."""
+    if not (run_folder / "config.yaml").is_file():
+        raise Unwritable(Fault(kind="run_folder", file=str(run_folder), message="cannot be written: it has vanished, "
+                               "with all that lay there", mend="put it back, or mount its disk again"))
 
 
 @contextlib.contextmanager

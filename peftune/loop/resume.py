@@ -11,6 +11,7 @@ import yaml
 
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.checkpoint import all_checkpoints, differing_keys, newest_whole, verify
+from peftune.loop.lock import LOCK
 from peftune.loop.publish import recover
 
 
@@ -42,7 +43,7 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     if resume not in ("auto", "never"):
         return _named_checkpoint(Path(resume), folder, config)
     if not (folder / "config.yaml").is_file():
-        others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        others = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
         if others:
             raise _error(folder, f"holds other files ({', '.join(others[:5])}) and no run", "choose another output_dir")
         return Start()
@@ -69,7 +70,7 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any]) ->
     if not checkpoint.is_dir():
         raise _error(checkpoint, "resume: no such checkpoint folder", "resume=auto, or runs/x/checkpoints/step-000100")
     own = [path.resolve() for path in all_checkpoints(folder)]
-    if folder.is_dir() and any(folder.iterdir()) and own[-1:] != [checkpoint.resolve()]:
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and own[-1:] != [checkpoint.resolve()]:
         raise _error(folder, "holds files that continuing from this checkpoint would write over",
                      "choose another output_dir, or resume=auto for the newest checkpoint here")
     verify(checkpoint)

@@ -83,6 +83,8 @@ class Run:
     def work(self, step: int) -> StepWork:
         """This rank's part of step `step`, and the totals of all ranks, which the plan gives without asking them."""
         world, split = self.strategy.world, self.data.splits["train"]
+        world.progress.at(f"in step {step + 1}", steady=True)
+        world.progress.warm = True
         hand, hands = self.layout.hand(world.rank, world.ranks)
         groups = self.plan.micro_batches(step, rank=hand, ranks=hands,
                                          budget_tokens=self.micro_batch_tokens, grouping=self.layout.grouping)
@@ -96,9 +98,11 @@ class Run:
     def _batches(self, groups: list[list[int]]) -> Iterator[Batch]:
         split, targets = self.data.splits["train"], self.data.targets
         for positions in groups:
-            yield lay_out([split[i] for i in positions], positions, layout=self.layout, kind=targets.kind,
-                          pad_id=self.evaluator.tokenizer.pad_token_id, width=targets.width,
-                          device=self.strategy.world.device)
+            batch = lay_out([split[i] for i in positions], positions, layout=self.layout, kind=targets.kind,
+                            pad_id=self.evaluator.tokenizer.pad_token_id, width=targets.width,
+                            device=self.strategy.world.device)
+            self.strategy.world.progress.step()
+            yield batch
 
     @property
     def epochs_of(self) -> Callable[[int], float]:

@@ -19,7 +19,17 @@ from torch.optim import Optimizer
 
 from peftune.errors import Fault, RunFolderError, Unwritable
 from peftune.loop.checkpoint import MANIFEST, SAFE, all_checkpoints, folder_of, is_whole, sha256, verify
-from peftune.loop.publish import draft_of, flush, open_draft, publish_draft, remove, write_json, write_text, writing
+from peftune.loop.publish import (
+    draft_of,
+    flush,
+    open_draft,
+    publish_draft,
+    refuse_vanished,
+    remove,
+    write_json,
+    write_text,
+    writing,
+)
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
 from peftune.parallel.pieces import Piece, write_pieces
@@ -86,7 +96,7 @@ class Saver:
             return 0.0
         started = time.perf_counter()
         check_weights(model, self._strategy)
-        world.on_main(lambda: _new_draft(folder))
+        world.on_main(lambda: _new_draft(self._run_folder, folder))
         pieces = list(self._strategy.pieces(model, optimizer))
         wait = wait or not self._in_background(pieces)
         if not wait:
@@ -164,7 +174,8 @@ class Saver:
                 remove(old)
 
 
-def _new_draft(folder: Path) -> None:
+def _new_draft(run_folder: Path, folder: Path) -> None:
+    refuse_vanished(run_folder)
     with writing(folder):
         open_draft(folder)
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from peftune.errors import EXIT_PREEMPTED, Fault, Preempted, Unwritable
 from peftune.loop.checkpoint import folder_of
-from peftune.loop.publish import clear_drafts, write_json, writing
+from peftune.loop.publish import clear_drafts, refuse_vanished, write_json, writing
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
 
@@ -25,6 +25,7 @@ def save(run: Run, state: TrainState, *, last: bool = False) -> None:
         Unwritable: the disk refuses, and this is the run's last occasion.
     """
     model = run.strategy.unwrap(run.model)
+    run.strategy.world.progress.at(f"saving step {state.step}")
     try:
         run.stop.saved_in(run.saver.settle())
     except Unwritable as error:
@@ -48,6 +49,7 @@ def look_after_saving(run: Run) -> None:
 
 def _write_rows(run: Run) -> None:
     """A checkpoint counts rows that must be there when it is."""
+    refuse_vanished(run.folder)
     with writing(run.folder / "metrics.jsonl"):
         run.journal.flush()
 

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -42,6 +43,8 @@ class Stop:
     """Seconds since 1970."""
     saving_s: float | None = None
     """Longest time that a checkpoint has taken so far; None before the first."""
+    before: Callable[[], None] = lambda: None
+    """Called first when a signal comes: it may be a consequence of another rank's end."""
 
     def wait_for_steps(self, deadline_s: float | None) -> None:
         """From here on the loop obeys, between two steps.
@@ -78,6 +81,7 @@ class Stop:
     def tell(self, number: int) -> None:
         """Take one request that is not a repetition of the last."""
         name = signal.Signals(number).name
+        self.before()
         if self.signal is not None:
             _leave(f"stopped at once by a second signal, {name}: the steps since the last checkpoint are lost",
                    128 + number)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,13 @@ from torch import Tensor
 
 from peftune.errors import Fault, MachineError, PeftuneError
 from peftune.parallel.names import ASKED
+from peftune.parallel.progress import Progress
 
 T = TypeVar("T")
+
+EXCHANGE_LIMIT = datetime.timedelta(hours=6)
+"""After which torch gives up an exchange, where nothing else has (`hang_timeout`): ranks wait as long for one that
+prepares data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,8 @@ class World:
     local_rank: int
     device: torch.device
     backend: str | None
+    progress: Progress = field(default_factory=Progress, compare=False)
+    """Of this process, for those that watch it."""
 
     @property
     def is_main(self) -> bool:
@@ -36,13 +44,15 @@ class World:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.ranks > 1:
-            dist.barrier()
+            with self.progress.exchange():
+                dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of a tensor over all processes, on each of them."""
         if self.ranks > 1:
             tensor = tensor.clone()
-            dist.all_reduce(tensor)
+            with self.progress.exchange():
+                dist.all_reduce(tensor)
         return tensor
 
     def any(self, mine: bool) -> bool:
@@ -56,14 +66,16 @@ class World:
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a tensor with the main process's, on each process."""
         if self.ranks > 1:
-            dist.broadcast(tensor, src=0)
+            with self.progress.exchange():
+                dist.broadcast(tensor, src=0)
 
     def gather(self, objects: Sequence[T]) -> list[T]:
         """The objects of all processes in rank order, on each of them. For small things: records, names."""
         if self.ranks == 1:
             return list(objects)
         parts: list[Any] = [None] * self.ranks
-        dist.all_gather_object(parts, list(objects))
+        with self.progress.exchange():
+            dist.all_gather_object(parts, list(objects))
         return [item for part in parts for item in part]
 
     def same(self, value: T) -> T:
@@ -71,7 +83,8 @@ class World:
         if self.ranks == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self.progress.exchange():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -85,14 +98,14 @@ class World:
         fault: PeftuneError | None = None
         if self.is_main:
             try:
-                result = work()
+                with self.progress.alone():
+                    result = work()
             except PeftuneError as error:
                 fault = error
         result, fault = self.same((result, fault))
         if fault is not None:
             raise fault
         return result
-
 
     def on_each_machine(self, work: Callable[[], T]) -> T:
         """Run `work` on one process of each machine and give its result to the others there.
@@ -105,7 +118,8 @@ class World:
         fault: PeftuneError | None = None
         if self.local_rank == 0:
             try:
-                result = work()
+                with self.progress.alone():
+                    result = work()
             except PeftuneError as error:
                 fault = error
         outcomes = self.gather([(result, fault)])
@@ -127,7 +141,7 @@ def open_world() -> World:
         raise _wrong_world("accelerate launch was asked for several processes and started one plain process")
     use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     _join_after_restart(use_cpu)
-    state = PartialState(cpu=use_cpu)
+    state = PartialState(cpu=use_cpu, timeout=EXCHANGE_LIMIT)
     if state.num_processes != asked:
         raise _wrong_world(f"{asked} processes were asked for, {state.num_processes} run together")
     if use_cpu:
@@ -147,7 +161,7 @@ def _join_after_restart(use_cpu: bool) -> None:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, is_master=False)
         dist.init_process_group("gloo" if use_cpu else None, rank=rank, world_size=ranks,
-                                store=dist.PrefixStore(f"restart-{restart}", store))
+                                timeout=EXCHANGE_LIMIT, store=dist.PrefixStore(f"restart-{restart}", store))
 
 
 def _share_cores(processes: int) -> None:

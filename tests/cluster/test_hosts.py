@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -42,3 +43,19 @@ def test_two_hosts_train_together_stop_when_told_and_go_on(two_hosts, classify, 
     assert "GLOO_SOCKET_IFNAME=pt77a" in text and "GLOO_SOCKET_IFNAME=pt77b" in text
     assert summary(folder)["world_size"] == 2 and summary(folder)["steps"] == 60
     assert [row["step"] for row in metric_rows(folder, "train")] == list(range(1, 61))
+
+
+def test_a_link_that_is_cut_ends_both_hosts_in_bounded_time_and_each_says_whom_it_misses(two_hosts, classify, tmp_path):
+    classify["train"]["max_steps"] = 4000
+    classify["checkpoint"] = classify["evaluation"] = {"every_steps": 3000}
+    config, folder = write_config(classify, tmp_path / "c"), tmp_path / "run"
+    said = tmp_path / "said"
+    running = launched(config, two_hosts, "hang_timeout=5s", said=said)
+    wait_for(lambda: (folder / "metrics.jsonl").is_file() and len(metric_rows(folder, "train")) > 2, f"steps: {said}")
+    subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "pt77a", "down"], check=True)
+    before = time.monotonic()
+    assert running.wait(60) == 1, said.read_text()
+    assert time.monotonic() - before < 30
+    text = said.read_text()
+    assert re.search(r"\[10\.77\.0\.1\] error: rank 1 on \S+ \(process \d+\), in step \d+, has not been heard of", text)
+    assert re.search(r"\[10\.77\.0\.2\] error: 10\.77\.0\.1, where the ranks have met, has not answered", text)

@@ -30,7 +30,7 @@ train.tokens_per_micro_batch train.num_epochs train.max_steps train.learning_rat
 train.lr_scheduler train.warmup_ratio train.optimizer train.weight_decay train.max_grad_norm train.max_skipped_steps
 train.dpo_beta evaluation evaluation.every_steps evaluation.metric evaluation.patience evaluation.max_new_tokens
 evaluation.n_best evaluation.max_answer_tokens evaluation.no_answer_threshold checkpoint checkpoint.every_steps
-checkpoint.keep log log.every_steps log.trackers deadline
+checkpoint.keep log log.every_steps log.trackers deadline hang_timeout
 checkpoint.asynchronous
 """
 

@@ -1,0 +1,122 @@
+"""The output folder: another run writes there, it cannot be written, it vanishes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from peftune.errors import guarded
+from peftune.loop.checkpoint import all_checkpoints, verify
+from peftune.loop.lock import FolderLock
+from peftune.parallel.stop import Stop
+from peftune.train import main
+from tests.conftest import ROOT, write_config
+from tests.faults.test_preemption import same_run
+from tests.faults.test_saving import small_disk  # noqa: F401 (a fixture)
+
+
+@dataclass(slots=True)
+class At(Stop):
+    """Does something when the loop looks for the so-manieth time whether to stop, before a step."""
+
+    looks: int = 0
+    does: Callable[[], None] = lambda: None
+
+    def asked(self, next_s: float = 0.0) -> bool:
+        if self.waiting:
+            self.looks -= 1
+            if self.looks == 0:
+                self.does()
+        return False
+
+
+@pytest.fixture
+def config(classify, tmp_path):
+    classify["checkpoint"] = {"every_steps": 1}
+    return str(write_config(classify, tmp_path / "c"))
+
+
+@pytest.fixture
+def disk(small_disk):  # noqa: F811
+    yield small_disk
+    while sum(f" {small_disk} " in line for line in Path("/proc/mounts").read_text().splitlines()) > 1:
+        allow(small_disk)
+
+
+def forbid(disk: Path) -> None:
+    """Put a read-only view of a disk over itself, which files that are open for writing do not hinder."""
+    subprocess.run(["mount", "--bind", disk, disk], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+
+
+def allow(disk: Path) -> None:
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_second_run_on_a_folder_is_refused_and_the_first_ends_as_if_alone(config, classify, train, capsys):
+    alone = train(classify, name="alone")
+    codes = []
+    assert guarded(lambda words: main(words, At(looks=4, does=lambda: codes.append(guarded(main, [config])))),
+                   [config]) == 0
+    said = capsys.readouterr().err
+    assert codes == [2] and f"another run writes there: process {os.getpid()} on " in said
+    assert "choose another output_dir" in said
+    same_run(Path(classify["output_dir"]), alone)
+
+
+def test_the_lock_ends_with_its_process_however_that_ends(tmp_path):
+    script = ("import sys, time; from pathlib import Path; from peftune.loop.lock import FolderLock\n"
+              "lock = FolderLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "taken\n"
+    with pytest.raises(ValueError, match=f"another run writes there: process {other.pid} on "):
+        FolderLock(tmp_path).take()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with FolderLock(tmp_path) as lock:
+        lock.take()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(classify, disk, tmp_path, capsys):
+    config = str(write_config({**classify, "output_dir": str(disk / "a" / "run")}, tmp_path / "c"))
+    forbid(disk)
+    assert guarded(main, [config]) == 2
+    allow(disk)
+    said = capsys.readouterr()
+    assert f"{disk} is read-only, or not yours" in said.err and "model" not in said.out
+
+
+def test_a_disk_that_becomes_read_only_is_said_and_the_next_start_finishes(
+        classify, train, disk, tmp_path, capsys):
+    classify["checkpoint"] = {"every_steps": 1, "keep": 9}
+    unbroken = train(classify, name="unbroken")
+    folder = disk / "run"
+    config = str(write_config({**classify, "output_dir": str(folder)}, tmp_path / "c"))
+    assert guarded(lambda words: main(words, At(looks=4, does=lambda: forbid(disk))), [config]) == 2
+    said = capsys.readouterr()
+    assert "Read-only file system" in said.out and "the next checkpoint tries again" in said.out
+    assert "Read-only file system" in said.err and "Traceback" not in said.err
+    assert [verify(path) for path in all_checkpoints(folder)] == [None] * 2
+    assert guarded(main, [config]) == 2 and "Read-only file system" in capsys.readouterr().err
+    allow(disk)
+    assert guarded(main, [config]) == 0
+    same_run(folder, unbroken)
+    forbid(disk)
+    assert guarded(main, [config]) == 0  # done: there is nothing to write
+    allow(disk)
+
+
+def test_a_folder_that_vanishes_is_said_and_not_made_again(config, classify, capsys):
+    folder = Path(classify["output_dir"])
+    assert guarded(lambda words: main(words, At(looks=4, does=lambda: shutil.rmtree(folder))), [config]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("it has vanished, with all that lay there") == 4  # best/, and steps 3, 4 and 5
+    assert "it has vanished" in said.err and "mount its disk again" in said.err and "Traceback" not in said.err
+    assert not folder.exists()
+    assert guarded(main, [config]) == 0  # from the beginning
