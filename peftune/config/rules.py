@@ -203,13 +203,6 @@ STRATEGY_RULES: tuple[StrategyRule, ...] = (
         "--strategy ddp, or adapter.method=lora",
     ),
     StrategyRule(
-        ("zero3",), "model.added_tokens",
-        lambda c: c.adapter is not None and bool(
-            c.model.added_tokens or c.model.added_special_tokens or c.adapter.fields.get("trainable_token_indices")),
-        "peft reads the embeddings past the hooks that gather divided weights",
-        "--strategy zero2 or ddp, or adapter=null",
-    ),
-    StrategyRule(
         ("zero", "fsdp2"), "model.compile",
         lambda c: c.model.compile,
         "a compiled model does not see the hooks that gather and divide its weights",

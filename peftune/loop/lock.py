@@ -36,6 +36,9 @@ class FolderLock:
         if not self._folder.is_dir():
             self._see_whether_it_can_be_made()
             return
+        names = {path.name for path in self._folder.iterdir()}
+        if names and not names & {LOCK, "config.yaml"}:
+            return  # no run's folder: it will be refused, and nothing is to be left in it
         try:
             file = (self._folder / LOCK).open("a+", encoding="utf-8")
         except OSError as error:

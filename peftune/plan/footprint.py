@@ -22,6 +22,8 @@ CAUSES = ("weights", "adapters", "gradients", "optimizer", "activations", "logit
 """weights: with quantisation state. activations: kept for backward, and made on the way. logits_and_loss: of the output
 layer, and their gradients. temporaries: of backward and the optimizer. What attention needs is among the activations:
 SDPA keeps one number a row and head beside its inputs and outputs. framework: what a GPU's libraries take."""
+MASKS_MATTER = 0.01
+"""Of a step's peak: smaller differences of masks are left out."""
 STATES = ("weights", "adapters", "optimizer")
 MOVING = ("gradients", "activations", "logits_and_loss", "temporaries", "exchange_buffers")
 """Causes that come and go within a step."""
@@ -97,9 +99,13 @@ class Tracer:
         """The step of the micro-batch that needs most.
 
         What a micro-batch takes grows with its tokens and with those of them that are supervised. So much for each as
-        two of them say, the others are told apart by; the one that should be the highest is traced too.
+        two of them say, the others are told apart by; the one that should be the highest is traced too. So is the one
+        with the largest mask, where that weighs anything.
         """
         steps = {candidate: self._step(candidate.rows, road) for candidate in (candidates[0], candidates[-1])}
+        widest = max(candidates, key=lambda one: one.mask_bytes)
+        if widest.mask_bytes - candidates[0].mask_bytes > MASKS_MATTER * _peak_of(steps[candidates[0]]):
+            steps[widest] = self._step(widest.rows, road)
         states = {cause: size for cause, size in next(iter(steps.values())).peaks["forward/before"].items()
                   if cause in ("weights", "adapters", "optimizer")}
         gradients = max(step.peaks["forward/before"].get("gradients", 0.0) for step in steps.values())

@@ -69,13 +69,18 @@ class Candidate:
         """Tokens, or examples where those are supervised."""
         return sum(self.rows.supervised)
 
+    @property
+    def mask_bytes(self) -> int:
+        """Of attention's float32 mask, which padding needs: a number for each two tokens of a row."""
+        return 4 * self.tokens * max(self.rows.lengths) if self.tokens > self.rows.tokens else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """The largest pieces of work of a rank."""
 
     candidates: tuple[Candidate, ...]
-    """Micro-batches that no other one exceeds in tokens and in supervised ones; the one with the most tokens first."""
+    """Micro-batches that no other one exceeds in tokens, supervised ones and padding's mask; most tokens first."""
     evaluated: Rows | None
     generated: tuple[int, int] | None
     """Rows and tokens, the new ones among them."""
@@ -126,15 +131,16 @@ def work_of(
             for number, members in enumerate([positions[i] for i in group] for group in groups):
                 sizes = [lengths.tokens[i] for i in members]
                 tokens = sum(sizes) if packed else len(sizes) * max(sizes, default=0)
-                size = tokens, sum(map(lengths.targets, members)), number > 0, tokens > sum(sizes)
+                width = max(sizes) if tokens > sum(sizes) else 0
+                size = tokens, sum(map(lengths.targets, members)), number > 0, width
                 found[size] = max(found.get(size, []), members, key=lambda group: sum(lengths.tokens[i] for i in group))
     candidates = tuple(Candidate(_rows(lengths, found[size], later=size[2]), size[0]) for size in _not_exceeded(found))
     return Work(candidates, _evaluated(lengths), _generated(lengths, new_tokens))
 
 
-Size = tuple[int, int, bool, bool]
-"""Of a micro-batch: tokens with padding, supervised ones, whether others come before it in its step, and whether it is
-padded, so that its attention needs a mask."""
+Size = tuple[int, int, bool, int]
+"""Of a micro-batch: tokens with padding, supervised ones, whether others come before it in its step, and the length of
+its rows if it is padded, so that its attention needs a mask."""
 
 
 def _not_exceeded(sizes: Collection[Size]) -> list[Size]:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.launches import Run, launched_together
+from benchmarks.deviations import deviations_of
+from benchmarks.launches import TRAIN, Run, launched_together
 from benchmarks.parity import LAYOUTS, TOLERANCES, Asked, Bench, Cell
 from peftune.config.load import load
 from peftune.config.rules import strategy_faults
 from peftune.parallel.launcher import choose_launch
 from peftune.parallel.names import STRATEGIES
-from tests import tiny
 from tests.conftest import ROOT, metric_rows, summary
 from tests.distributed.conftest import CHAIN, NEEDS_BITSANDBYTES
 
@@ -148,11 +148,27 @@ PROMPT = "adapter={method: prompt_tuning, num_virtual_tokens: 4}"
 EIGHT_BITS = "train.optimizer=adamw_8bit"
 
 
+def beside_one(strategy, method, *overrides, script=TRAIN, environment=()):
+    """A run with settings that the matrix has not, and the same on one process."""
+    name = "".join(filter(str.isalnum, overrides[0]))
+    return tuple(Asked(Cell(one, method, "causal_lm", "padded, several"), overrides, f"{one}-{name}", script,
+                       environment) for one in ("single", strategy))
+
+
+@pytest.mark.parametrize("asked", [
+    beside_one("zero3", "lora", "model.added_tokens=['<a>']", "model.added_special_tokens=['<b>']"),
+    beside_one("fsdp2", "lora", "adapter.trainable_token_indices=[3, 5]"),
+], ids=lambda asked: asked[1].name)
+def test_rows_of_single_tokens_train_as_on_one_process(bench, ran, asked):
+    one, divided = asked
+    assert ran[one].returncode == ran[divided].returncode == 0, ran[divided].stderr
+    found = deviations_of(bench.run_folder(divided), bench.run_folder(one), "causal_lm")
+    assert all(value <= TOLERANCES[name] for name, value in found.items()), found
+
+
 def refused(strategy, method, *overrides):
-    """A run that the rules refuse, without them; and the same on one process."""
-    return tuple(Asked(Cell(one, method, "causal_lm", LAYOUT), overrides, script=FAULTY,
-                       name=f"{one}-{''.join(filter(str.isalnum, overrides[0]))}",
-                       environment=(("PLANTED", "no rules"),)) for one in ("single", strategy))
+    """A run that the rules refuse, without them."""
+    return beside_one(strategy, method, *overrides, script=FAULTY, environment=(("PLANTED", "no rules"),))
 
 
 @pytest.mark.parametrize("asked", [
@@ -174,13 +190,11 @@ def test_what_a_strategy_refuses_would_fail_or_train_another_model(bench, ran, a
         assert "Traceback" in ran[divided].stderr
 
 
-def test_what_zero_3_refuses_would_wait_for_ever(bench, tmp_path):
-    tied = f"model.name_or_path={tiny.save_decoder(tmp_path / 'tied', tie_word_embeddings=True)}"
-    runs = [Run([str(bench.config(Cell("zero3", "lora", "causal_lm", LAYOUT))), f"output_dir={tmp_path / name}",
-                 *overrides], FAULTY, {"PLANTED": "no rules"})
-            for name, overrides in (("tokens", (tied, "model.added_tokens=['<a>']")), ("prompt", (PROMPT,)))]
-    ended = launched_together("zero3", 2, runs, tmp_path / "logs", limit_s=25)
-    assert [done.returncode for done in ended] == [-signal.SIGKILL] * 2, ended[0].stderr
+def test_a_learned_prompt_would_wait_for_ever_under_zero_3(bench, tmp_path):
+    run = Run([str(bench.config(Cell("zero3", "lora", "causal_lm", LAYOUT))), f"output_dir={tmp_path / 'run'}",
+               PROMPT, "data.layout=padded"], FAULTY, {"PLANTED": "no rules"})
+    (done,) = launched_together("zero3", 2, [run], tmp_path / "logs", limit_s=30)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def test_a_deepspeed_file_of_the_users_own_is_used_and_its_auto_values_filled_in(bench, tmp_path):

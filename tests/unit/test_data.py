@@ -156,7 +156,7 @@ def test_columns_are_renamed_and_a_likely_rename_is_suggested():
     assert rows[0].fields["text"] == "s" and rows[0].fields["label"] == "i"
     with pytest.raises(DataError) as caught:
         canonical([{"sentence": "s", "intent": "i"}], ("classification",))
-    assert "data.columns={text: sentence}" in caught.value.faults[0].mend
+    assert "data.columns={text: sentence, label: intent}" in caught.value.faults[0].mend
 
 
 def test_every_fault_of_every_file_is_said_at_once(tmp_path):
