@@ -1,17 +1,13 @@
 """A run that was stopped ends as if it had not been."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.conftest import ROOT, metric_rows, summary, write_config
+from benchmarks.faults import kill_and_compare, totals_of
+from benchmarks.parity import Bench, Cell
+from tests.conftest import metric_rows, summary, write_config
 
 KEPT = ("step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "accuracy")
 
@@ -20,44 +16,17 @@ def told(folder: Path) -> list[dict]:
     return [{key: row[key] for key in KEPT if key in row} for row in metric_rows(folder)]
 
 
-def start_and_kill(config: Path, folder: Path, at_step: int) -> None:
-    """Start a training process and kill it as soon as the row of a step is on disk."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "peftune" / "train.py"), str(config)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        path = folder / "metrics.jsonl"
-        if path.is_file() and any(f'"step": {at_step},' in line and '"train"' in line
-                                  for line in path.read_text().splitlines()):
-            break
-        time.sleep(0.005)
-    assert process.poll() is None, process.stderr.read().decode()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classify", "converse"])
-@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4, "lora_dropout": 0.1}, None], ids=["lora", "full"])
-def test_killed_and_started_again_is_the_unbroken_run_bit_for_bit(task, adapter, request, train, tmp_path):
-    settings = {**request.getfixturevalue(task), "adapter": adapter}
-    settings["train"] = {**settings["train"], "max_steps": 60}
-    settings["checkpoint"] = {"every_steps": 7}
-    settings["evaluation"] = {**settings["evaluation"], "every_steps": 20}
-    unbroken = train(settings, name="unbroken")
-    folder = tmp_path / "killed"
-    config = write_config({**settings, "output_dir": str(folder)}, tmp_path / "killed-config")
-    start_and_kill(config, folder, 23)
-    assert not (folder / "summary.json").exists()
-    done = subprocess.run([sys.executable, str(ROOT / "peftune" / "train.py"), str(config)], capture_output=True,
-                          text=True, check=True)
-    assert "continuing after step" in done.stdout
-    assert told(folder) == told(unbroken)
-    name = "model.safetensors" if adapter is None else "adapter_model.safetensors"
-    ours, theirs = (load_file(run / "final" / name) for run in (folder, unbroken))
-    assert all((ours[key] == theirs[key]).all() for key in theirs)
-    assert summary(folder)["metrics"] == summary(unbroken)["metrics"]
-    assert summary(folder)["baseline"] == summary(unbroken)["baseline"]
+def test_killed_and_started_again_a_run_is_the_unbroken_one_bit_for_bit(tmp_path):
+    """The short version of `peftune bench faults`: each kind of kill, both methods and layouts, up to two processes."""
+    bench = Bench(tmp_path)
+    cells = [Cell(strategy, method, task, layout) for strategy, method, task, layout in (
+        ("single", "lora", "causal_lm", "packed, several"), ("single", "full", "sequence_classification",
+         "padded, several"), ("fsdp2", "full", "causal_lm", "padded, several"),
+        ("fsdp2", "lora", "token_classification", "packed, several"))]
+    found = kill_and_compare(bench, cells, kills=3, seed=1)
+    assert [why for one in found.values() for why in one.why] == []
+    assert totals_of(found)["kills"] >= 9 and totals_of(found)["damaged_and_passed_over"]
 
 
 def test_starting_a_finished_run_again_trains_nothing_and_says_so(classify, train, capsys):

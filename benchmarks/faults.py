@@ -1,0 +1,331 @@
+"""Do runs survive? Training processes are killed with SIGKILL and started again, and moved between strategies.
+
+    peftune bench faults [--strategies single fsdp2] [--methods full lora] [--tasks ...] [--layouts ...] [--kills 4]
+                         [--chains 1-2-1 ddp-zero2-fsdp2] [--seed 0] [--to results.json]
+
+Kills. A cell is a strategy, a method, a task and, in turn, a layout: a run of eight steps with dropout, which saves at
+every step and keeps two checkpoints. It is killed several times, each time started again, and at last left alone.
+Instants are drawn from the seed: anywhere in the run, anywhere in its steps, or up to 20 ms after a checkpoint's draft
+has appeared. Mostly all ranks die at once, sometimes one alone. Before the last start a third of the cells have their
+newest checkpoint damaged. A cell is equal if the run ended and everything is bit for bit as in the same run left alone:
+each row of metrics.jsonl but its times, the examples of each step, the weights in `final` and `best`, the scores; if
+the tensors of each checkpoint that was loaded are those that the unbroken run wrote at that step; and if a damaged one
+was named and passed over.
+
+Chains. A run without dropout is killed and goes on under another strategy and number of processes, in its own folder,
+several times. Reported is whether each step saw the examples that it sees in one process, and how far its loss lies
+from that, relatively.
+
+Runs share launches (many_runs.py). recorded_train.py kills, and writes down what the processes did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.launches import ROOT
+from benchmarks.parity import Asked, Bench, Cell, processes_of
+from benchmarks.recorded_train import Kill, Order, events_of
+from peftune.loop.checkpoint import folder_of, sha256
+from peftune.observe.manifest import environment
+from peftune.parallel.names import STRATEGIES
+from peftune.tasks import TASKS
+from peftune.tasks.text import quiet_libraries
+
+RECORDED = ROOT / "benchmarks" / "recorded_train.py"
+METHODS = ("lora", "full")
+LAYOUTS = ("packed, several", "padded, several")
+CHAINS = {"1-2-1": ("single", "ddp", "single"), "ddp-zero2-fsdp2": ("ddp", "zero2", "fsdp2", "single")}
+STEPS = 8
+RUN = (f"train.max_steps={STEPS}", "evaluation.every_steps=4", "checkpoint.every_steps=1")
+INSTANTS: tuple[Literal["any", "loop", "save"], ...] = ("any", "loop", "save")
+ALONE, DAMAGED = 0.2, 1 / 3
+"""Parts of the kills of several processes that hit one rank alone; of the cells whose newest checkpoint is damaged."""
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+"""What two equal runs do not share."""
+TOLERANCE = 1e-5
+"""Largest relative deviation of a loss that counts as equal in a chain: ranks sum float32 in another order."""
+SCORES = ("metrics", "baseline", "best", "best_step", "steps", "examples", "tokens", "supervised_tokens", "exit")
+
+
+@dataclass(frozen=True, slots=True)
+class Survived:
+    """What became of a cell that was killed."""
+
+    equal: bool
+    why: list[str]
+    asynchronous: bool
+    kills: list[dict[str, Any]]
+    loaded: list[int]
+    """Step of each checkpoint that a start went on from."""
+    damaged: list[dict[str, Any]]
+    missed: int
+    """Starts that ended before the instant at which they were to be killed."""
+    commit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What became of a run under several strategies."""
+
+    legs: list[str]
+    """Strategy of each step."""
+    same_examples: bool
+    loss_deviation: float
+    """Largest over all steps, relative to one process."""
+    why: list[str] = field(default_factory=list)
+    commit: str = ""
+
+
+def _asked(bench: Bench, cell: Cell, name: str, overrides: Sequence[str], **order: Any) -> Asked:
+    made = Order(record=str(bench.folder / "records" / name), folder=str(bench.folder / "runs" / name), **order)
+    return Asked(cell, (*RUN, *overrides), name, RECORDED, (("RECORDED", json.dumps(asdict(made))),))
+
+
+def _order(asked: Asked) -> dict[str, Any]:
+    order: dict[str, Any] = json.loads(dict(asked.environment)["RECORDED"])
+    return order
+
+
+def cells_of(strategy: str, tasks: Sequence[str], methods: Sequence[str], layouts: Sequence[str]) -> list[Cell]:
+    """Each task with each method, layouts in turn: over all strategies each task and method meets each layout."""
+    first = list(STRATEGIES).index(strategy)
+    return [Cell(strategy, method, task, layouts[(first + i + j) % len(layouts)])
+            for i, task in enumerate(tasks) for j, method in enumerate(methods)]
+
+
+def starts_of(bench: Bench, cell: Cell, number: int, kills: int, seed: int) -> list[Asked]:
+    """The unbroken run of a cell, then the starts of the one that is killed; the last is left alone."""
+    drawn = random.Random(f"{seed} {cell}")
+    name = str(cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-")
+    overrides = ["model.dropout=0.1", f"checkpoint.asynchronous={str(drawn.random() < 0.5).lower()}"]
+    overrides += ["adapter.lora_dropout=0.1"] if cell.method == "lora" else []
+    unbroken = _asked(bench, cell, f"{name}-unbroken", [*overrides, "checkpoint.keep=99"])
+    ranks, starts = processes_of(cell.strategy), [unbroken]
+    for attempt, kill in enumerate([*_kills(drawn, number, kills, ranks), None]):
+        damaged = kill is None and drawn.random() < DAMAGED
+        starts.append(_asked(bench, cell, f"{name}-killed", [*overrides, "checkpoint.keep=2"], attempt=attempt,
+                             kill=kill, like=_order(unbroken)["record"],
+                             damage=drawn.randrange(2**31) if damaged else None))
+    return starts
+
+
+def _kills(drawn: random.Random, number: int, kills: int, ranks: int) -> list[Kill]:
+    """Each kind in turn, sorted by how far the run will have come: a late one would leave others nothing to kill."""
+    made = []
+    for i in range(kills):
+        alone = (drawn.randrange(ranks),) if drawn.random() < ALONE and ranks > 1 else ()
+        made.append(Kill(at=INSTANTS[(number + i) % len(INSTANTS)], part=drawn.random(), ranks=alone,
+                         step=drawn.randrange(1, STEPS)))
+    return sorted(made, key=lambda kill: kill.step / STEPS if kill.at == "save" else kill.part)
+
+
+def kill_and_compare(bench: Bench, cells: Sequence[Cell], kills: int, seed: int) -> dict[Cell, Survived]:
+    """Run cells, killed and unbroken."""
+    starts = {cell: starts_of(bench, cell, number, kills, seed) for number, cell in enumerate(cells)}
+    ended = bench.run([one for group in starts.values() for one in group])
+    return {cell: survived(bench, group, ended) for cell, group in starts.items()}
+
+
+def survived(bench: Bench, starts: Sequence[Asked], ended: Mapping[Asked, CompletedProcess[str]]) -> Survived:
+    """Compare a run that was killed with the unbroken one."""
+    unbroken, *killed = starts
+    ranks, (run, twin) = processes_of(unbroken.cell.strategy), map(bench.run_folder, (killed[-1], unbroken))
+    events, theirs = (events_of(_order(one)["record"], ranks) for one in (killed[-1], unbroken))
+    kills, loaded, damaged = ([event for event in events if event["event"] == kind]
+                              for kind in ("killed", "loaded", "damaged"))
+    why = [_said(ended[one]) for one in (unbroken, killed[-1]) if ended[one].returncode]
+    if not why:
+        why += [f"{what} differ" for what, same in {
+            "rows": rows_of(run) == rows_of(twin), "examples": examples_of(events) == examples_of(theirs),
+            "scores": _scores(run) == _scores(twin), "weights": _same_weights(run, twin)}.items() if not same]
+    for event in loaded:
+        files = sorted(folder_of(twin, event["step"]).glob("*.safetensors"))
+        if event["sums"] != {file.name: sha256(file) for file in files}:
+            why.append(f"checkpoint {event['step']} was loaded with other content than the unbroken run wrote")
+    for event in damaged:
+        started = [other["step"] for other in loaded if other["attempt"] == event["attempt"]]
+        said = " ".join(ended[killed[event["attempt"]]].stdout.split())
+        if "damaged checkpoint" not in said or not started or max(started) >= event["step"]:
+            why.append(f"damaged checkpoint {event['step']} was not passed over loudly: {said[-500:]}")
+    reached = {event["attempt"] for event in kills}
+    return Survived(
+        equal=not why, why=why, asynchronous="checkpoint.asynchronous=true" in unbroken.overrides,
+        kills=[{key: value for key, value in event.items() if key != "event"} for event in kills],
+        loaded=[event["step"] for event in loaded if event["rank"] == 0],
+        damaged=[{key: event[key] for key in ("step", "how")} for event in damaged],
+        missed=len(killed) - 1 - len(reached))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without times."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def examples_of(events: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
+    """Positions of the examples of each step, over all ranks, as the last start that did the step saw them."""
+    last: dict[int, int] = {}
+    for event in events:
+        if event["event"] == "step":
+            last[event["step"]] = max(event["attempt"], last.get(event["step"], 0))
+    return {step: sorted(at for event in events if (event["event"], event.get("step")) == ("step", step)
+                         and event["attempt"] == attempt for at in event["positions"])
+            for step, attempt in sorted(last.items())}
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {key: summary.get(key) for key in SCORES}
+
+
+def _same_weights(run: Path, twin: Path) -> bool:
+    for part in ("final", "best"):
+        names = [sorted(file.name for file in (folder / part).glob("*.safetensors")) for folder in (run, twin)]
+        if names[0] != names[1]:
+            return False
+        for name in names[0]:
+            mine, theirs = load_file(run / part / name), load_file(twin / part / name)
+            if mine.keys() != theirs.keys() or not all(torch.equal(mine[key], theirs[key]) for key in theirs):
+                return False
+    return True
+
+
+def _said(ended: CompletedProcess[str]) -> str:
+    return f"ended with {ended.returncode}: {ended.stderr[-1500:]}"
+
+
+def chain_and_compare(bench: Bench, chains: Sequence[str], cells: Sequence[Cell]) -> dict[tuple[str, Cell], Moved]:
+    """Run cells (whose strategy is `single`) under each chain of strategies."""
+    references = [_asked(bench, cell, f"reference-{i}", []) for i, cell in enumerate(cells)]
+    legs: dict[tuple[str, Cell], list[Asked]] = {}
+    for chain in chains:
+        strategies = CHAINS[chain]
+        for i, cell in enumerate(cells):
+            legs[chain, cell] = []
+            for leg, strategy in enumerate(strategies):
+                border = STEPS * (leg + 1) // len(strategies)
+                legs[chain, cell].append(_asked(
+                    bench, Cell(strategy, cell.method, cell.task, cell.layout), f"chain-{chain}-{i}", [], attempt=leg,
+                    kill=None if leg == len(strategies) - 1 else Kill(at="step", step=border + 1)))
+    ended = bench.run(references)
+    for leg in range(max((len(CHAINS[chain]) for chain in chains), default=0)):
+        ended |= bench.run([asked[leg] for asked in legs.values() if leg < len(asked)])
+    return {key: moved(bench, references[cells.index(key[1])], asked, ended) for key, asked in legs.items()}
+
+
+def moved(
+    bench: Bench, reference: Asked, legs: Sequence[Asked], ended: Mapping[Asked, CompletedProcess[str]]
+) -> Moved:
+    """Compare a run under several strategies with one process."""
+    bad = [_said(ended[one]) for one in (reference, legs[-1]) if ended[one].returncode]
+    if bad:
+        return Moved([], False, float("inf"), bad)
+    events = events_of(_order(legs[-1])["record"], 2)
+    under = {event["step"]: event["attempt"] for event in sorted(
+        (event for event in events if event["event"] == "step"), key=lambda event: int(event["attempt"]))}
+    losses, theirs = ({row["step"]: row["loss"] for row in rows_of(bench.run_folder(one)) if row["split"] == "train"}
+                      for one in (legs[-1], reference))
+    same = examples_of(events) == examples_of(events_of(_order(reference)["record"], 1))
+    return Moved([legs[attempt].cell.strategy for _, attempt in sorted(under.items())],
+                 same and losses.keys() == theirs.keys() and len(losses) == STEPS,
+                 max(abs(losses[step] - theirs[step]) / abs(theirs[step]) for step in theirs if step in losses))
+
+
+def totals_of(results: Mapping[Cell, Survived]) -> dict[str, Any]:
+    """What the cells come to."""
+    kills = [kill for one in results.values() for kill in one.kills]
+    return {
+        "cells": len(results), "equal": sum(one.equal for one in results.values()), "kills": len(_deaths(results)),
+        "processes_killed": len(kills), "of_one_rank_alone": sum(kill["alone"] for kill in kills),
+        "by_phase": dict(Counter(kill["phase"] for kill in _deaths(results)).most_common()),
+        "with_a_partial_checkpoint_on_disk": sum(bool(kill["drafts"]) for kill in _deaths(results)),
+        "checkpoints_loaded": sum(len(one.loaded) for one in results.values()),
+        "damaged_and_passed_over": dict(Counter(event["how"] for one in results.values() for event in one.damaged)),
+        "ended_before_their_instant": sum(one.missed for one in results.values())}
+
+
+def _deaths(results: Mapping[Cell, Survived]) -> list[dict[str, Any]]:
+    """One kill a start, however many ranks died: where its lowest rank was."""
+    return list({(cell, kill["attempt"]): kill for cell, one in results.items()
+                 for kill in sorted(one.kills, key=lambda kill: -int(kill["rank"]))}.values())
+
+
+def _earlier(path: Path | None) -> tuple[dict[Cell, Survived], dict[tuple[str, Cell], Moved]]:
+    if path is None or not path.is_file():
+        return {}, {}
+    found, keys = json.loads(path.read_text(encoding="utf-8")), ("strategy", "method", "task", "layout")
+
+    def parts(one: dict[str, Any]) -> tuple[Cell, dict[str, Any]]:
+        return Cell(*(one[key] for key in keys)), {name: one[name] for name in one if name not in (*keys, "chain")}
+
+    kills = {cell: Survived(**values) for cell, values in map(parts, found["kills"])}
+    return kills, {(one["chain"], parts(one)[0]): Moved(**parts(one)[1]) for one in found["chains"]}
+
+
+def _write(path: Path | None, kills: Mapping[Cell, Survived], chains: Mapping[tuple[str, Cell], Moved]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({
+        **environment(torch.device("cpu")), "steps": STEPS, "processes": 2, "totals": totals_of(kills),
+        "by_strategy": {strategy: totals_of(some) for strategy in STRATEGIES
+                        if (some := {cell: one for cell, one in kills.items() if cell.strategy == strategy})},
+        "largest_loss_deviation": {name: max(some) for name in CHAINS if (
+            some := [one.loss_deviation for (chain, _), one in chains.items() if chain == name])},
+        "same_examples_at_every_step": all(one.same_examples for one in chains.values()),
+        "chains": [{"chain": chain, **asdict(cell), **asdict(one)} for (chain, cell), one in chains.items()],
+        "kills": [{**asdict(cell), **asdict(one)} for cell, one in kills.items()]}, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run what is asked for, write what was found after each strategy, and say whether any is unequal."""
+    parser = argparse.ArgumentParser(prog="peftune bench faults", description=__doc__.splitlines()[0])
+    for name, choices in (("strategies", STRATEGIES), ("methods", METHODS), ("tasks", TASKS), ("layouts", LAYOUTS),
+                          ("chains", CHAINS)):
+        parser.add_argument(f"--{name}", nargs="*", choices=list(choices), default=list(choices), metavar=name.upper())
+    parser.add_argument("--kills", type=int, default=4, help="of each cell")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", type=Path, help="results; those that are there already and not made now stay")
+    asked = parser.parse_args()
+    quiet_libraries()
+    kills, chains = _earlier(asked.to)
+    commit = environment(torch.device("cpu"))["commit"]
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
+        bench = Bench(Path(scratch) / "bench")
+        for strategy in asked.strategies:
+            cells = cells_of(strategy, asked.tasks, asked.methods, asked.layouts)
+            found = kill_and_compare(bench, cells, asked.kills, asked.seed)
+            kills |= {cell: replace(one, commit=commit) for cell, one in found.items()}
+            print(strategy, json.dumps(totals_of(found)), flush=True)
+            for cell, one in found.items():
+                print(*(f"  {cell}: {why}" for why in one.why), sep="\n", end="", flush=True)
+            _write(asked.to, kills, chains)
+        cells = [Cell("single", method, task, asked.layouts[0]) for task in asked.tasks for method in asked.methods]
+        for (chain, cell), one in chain_and_compare(bench, asked.chains, cells).items():
+            chains[chain, cell] = replace(one, commit=commit)
+            print(chain, cell, one, flush=True)
+        _write(asked.to, kills, chains)
+    red = sum(not one.equal for one in kills.values())
+    red += sum(not one.same_examples or one.loss_deviation > TOLERANCE for one in chains.values())
+    print(json.dumps(totals_of(kills)), f"{red} red", sep="\n")
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
