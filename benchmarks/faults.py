@@ -1,20 +1,20 @@
 """Do runs survive? Training processes are killed with SIGKILL and started again, and moved between strategies.
 
-    peftune bench faults [--strategies single fsdp2] [--methods full lora] [--tasks ...] [--layouts ...] [--kills 4]
+    peftune bench faults [--strategies single fsdp2] [--methods full lora] [--tasks ...] [--layouts ...] [--kills 7]
                          [--chains 1-2-1 ddp-zero2-fsdp2] [--seed 0] [--to results.json]
 
-Kills. A cell is a strategy, a method, a task and, in turn, a layout: a run of eight steps with dropout, which saves at
-every step and keeps two checkpoints. It is killed several times, each time started again, and at last left alone.
-Instants are drawn from the seed: anywhere in the run, anywhere in its steps, or up to 20 ms after a checkpoint's draft
-has appeared. Mostly all ranks die at once, sometimes one alone. Before the last start a third of the cells have their
-newest checkpoint damaged. A cell is equal if the run ended and everything is bit for bit as in the same run left alone:
-each row of metrics.jsonl but its times, the examples of each step, the weights in `final` and `best`, the scores; if
-the tensors of each checkpoint that was loaded are those that the unbroken run wrote at that step; and if a damaged one
-was named and passed over.
+Kills. A cell is a strategy and a task, with a method and a layout in turn: a run of eight steps with dropout, which
+saves at every step and keeps two checkpoints. It is killed several times, each time started again, and at last left
+alone. Instants are drawn from the seed: anywhere in the run, anywhere in its steps, or up to 20 ms after a checkpoint's
+draft has appeared. Mostly all ranks die at once, sometimes one alone. Before the last start a third of the cells have
+their newest checkpoint damaged. A cell is equal if the run ended and everything is bit for bit as in the same run left
+alone: each row of metrics.jsonl but its times, the examples of each step, the weights in `final` and `best`, the
+scores; if the tensors of each checkpoint that was loaded are those that the unbroken run wrote at that step; and if a
+damaged one was named and passed over.
 
-Chains. A run without dropout is killed and goes on under another strategy and number of processes, in its own folder,
-several times. Reported is whether each step saw the examples that it sees in one process, and how far its loss lies
-from that, relatively.
+Chains. A run of each task, without dropout, is killed and goes on under another strategy and number of processes, in
+its own folder, several times. Reported is whether each step saw the examples that it sees in one process, and how far
+its loss lies from that, relatively.
 
 Runs share launches (many_runs.py). recorded_train.py kills, and writes down what the processes did.
 """
@@ -102,10 +102,10 @@ def _order(asked: Asked) -> dict[str, Any]:
 
 
 def cells_of(strategy: str, tasks: Sequence[str], methods: Sequence[str], layouts: Sequence[str]) -> list[Cell]:
-    """Each task with each method, layouts in turn: over all strategies each task and method meets each layout."""
+    """Each task, with methods and layouts in turn: a strategy meets every pair of these."""
     first = list(STRATEGIES).index(strategy)
-    return [Cell(strategy, method, task, layouts[(first + i + j) % len(layouts)])
-            for i, task in enumerate(tasks) for j, method in enumerate(methods)]
+    return [Cell(strategy, methods[(first + i) % len(methods)], task, layouts[(first + i) // 2 % len(layouts)])
+            for i, task in enumerate(tasks)]
 
 
 def starts_of(bench: Bench, cell: Cell, number: int, kills: int, seed: int) -> list[Asked]:
@@ -298,7 +298,7 @@ def main() -> int:
     for name, choices in (("strategies", STRATEGIES), ("methods", METHODS), ("tasks", TASKS), ("layouts", LAYOUTS),
                           ("chains", CHAINS)):
         parser.add_argument(f"--{name}", nargs="*", choices=list(choices), default=list(choices), metavar=name.upper())
-    parser.add_argument("--kills", type=int, default=4, help="of each cell")
+    parser.add_argument("--kills", type=int, default=7, help="of each cell")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=Path, help="results; those that are there already and not made now stay")
     asked = parser.parse_args()
@@ -316,7 +316,7 @@ def main() -> int:
             for cell, one in found.items():
                 print(*(f"  {cell}: {why}" for why in one.why), sep="\n", end="", flush=True)
             _write(asked.to, kills, chains)
-        cells = [Cell("single", method, task, asked.layouts[0]) for task in asked.tasks for method in asked.methods]
+        cells = cells_of("single", asked.tasks, asked.methods, asked.layouts)
         for (chain, cell), one in chain_and_compare(bench, asked.chains, cells).items():
             chains[chain, cell] = replace(one, commit=commit)
             print(chain, cell, one, flush=True)
