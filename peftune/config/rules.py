@@ -202,7 +202,7 @@ STRATEGY_RULES: tuple[StrategyRule, ...] = (
         "AdaLoRA looks at whole weights with their gradients in the optimizer's step",
         "--strategy ddp, or adapter.method=lora",
     ),
-    StrategyRule(
+    StrategyRule(  # pytorch/pytorch#115484 for ZeRO-3, meta-pytorch/torchtune#1516 for FSDP2 with LoRA
         ("zero", "fsdp2"), "model.compile",
         lambda c: c.model.compile,
         "a compiled model does not see the hooks that gather and divide its weights",
