@@ -108,10 +108,9 @@ class FinishedRun:
             ConfigError: the config has no such split.
         """
         from peftune.loop.finish import shown
-        from peftune.reopen import score
+        from peftune.reopen import held_out, score
 
-        held_out = "validation" if self._trained.config.data.test is None else "test"
-        scored = score(self._trained, split or held_out)
+        scored = score(self._trained, split or held_out(self._trained.config))
         return dict(scored.metrics), [shown(record) for record in scored.records]
 
     def predict(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

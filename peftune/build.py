@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import model_for_training, reference_for, road_notes
+from peftune.build_model import model_for_training, reference_for
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -29,6 +29,7 @@ from peftune.loop.lock import FolderLock
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text, writing
 from peftune.loop.resume import Start, find_start
+from peftune.loop.road import road_notes
 from peftune.loop.run import Every, Run
 from peftune.loop.saver import Saver
 from peftune.loop.saving import tidy
@@ -193,7 +194,8 @@ def _run(
             config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
             pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
             autocast=autocast(config.model, world.device), division=division)
-        roads = road_notes(config, model, text, strategy)
+        roads = road_notes(config.model, model, text.config, world=world, divided=strategy.lockstep
+                           ) if task.next_token else []
         reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
         notes += weight_notes(loaded, counts) + roads
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"

@@ -10,13 +10,11 @@ from peftune.config.schema import RunConfig
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
 from peftune.loop.data_start import start_from_planned_data
-from peftune.loop.road import choose_road
 from peftune.model.assemble import assemble
 from peftune.model.eva import reads_data
 from peftune.model.load import Loaded, adjust_config, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
 from peftune.model.packing import use_packing
-from peftune.model.precision import autocast
 from peftune.model.quantize import quantization_of
 from peftune.model.reference import Reference, reference_of
 from peftune.model.vocabulary import new_rows
@@ -39,16 +37,6 @@ def model_for_training(config: RunConfig, text: Text, data: Prepared, strategy: 
         start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
                                 seed=config.seed, pad_id=text.tokenizer.pad_token_id)
     return model, loaded
-
-
-def road_notes(config: RunConfig, model: nn.Module, text: Text, strategy: Strategy) -> list[str]:
-    """Choose where next-token losses are computed; what a person should know of it."""
-    if not text.encoder.task.next_token:
-        return []
-    world = strategy.world
-    why = choose_road(config.model, model, text.config, world=world, divided=strategy.lockstep,
-                      autocast=autocast(config.model, world.device))
-    return [] if why is None else [f"losses from the logits of every token ({why})"]
 
 
 def reference_for(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:

@@ -13,7 +13,16 @@ from pathlib import Path
 from peftune import __version__
 from peftune.cluster.command import add_launch, add_machines
 from peftune.conversation import add_chat
-from peftune.errors import EXIT_DONE, EXIT_MENDABLE, ExportError, Fault, MachineError, PeftuneError, guarded
+from peftune.errors import (
+    EXIT_DONE,
+    EXIT_MENDABLE,
+    ExportError,
+    Fault,
+    MachineError,
+    PeftuneError,
+    guarded,
+    writing_to,
+)
 from peftune.parallel.names import STRATEGIES
 from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
@@ -164,17 +173,18 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         return _evaluate_tasks(parsed)
     from peftune.loop.finish import prediction_lines
     from peftune.loop.publish import write_text
-    from peftune.reopen import open_trained, opened, score
+    from peftune.reopen import held_out, open_trained, opened, score
     from peftune.report.closing import show_metrics
 
     with opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
-        split = parsed.split or ("validation" if trained.config.data.test is None else "test")
+        split = parsed.split or held_out(trained.config)
         with display.phase("evaluate"):
             scored = score(trained, split)
         if world.is_main:
             if parsed.output:
-                _writable(lambda: write_text(Path(parsed.output), prediction_lines(scored.records)), parsed.output)
+                with writing_to(parsed.output, "--output"):
+                    write_text(Path(parsed.output), prediction_lines(scored.records))
             if parsed.json:
                 _print_json({split: scored.metrics})
             else:
@@ -211,7 +221,8 @@ def _predict(parsed: argparse.Namespace) -> int:
             records = predict_file(trained, parsed.input)
         written = prediction_table if parsed.output.endswith(".csv") else prediction_lines
         if world.is_main:
-            _writable(lambda: write_text(Path(parsed.output), written(records)), parsed.output)
+            with writing_to(parsed.output, "--output"):
+                write_text(Path(parsed.output), written(records))
             display.say(f"{len(records):,} predictions in {parsed.output}")
     return EXIT_DONE
 
@@ -280,14 +291,6 @@ def _only_json(wanted: bool) -> Iterator[None]:
 def _print_json(value: object) -> None:
     """The one object of --json; where standard output is not UTF-8, in ASCII."""
     print(json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf")))
-
-
-def _writable(write: Callable[[], None], name: str) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise MachineError(Fault(kind="environment", file=name, message=f"cannot be written: {error.strerror}",
-                                 mend="give another --output")) from None
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -118,6 +119,21 @@ def out_of_memory(error: BaseException) -> bool:
     words = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or any(said in str(error) for said in words))
+
+
+def in_a_line(error: BaseException) -> str:
+    """Kind and beginning of an error that a library has raised."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+@contextlib.contextmanager
+def writing_to(name: str, option: str) -> Iterator[None]:
+    """Around what writes the file that a user has named by `option`. Raises MachineError where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(Fault(kind="environment", file=name, message=f"cannot be written: {error.strerror}",
+                                 mend=f"give another {option}")) from None
 
 
 def faults_of(look: Callable[[], object]) -> list[Fault]:

@@ -24,7 +24,7 @@ from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
-from peftune.loop.road import choose_road
+from peftune.loop.road import road_notes
 from peftune.model.adapters import has_adapter
 from peftune.model.load import PROBLEM_TYPES
 from peftune.model.next_token import end_in_losses
@@ -63,6 +63,11 @@ def opened(*, only_json: bool) -> Iterator[tuple[World, Display]]:
         close_world()
 
 
+def held_out(config: RunConfig) -> str:
+    """The split that scores are of where nobody names one: test, or validation where the config has no test."""
+    return "validation" if config.data.test is None else "test"
+
+
 def open_trained(path: str, config_path: str | None, world: World, display: Display) -> Trained:
     """Open a run folder (its final/), a folder of weights inside one (best/), or a bare model with a config.
 
@@ -86,19 +91,13 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
                              ).to(world.device).eval()
         notes.append(str(folder))
         if task.next_token:
-            notes += _end_in_losses(config, model, text, world)
+            end_in_losses(model)
+            notes += road_notes(config.model, model, text.config, world=world, divided=False)
     reference = _reference(config, model, task, world) if task.needs_reference else None
     evaluator = Evaluator(
         task, _targets(text, config.task, Path(folder)), text.tokenizer, world, autocast(config.model, world.device),
         config.evaluation.max_new_tokens, reference, display.progress)
     return Trained(config, model, text, evaluator)
-
-
-def _end_in_losses(config: RunConfig, model: nn.Module, text: Text, world: World) -> list[str]:
-    end_in_losses(model)
-    why = choose_road(config.model, model, text.config, world=world, divided=False,
-                      autocast=autocast(config.model, world.device))
-    return [] if why is None else [f"losses from the logits of every token ({why})"]
 
 
 def _as_trained(model: ModelConfig, folder: str) -> ModelConfig:

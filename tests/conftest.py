@@ -162,6 +162,19 @@ def launch(command: Callable[..., Any]) -> Callable[..., subprocess.CompletedPro
     return run
 
 
+def training_processes(folder: Path) -> list[int]:
+    """Process ids, lowest first, of those that run train.py with something below a folder among their words."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = line.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(ROOT / "peftune" / "train.py").encode() in words[1:3] and any(str(folder).encode() in w for w in words):
+            found.append(int(line.parent.name))
+    return sorted(found)
+
+
 def metric_rows(folder: Path, split: str | None = None) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if split is None or row["split"] == split]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peftune.errors import EXIT_DONE, Fault, MachineError
+from peftune.errors import EXIT_DONE, Fault, MachineError, writing_to
 from peftune.parallel.names import STRATEGIES
 
 
@@ -116,11 +116,8 @@ def _deliver(text: str, parsed: argparse.Namespace, send: list[str]) -> int:
         raise MachineError(Fault(kind="environment", message=f"--submit needs {send[0]}, which is not on the path",
                                  mend="submit where it is, or leave --submit out and take the file there"))
     if parsed.to:
-        try:
+        with writing_to(parsed.to, "--to"):
             Path(parsed.to).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise MachineError(Fault(kind="environment", file=parsed.to, mend="give another --to",
-                                     message=f"cannot be written: {error.strerror}")) from None
     elif not parsed.submit:
         print(text, end="")
     if not parsed.submit:

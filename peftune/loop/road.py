@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from peftune.config.schema import ModelConfig
 from peftune.model.next_token import road_fault, take_road
-from peftune.model.precision import DTYPES
+from peftune.model.precision import DTYPES, autocast
 from peftune.numerics.linear_loss import chunk_rows
 from peftune.parallel.world import World
 
@@ -41,6 +41,15 @@ def choose_road(
     if why is None:
         take_road(model, rows)
     return why
+
+
+def road_notes(
+    config: ModelConfig, model: nn.Module, model_config: PreTrainedConfig, *, world: World, divided: bool
+) -> list[str]:
+    """Choose the road; what a person should know of it. Arguments as for `choose_road`."""
+    why = choose_road(config, model, model_config, world=world, divided=divided,
+                      autocast=autocast(config, world.device))
+    return [] if why is None else [f"losses from the logits of every token ({why})"]
 
 
 def rows_at_once(

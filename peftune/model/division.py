@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from peftune.errors import ConfigError, Fault
 from peftune.model.outputs import logits_of
+from peftune.model.proof import random_sequences
 
 Exchange = Callable[[Tensor], Tensor]
 """[N, ...], whose part i is for rank i -> [N, ...], whose part i came from rank i; differentiable."""
@@ -125,9 +126,7 @@ def division_fault(
         tolerance: largest difference as a share of the largest logit.
         autocast: precision of the forward pass.
     """
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randint(vocabulary - 1, (n,), generator=generator) for n in lengths]
-    sequences = [(ids + (ids >= padding)).tolist() for ids in drawn]
+    sequences = random_sequences(lengths, vocabulary=vocabulary, padding=padding)
     was_training = model.training
     model.eval()
     with autocast():

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from peftune.errors import in_a_line
 from peftune.model.adapters import base_of
 from peftune.numerics.linear_loss import head_cross_entropy
-from peftune.numerics.losses import Predicted, token_cross_entropy
+from peftune.numerics.losses import Predicted, predicted_tokens, sums_by_sequence, token_cross_entropy
 
 PROOF_TOKENS = 24
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -84,6 +85,21 @@ def next_token_nats(model: nn.Module, inputs: dict[str, Any], predicted: Predict
     return nats
 
 
+def nats_by_sequence(
+    model: nn.Module, inputs: dict[str, Any], targets_BT: Tensor, owners_BT: Tensor, sequences: int
+) -> Tensor:
+    """[sequences] float32: nats of each sequence, summed over its supervised tokens.
+
+    Args:
+        model: prepared by `end_in_losses`.
+        inputs: of its forward pass.
+        targets_BT, owners_BT: see `predicted_tokens`.
+        sequences: their number.
+    """
+    predicted = predicted_tokens(targets_BT, owners_BT, inputs["input_ids"].shape[1])
+    return sums_by_sequence(next_token_nats(model, inputs, predicted), predicted.owners_N, sequences)
+
+
 def take_road(model: nn.Module, rows: int | None) -> None:
     """Choose how losses are computed, see `EndsInLosses.rows`."""
     base_of(model).forward.rows = rows
@@ -125,7 +141,7 @@ def road_fault(
             take_road(model, 0 if whole else PROOF_TOKENS // 2)
             short = next_token_nats(model, inputs, asked)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        return in_a_line(error)
     finally:
         take_road(model, None)
         model.train(was_training)

@@ -19,9 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftune.errors import in_a_line
 from peftune.model.adapters import base_of
 from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of
+from peftune.model.proof import random_sequences
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
@@ -192,9 +194,7 @@ def packing_fault(
         autocast: precision of the forward pass.
         pooled: logits are one row a sequence, not one a token.
     """
-    generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randint(vocabulary - 1, (n,), generator=generator) for n in (lengths[0], *lengths))
-    first, other, *rest = [(ids + (ids >= padding)).tolist() for ids in drawn]
+    first, other, *rest = random_sequences((lengths[0], *lengths), vocabulary=vocabulary, padding=padding)
     was_training = model.training
     model.eval()
     try:
@@ -204,7 +204,7 @@ def packing_fault(
                 for start in (first, other))
             separate = _by_sequence(logits_of(model, lay_out([first, *rest], False)), lengths, pooled, padded=True)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        return in_a_line(error)
     finally:
         model.train(was_training)
     if not all(torch.equal(a, b) for a, b in zip(packed[1:], changed[1:], strict=True)):

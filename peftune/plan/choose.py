@@ -15,6 +15,7 @@ from peftune.config.rules import WITHOUT_RECOMPUTING
 from peftune.config.schema import RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
+from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.vocabulary import new_rows
@@ -73,10 +74,9 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
             Tracer(subject_of(config, text, data.targets)), lengths, room_bytes=room_bytes(device),
             division=Division(strategy.name, strategy.world.ranks, sharing), device=TENSORS[device.type])
     except UNTRACEABLE as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
         tokens = config.train.tokens_per_micro_batch
         return MemoryChoice(lengths.longest if tokens == "auto" else tokens, wants_recomputing(config) is not False,
-                            None, why)
+                            None, in_a_line(error))
     return replace(found, baseline_bytes=psutil.Process().memory_info().rss if device.type == "cpu" else 0)
 
 
@@ -99,8 +99,8 @@ def choose_memory(
     top = wanted if wanted != "auto" else max(lengths.longest, min(most, of_a_rank))
     low = wanted if wanted != "auto" else lengths.longest
     for recompute in (False, True) if checkpointing is None else (checkpointing,):
-        measure = functools.partial(footprint_at, tracer, lengths, recompute=recompute, division=division,
-                                    device=device)
+        measure = functools.cache(functools.partial(footprint_at, tracer, lengths, recompute=recompute,
+                                                    division=division, device=device))
         tokens = _largest(measure, low, top, room_bytes)
         if tokens is not None:
             break

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from peftune.errors import EXIT_DONE, ConfigError, Fault, MachineError, PeftuneError, RunFolderError
+from peftune.errors import EXIT_DONE, ConfigError, Fault, PeftuneError, RunFolderError, writing_to
 
 if TYPE_CHECKING:
     from peftune.starter.guess import Guess
@@ -136,11 +136,8 @@ def _write(name: str, text: str) -> None:
     """Write a config that loads; leave no file where it does not."""
     from peftune.config.load import load
 
-    try:
+    with writing_to(name, "--to"):
         Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MachineError(Fault(kind="environment", file=name, mend="give another --to",
-                                 message=f"cannot be written: {error.strerror}")) from None
     try:
         load([name])
     except PeftuneError:

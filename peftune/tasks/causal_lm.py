@@ -14,11 +14,11 @@ from peftune.config.schema import DataConfig
 from peftune.data.examples import Batch, Example
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
-from peftune.model.next_token import next_token_nats
+from peftune.model.next_token import nats_by_sequence
 from peftune.model.reference import Reference
 from peftune.numerics import scores
 from peftune.numerics.intervals import resampled_sums
-from peftune.numerics.losses import IGNORE, predicted_tokens, sums_by_sequence
+from peftune.numerics.losses import IGNORE
 from peftune.tasks import generated
 from peftune.tasks.supervision import prompt_tokens, round_trip_doubt, supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
@@ -85,9 +85,7 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]
 
 def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
     """[examples] float32: nats of each example, summed over its supervised tokens."""
-    predicted = predicted_tokens(batch.targets, batch.owners, batch.inputs["input_ids"].shape[1])
-    nats_N = next_token_nats(model, batch.inputs, predicted)
-    return sums_by_sequence(nats_N, predicted.owners_N, len(batch.lengths))
+    return nats_by_sequence(model, batch.inputs, batch.targets, batch.owners, len(batch.lengths))
 
 
 def losses(nats: Tensor, batch: Batch, targets: Targets) -> Tensor:

@@ -19,11 +19,11 @@ from peftune.data.canonical import preference_fields
 from peftune.data.examples import Batch, Example
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
-from peftune.model.next_token import next_token_nats
+from peftune.model.next_token import nats_by_sequence
 from peftune.model.reference import Reference
 from peftune.numerics import scores
 from peftune.numerics.intervals import resampled_sums
-from peftune.numerics.losses import IGNORE, predicted_tokens, preference_margins, preference_nats, sums_by_sequence
+from peftune.numerics.losses import IGNORE, preference_margins, preference_nats
 from peftune.tasks.supervision import supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
@@ -79,9 +79,7 @@ def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tens
 
 
 def _log_probabilities(batch: Batch, model: nn.Module) -> Tensor:
-    predicted = predicted_tokens(batch.targets, batch.owners, batch.inputs["input_ids"].shape[1])
-    nats_N = next_token_nats(model, batch.inputs, predicted)
-    return -sums_by_sequence(nats_N, predicted.owners_N, len(batch.lengths)).view(-1, 2)
+    return -nats_by_sequence(model, batch.inputs, batch.targets, batch.owners, len(batch.lengths)).view(-1, 2)
 
 
 def losses(log_probabilities_B4: Tensor, batch: Batch, targets: Targets, *, beta: float) -> Tensor:

@@ -52,6 +52,7 @@ def test_a_link_that_is_cut_ends_both_hosts_in_bounded_time_and_each_says_whom_i
     said = tmp_path / "said"
     running = launched(config, two_hosts, "hang_timeout=5s", said=said)
     wait_for(lambda: (folder / "metrics.jsonl").is_file() and len(metric_rows(folder, "train")) > 2, f"steps: {said}")
+    time.sleep(2)  # each has said to the other that it is in a step
     subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "pt77a", "down"], check=True)
     before = time.monotonic()
     assert running.wait(60) == 1, said.read_text()

@@ -3,13 +3,12 @@
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.cluster.conftest import output, run, wait_for
-from tests.conftest import ROOT, metric_rows, summary, write_config
+from tests.conftest import ROOT, metric_rows, summary, training_processes, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -27,19 +26,6 @@ def minutes_gone(job):
 
 def steps_done(folder):
     return len(metric_rows(folder, "train")) if (folder / "metrics.jsonl").is_file() else 0
-
-
-def training_processes(folder):
-    """The processes that train into a folder, by what they were started with."""
-    found = []
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = line.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(ROOT / "peftune" / "train.py").encode() in words[1:3] and any(str(folder).encode() in w for w in words):
-            found.append(int(line.parent.name))
-    return found
 
 
 def test_a_job_on_two_nodes_saves_before_its_time_limit_is_queued_again_and_ends_as_an_unbroken_run(

@@ -16,7 +16,7 @@ from peftune.config.schema import seconds_of
 from peftune.errors import EXIT_CODE_FILE, guarded
 from peftune.parallel.stop import Stop
 from peftune.train import main
-from tests.conftest import ROOT, free_port, metric_rows, summary, write_config
+from tests.conftest import ROOT, free_port, metric_rows, summary, training_processes, write_config
 
 TRAIN = [sys.executable, str(ROOT / "peftune" / "train.py")]
 KEPT = ("step", "epoch", "split", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "accuracy")
@@ -167,20 +167,6 @@ def test_repetitions_within_two_seconds_are_one_request_and_a_later_one_stops_at
     assert (tmp_path / "code").read_text() == "130"
 
 
-def listeners(folder: Path) -> list[int]:
-    """Process ids, lowest first, of the training processes of a run."""
-    found = []
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = line.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ours = words[1:3] == [b"-u", str(ROOT / "peftune" / "train.py").encode()]
-        if ours and any(word.startswith(str(folder.parent).encode()) for word in words):
-            found.append(int(line.parent.name))
-    return sorted(found)
-
-
 @pytest.mark.slow
 def test_an_interrupt_of_peftune_train_ends_it_with_75_one_message_and_a_checkpoint(long, tmp_path):
     config, folder = long
@@ -202,7 +188,7 @@ def test_two_processes_stop_when_one_is_told_and_go_on_after_a_death_that_torchr
     words = [sys.executable, "-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2"]
     started = Started(words, tmp_path)
     started.wait_until(reached(folder, 5))
-    os.kill(listeners(folder)[1], signal.SIGUSR1)
+    os.kill(training_processes(folder.parent)[1], signal.SIGUSR1)
     said = started.ends_with(75)
     assert said.count("stopped: SIGUSR1 came: ") == 1 and "Traceback" not in said
     left = json.loads((folder / "stopped.json").read_text())
@@ -214,7 +200,7 @@ def test_two_processes_stop_when_one_is_told_and_go_on_after_a_death_that_torchr
         *TRAIN[1:], config, "checkpoint.every_steps=20"], tmp_path, ACCELERATE_USE_CPU="true")
     assert left["step"] < 340
     started.wait_until(reached(folder, left["step"] + 30))
-    os.kill(listeners(folder)[1], signal.SIGKILL)
+    os.kill(training_processes(folder.parent)[1], signal.SIGKILL)
     started.ends_with(0, seconds=180)
     assert (tmp_path / "stdout").read_text().count("continuing after step") == 2
     Started([*words, f"output_dir={tmp_path / 'unbroken'}"], tmp_path).ends_with(0, seconds=180)

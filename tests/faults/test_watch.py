@@ -13,8 +13,8 @@ import pytest
 from peftune.errors import EXIT_CODE_FILE
 from peftune.parallel.launcher import choose_launch
 from peftune.parallel.posts import Post, standstill
-from tests.conftest import summary, write_config
-from tests.faults.test_preemption import Started, listeners, reached
+from tests.conftest import summary, training_processes, write_config
+from tests.faults.test_preemption import Started, reached
 
 LIMIT_S = 4
 PLANTED = Path(__file__).with_name("planted_train.py")
@@ -103,7 +103,7 @@ def strike(run: Started, folder: Path, rank: int, number: int) -> int:
     """Send a signal to a rank that is in a step; return its process id."""
     run.wait_until(reached(folder, 8), seconds=400)
     time.sleep(1)  # each has said that it is in a step
-    process = listeners(folder)[rank]
+    process = training_processes(folder.parent)[rank]
     os.kill(process, number)
     return process
 
