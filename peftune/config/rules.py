@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftune.config.document import Document, KeyPath
+from peftune.config.document import Document
+from peftune.config.refusal import Refusal
 from peftune.config.schema import RunConfig, Source
 from peftune.config.sequence_rules import PROMPT_LEARNING, sequence_faults
 from peftune.errors import ConfigError, Fault
@@ -38,16 +38,6 @@ FORMATS: dict[str, tuple[str, ...]] = {
 """Row formats by task."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A combination that is refused. `key` is where the user would mend it first."""
-
-    key: KeyPath
-    broken_by: Callable[[RunConfig], bool]
-    why: str
-    mend: str
-
-
 WITHOUT_RECOMPUTING = frozenset({"prefix_tuning"})
 """PEFT methods whose learned part lies in the attention's cache, which recomputed activations do not have."""
 
@@ -60,115 +50,115 @@ def _is_lora(config: RunConfig) -> bool:
     return _method(config) == "lora"
 
 
-RULES: tuple[Rule, ...] = (
-    Rule(
-        ("model", "quantization"),
+RULES: tuple[Refusal[RunConfig], ...] = (
+    Refusal(
+        "model.quantization",
         lambda c: c.model.quantization != "none" and c.adapter is None,
         "quantised weights do not train: a step is smaller than what separates their values",
         "adapter.method=lora, or model.quantization=none",
     ),
-    Rule(
-        ("model", "quantization"),
+    Refusal(
+        "model.quantization",
         lambda c: c.model.quantization != "none" and c.model.compile,
         "quantised layers have not been seen to compute the same when compiled",
         "model.compile=false, or model.quantization=none",
     ),
-    Rule(
-        ("model", "quantization"),
+    Refusal(
+        "model.quantization",
         lambda c: c.model.quantization == "none" and c.adapter is not None and c.adapter.start == "loftq",
         "LoftQ starts from what quantisation has rounded away",
         "model.quantization=nf4, or adapter.init_lora_weights=true",
     ),
-    Rule(
-        ("data", "layout"),
+    Refusal(
+        "data.layout",
         lambda c: c.data.layout == "packed" and c.model.compile,
         "packed rows have another shape each step, and model.compile needs equal ones",
         "data.layout=padded, or model.compile=false",
     ),
-    Rule(
-        ("data", "layout"),
+    Refusal(
+        "data.layout",
         lambda c: c.data.layout == "packed" and c.model.attention == "eager",
         "eager attention reads across the borders of packed examples",
         "model.attention=sdpa, or data.layout=padded",
     ),
-    Rule(
-        ("data", "format"),
+    Refusal(
+        "data.format",
         lambda c: c.data.format != "auto" and c.data.format not in FORMATS[c.task],
         "not a format that this task can learn from",
         "data.format=auto, or one of the task's own: "
         + "; ".join(f"{task}: {', '.join(names)}" for task, names in FORMATS.items()),
     ),
-    Rule(
-        ("data", "too_long"),
+    Refusal(
+        "data.too_long",
         lambda c: c.data.too_long == "split" and c.task != "causal_lm",
         "only plain text goes on in further examples",
         "data.too_long=truncate, or task=causal_lm; question_answering makes windows by itself",
     ),
-    Rule(
-        ("data", "train_on"),
+    Refusal(
+        "data.train_on",
         lambda c: c.data.train_on != "completion" and c.task != "causal_lm",
         "only causal_lm chooses between tokens of its text",
         "data.train_on=completion",
     ),
-    Rule(
-        ("data", "doc_stride"),
+    Refusal(
+        "data.doc_stride",
         lambda c: c.task == "question_answering" and c.data.doc_stride >= c.data.max_length,
         "neighbouring windows share fewer tokens than a window has",
         "data.doc_stride=128 with data.max_length=384",
     ),
-    Rule(
-        ("data", "train"),
+    Refusal(
+        "data.train",
         lambda c: any(isinstance(s, Source) and s.shuffle_buffer is not None and not s.streaming
                       for part in (c.data.train, c.data.validation, c.data.test) if isinstance(part, tuple)
                       for s in part),
         "shuffle_buffer is for streaming sources; others are shuffled whole, each epoch anew",
         "streaming: true, or leave shuffle_buffer out",
     ),
-    Rule(
-        ("model", "pure_bf16"),
+    Refusal(
+        "model.pure_bf16",
         lambda c: c.model.pure_bf16 and c.model.dtype != "bfloat16",
         "pure_bf16 keeps all weights in bfloat16",
         "model.dtype=bfloat16, or model.pure_bf16=false",
     ),
-    Rule(
-        ("data", "validation"),
+    Refusal(
+        "data.validation",
         lambda c: isinstance(c.data.validation, float) and not 0 < c.data.validation < 1,
         "a fraction of the training rows lies between 0 and 1",
         "data.validation=0.1, a path, or null for none",
     ),
-    Rule(
-        ("evaluation", "patience"),
+    Refusal(
+        "evaluation.patience",
         lambda c: c.evaluation.patience is not None and c.data.validation is None,
         "early stopping needs validation data",
         "data.validation=0.1, or evaluation.patience=null",
     ),
-    Rule(
-        ("evaluation", "metric"),
+    Refusal(
+        "evaluation.metric",
         lambda c: c.evaluation.metric is not None and c.evaluation.metric not in METRICS.get(c.task, ()),
         "not a metric of this task",
         "evaluation.metric=null, loss, or one of the task's own: "
         + "; ".join(f"{task}: {', '.join(names)}" for task, names in METRICS.items()),
     ),
-    Rule(
-        ("train", "lora_plus_ratio"),
+    Refusal(
+        "train.lora_plus_ratio",
         lambda c: c.train.lora_plus_ratio is not None and not _is_lora(c),
         "LoRA+ gives the matrices B of LoRA a learning rate of their own, and there are none",
         "adapter.method=lora, or train.lora_plus_ratio=null",
     ),
-    Rule(
-        ("train", "optimizer"),
+    Refusal(
+        "train.optimizer",
         lambda c: _method(c) == "adalora" and c.train.optimizer != "adamw",
         "AdaLoRA keeps the importance of its ranks beside AdamW's moments",
         "train.optimizer=adamw, or adapter.method=lora",
     ),
-    Rule(
-        ("model", "gradient_checkpointing"),
+    Refusal(
+        "model.gradient_checkpointing",
         lambda c: c.model.gradient_checkpointing is True and _method(c) in WITHOUT_RECOMPUTING,
         "a learned prefix lies in the attention's cache, and recomputed layers have none",
         "model.gradient_checkpointing=false, or adapter.method=prompt_tuning or lora",
     ),
-    Rule(
-        ("evaluation", "max_new_tokens"),
+    Refusal(
+        "evaluation.max_new_tokens",
         lambda c: c.evaluation.metric in GENERATION_METRICS
         and c.task == "causal_lm" and c.evaluation.max_new_tokens == 0,
         "this metric scores generated text, and nothing is generated",
@@ -178,47 +168,48 @@ RULES: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class StrategyRule:
+class StrategyRule(Refusal[RunConfig]):
     """A config that cannot train under some strategies."""
 
     strategies: tuple[str, ...]
     """Beginnings of their names."""
-    key: str
-    broken_by: Callable[[RunConfig], bool]
-    why: str
-    mend: str
 
 
 STRATEGY_RULES: tuple[StrategyRule, ...] = (
     StrategyRule(
-        ("zero3", "fsdp2"), "adapter.method",
+        "adapter.method",
         lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,
         "peft reads a learned prompt past the hooks that gather divided weights",
         "--strategy zero2 or ddp, or adapter.method=lora",
+        ("zero3", "fsdp2"),
     ),
     StrategyRule(
-        ("zero", "fsdp2"), "adapter.method",
+        "adapter.method",
         lambda c: c.adapter is not None and c.adapter.method.lower() == "adalora",
         "AdaLoRA looks at whole weights with their gradients in the optimizer's step",
         "--strategy ddp, or adapter.method=lora",
+        ("zero", "fsdp2"),
     ),
     StrategyRule(  # pytorch/pytorch#115484 for ZeRO-3, meta-pytorch/torchtune#1516 for FSDP2 with LoRA
-        ("zero", "fsdp2"), "model.compile",
+        "model.compile",
         lambda c: c.model.compile,
         "a compiled model does not see the hooks that gather and divide its weights",
         "model.compile=false, or --strategy ddp",
+        ("zero", "fsdp2"),
     ),
     StrategyRule(
-        ("zero", "fsdp2"), "train.optimizer",
+        "train.optimizer",
         lambda c: c.train.optimizer.endswith("8bit"),
         "its state is rounded in blocks of whole weights, which no rank holds: other blocks train another model",
         "train.optimizer=adamw, whose state the ranks divide, or --strategy ddp",
+        ("zero", "fsdp2"),
     ),
     StrategyRule(
-        ("zero",), "model.pure_bf16",
+        "model.pure_bf16",
         lambda c: c.model.pure_bf16,
         "DeepSpeed keeps float32 masters of trained weights, which pure_bf16 is meant to avoid",
         "model.pure_bf16=false, or --strategy fsdp2 or ddp",
+        ("zero",),
     ),
 )
 
@@ -241,16 +232,9 @@ def broken_rules(config: RunConfig, document: Document) -> list[Fault]:
     faults = []
     for rule in RULES:
         if rule.broken_by(config):
-            place = document.place(rule.key) or (None, None)
-            key = ".".join(str(part) for part in rule.key)
-            value = _get(config, rule.key)
+            section, name = rule.key.split(".")
+            place = document.place((section, name)) or (None, None)
+            value = getattr(getattr(config, section), name)  # dynamic by design: the rule names its key as data
             faults.append(Fault(kind="config", file=place[0], line=place[1],
-                                message=f"{key} = {value!r}: {rule.why}", mend=rule.mend))
+                                message=f"{rule.key} = {value!r}: {rule.why}", mend=rule.mend))
     return faults
-
-
-def _get(config: RunConfig, path: KeyPath) -> object:
-    value: object = config
-    for part in path:
-        value = getattr(value, str(part))  # dynamic by design: the rule names its key as data
-    return value

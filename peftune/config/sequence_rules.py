@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+from peftune.config.refusal import Refusal
 from peftune.config.schema import RunConfig
 from peftune.errors import Fault
 
@@ -12,40 +10,30 @@ PROMPT_LEARNING = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning", "mult
 """PEFT methods that train a prompt beside the model, and no weight inside it."""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceRule:
-    """A config that cannot train with divided sequences. `key` is where the user would mend it first."""
-
-    key: str
-    broken_by: Callable[[RunConfig], bool]
-    why: str
-    mend: str
-
-
-SEQUENCE_RULES: tuple[SequenceRule, ...] = (
-    SequenceRule(
+SEQUENCE_RULES: tuple[Refusal[RunConfig], ...] = (
+    Refusal(
         "task", lambda c: c.task != "causal_lm",
         "its losses and scores look at more than one token of a sequence, and each device has a part of them",
         "leave --sequence-parallel out, with model.gradient_checkpointing=true for long sequences",
     ),
-    SequenceRule(
+    Refusal(
         "data.layout", lambda c: c.data.layout == "padded",
         "what is divided is a packed row", "data.layout=auto",
     ),
-    SequenceRule(
+    Refusal(
         "model.attention", lambda c: c.model.attention not in ("auto", "sdpa"),
         "this attention has not been seen to work on a part of the heads",
         "model.attention=sdpa, which runs FlashAttention's kernel of torch on GPUs",
     ),
-    SequenceRule(
+    Refusal(
         "model.compile", lambda c: c.model.compile,
         "packed rows have another shape each step", "model.compile=false",
     ),
-    SequenceRule(
+    Refusal(
         "adapter.method", lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,
         "a learned prompt lies before each sequence, in no part of the row", "adapter.method=lora",
     ),
-    SequenceRule(
+    Refusal(
         "adapter.init_lora_weights", lambda c: c.adapter is not None and c.adapter.start == "eva",
         "EVA reads its examples whole before training", "adapter.init_lora_weights=true, or pissa",
     ),

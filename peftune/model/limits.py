@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PromptLearningConfig
 
+from peftune.config.refusal import Refusal
 from peftune.config.schema import GENERATIVE, AdapterConfig
 
 
@@ -37,16 +37,6 @@ class Asked:
         return field in {known.name for known in fields(self.config_class)}
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """What cannot work. `key` is where the user would mend it first."""
-
-    key: str
-    broken_by: Callable[[Asked], bool]
-    why: str
-    mend: str
-
-
 SHIFTING = frozenset({"prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"})
 """Methods that put a prompt in front of the text, so that outputs of tokens move."""
 FINISHED = "give a folder in model.name_or_path that has the earlier adapter merged (peftune export --merge)"
@@ -66,72 +56,72 @@ def _joins(asked: Asked) -> bool:
     return _is_lora(asked) and (takes_factors(asked.start) or asked.adapter.stack_on is not None)
 
 
-LIMITS: tuple[Limit, ...] = (
-    Limit(
+LIMITS: tuple[Refusal[Asked], ...] = (
+    Refusal(
         "method", lambda a: a.method in SHIFTING and a.task in ("token_classification", "question_answering"),
         "a prompt in front of the text moves the outputs of its tokens away from their labels",
         "adapter.method=prefix_tuning, whose prompt lies in the attention, or lora",
     ),
-    Limit(
+    Refusal(
         "method", lambda a: not a.has("modules_to_save") and not issubclass(a.config_class, PromptLearningConfig)
         and a.task not in GENERATIVE,
         "this method cannot train an output layer beside it", "adapter.method=lora",
     ),
-    Limit(
+    Refusal(
         "method", lambda a: a.adds_tokens and not a.has("trainable_token_indices") and a.adapter.init_from is None,
         "this method cannot train rows of the embeddings for model.added_tokens",
         "adapter.method=lora, or adapter=null",
     ),
-    Limit(
+    Refusal(
         "method", lambda a: a.task == "causal_lm" and a.method in ("cpt", "multitask_prompt_tuning"),
         "it needs ids of its own beside each example's text, which no format here gives",
         "adapter.method=prompt_tuning",
     ),
-    Limit(
+    Refusal(
         "total_step", lambda a: a.config_class is AdaLoraConfig and "total_step" in a.values,
         "the run knows its steps", "leave it out",
     ),
-    Limit(
+    Refusal(
         "use_dora", lambda a: bool(a.values.get("use_dora")) and _joins(a),
         "DoRA scales the sum of weight and adapter, so nothing can be added to it or taken back from it afterwards",
         "adapter.use_dora=false",
     ),
-    Limit(
+    Refusal(
         "lora_bias", lambda a: bool(a.values.get("lora_bias")) and _joins(a),
         "a bias of B cannot be joined with the adapter beneath", "adapter.lora_bias=false",
     ),
-    Limit(
+    Refusal(
         "init_lora_weights", lambda a: a.start in ("corda", "lora_ga"),
         "it needs statistics that PEFT gathers in steps of their own before, and writes into the base weights",
         "adapter.init_lora_weights=eva, which reads the data too, or pissa",
     ),
-    Limit(
+    Refusal(
         "init_lora_weights", lambda a: a.start == "loftq" and a.has("init_lora_weights") and not _is_lora(a),
         "only LoRA starts from what quantisation has rounded away", "adapter.method=lora",
     ),
-    Limit(
+    Refusal(
         "init_lora_weights", lambda a: a.start == "loftq" and bool(a.values.get("use_dora")),
         "DoRA's magnitudes are those of the rounded weights", "adapter.use_dora=false",
     ),
-    Limit(
+    Refusal(
         "init_lora_weights", lambda a: a.start == "loftq" and a.task == "preference",
         "the reference is the model without its adapter, which would lack what was rounded away",
         "adapter.init_lora_weights=true",
     ),
-    Limit(
+    Refusal(
         "stack_on", lambda a: a.adapter.stack_on is not None and not _is_lora(a),
         "only LoRA can be saved as one with a LoRA beneath it", f"adapter.method=lora, or {FINISHED}",
     ),
-    Limit(
+    Refusal(
         "stack_on", lambda a: a.adapter.stack_on is not None
         and (takes_factors(a.start) or a.start == "loftq"),
         "PiSSA, OLoRA and LoftQ keep their own start there", f"adapter.init_lora_weights=true, or {FINISHED}",
     ),
-    Limit(
+    Refusal(
         "stack_on", lambda a: a.adapter.stack_on is not None and a.adapter.init_from is not None,
         "an adapter is either trained on or laid beneath", "leave one of adapter.init_from and adapter.stack_on out",
     ),
-    Limit(
+    Refusal(
         "init_from", lambda a: a.task == "preference" and (a.adapter.init_from or a.adapter.stack_on) is not None,
         "the reference is the model without any adapter, not the earlier one's", FINISHED,
     ),

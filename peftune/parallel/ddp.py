@@ -14,18 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from peftune.parallel.pieces import Piece
-from peftune.parallel.replicated import (
-    all_weights,
-    apply_gradients,
-    clip_gradients,
-    copy_weights,
-    drop_gradients,
-    restore_whole,
-    trained,
-    whole_pieces,
-)
-from peftune.parallel.strategy import BuildOptimizer, ReadWhole
-from peftune.parallel.world import World
+from peftune.parallel.replicated import all_weights, copy_weights, trained, whole_pieces
+from peftune.parallel.single import Single
+from peftune.parallel.strategy import BuildOptimizer
 
 _KEPT_UNTIL_EXIT: list[DistributedDataParallel] = []
 """torch 2.13: freeing DDP's reducer ends its gloo group while holding the interpreter's lock, and waits there for a
@@ -34,12 +25,11 @@ releases the lock; until then the processes end without freeing it (`errors.guar
 
 
 @dataclass(frozen=True, slots=True)
-class Ddp:
-    """gloo between CPUs, NCCL between GPUs; only trainable weights are exchanged."""
+class Ddp(Single):
+    """As in one process on each rank, but for what the ranks exchange: gradients of trained weights, with gloo between
+    CPUs and NCCL between GPUs."""
 
-    world: World
     name: str = "ddp"
-    lockstep: bool = False
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
         device = self.world.device
@@ -50,32 +40,11 @@ class Ddp:
         _KEPT_UNTIL_EXIT.append(wrapped)
         return wrapped, build_optimizer(wrapped.module)
 
-    def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        return model.to(self.world.device)
-
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DistributedDataParallel) else model
 
     def syncing(self, model: nn.Module, *, on: bool) -> AbstractContextManager[None]:
         return nullcontext() if on or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-    def backward(self, model: nn.Module, loss: Tensor) -> None:
-        loss.backward()
-
-    def clip(self, model: nn.Module, max_norm: float | None) -> Tensor:
-        return clip_gradients(model, max_norm)
-
-    def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
-        apply_gradients(optimizer)
-
-    def skip(self, model: nn.Module, optimizer: Optimizer) -> None:
-        drop_gradients(optimizer)
-
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        return parameter
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        return parameter.grad
 
     def gather(self, model: nn.Module) -> dict[str, Tensor]:
         return all_weights(model) if self.world.is_main else {}
@@ -87,9 +56,6 @@ class Ddp:
 
     def pieces(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Piece]:
         return whole_pieces(model, optimizer) if self.world.is_main else iter(())
-
-    def restore(self, model: nn.Module, optimizer: Optimizer, read: ReadWhole) -> None:
-        restore_whole(model, optimizer, read)
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -117,7 +117,7 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path):
     assert load([config(tmp_path), "train.learning_rate=2e-4"]).train.learning_rate == 2e-4
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{'.'.join(rule.key)}: {rule.why[:30]}")
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.key}: {rule.why[:30]}")
 def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
     breaking = [
         ["model.quantization=nf4", "adapter=null"], ["adapter.init_lora_weights=loftq"],
