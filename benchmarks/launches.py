@@ -20,9 +20,9 @@ MANY_RUNS = ROOT / "benchmarks" / "many_runs.py"
 
 def launched(
     strategy: str, processes: int, arguments: Sequence[str], *, script: Path = TRAIN,
-    environment: Mapping[str, str] | None = None, timeout: float = 600, sequence_ranks: int = 1,
+    environment: Mapping[str, str] | None = None, timeout: float = 600, sequence_ranks: int = 1, threads: int = 1,
 ) -> subprocess.CompletedProcess[str]:
-    """Launch a run under a strategy, one thread a process, and wait for its end.
+    """Launch a run under a strategy, and wait for its end.
 
     Args:
         strategy: its preset is taken.
@@ -32,12 +32,14 @@ def launched(
         environment: added to this process's own.
         timeout: seconds.
         sequence_ranks: processes that share each sequence.
+        threads: of each process.
     """
     launch = choose_launch(strategy, processes, list(arguments), sequence_ranks=sequence_ranks)
     words = [str(script) if word == str(TRAIN) else word for word in launch.command]
     return subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
                           capture_output=True, text=True, timeout=timeout, check=False,
-                          env={**os.environ, **launch.environment, **(environment or {}), "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, **launch.environment, **(environment or {}),
+                               "OMP_NUM_THREADS": str(threads)})
 
 
 @dataclass(frozen=True, slots=True)

