@@ -38,7 +38,7 @@ from benchmarks.throughput import GIB, Bench, Cell, gathered, options, ours, pub
 from peftune.observe.manifest import environment
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
-CELL = Cell(rows=128, batch_size=16)
+CELL = Cell(rows=96, batch_size=16)
 RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 LEARNING_RATE = 2e-4
 ROWS_A_MICRO_BATCH = 8

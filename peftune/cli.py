@@ -27,8 +27,8 @@ from peftune.parallel.names import STRATEGIES
 from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
 
-BENCHMARKS = ("throughput", "peers", "parity", "memory", "sequences", "quantization", "startup", "data_scale", "lora_vs_full", "fuzz",
-              "faults", "plan", "plan_budget")
+BENCHMARKS = ("throughput", "peers", "parity", "memory", "sequences", "quantization", "startup", "data_scale",
+              "lora_vs_full", "fuzz", "faults", "plan", "plan_budget")
 """Suites of `peftune bench`: files of benchmarks/."""
 SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"
 
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write a run's page again, or a page that compares several runs")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; the others are compared with the first")
     report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder; comparison.html here")
-    bench = add("bench", _bench, "benchmarks: parity of strategies, memory, start-up, data, scores")
+    bench = add("bench", _bench, "benchmarks: speed beside peers, parity of strategies, memory, start-up, data, scores")
     bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
     bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
     add_launch(commands)

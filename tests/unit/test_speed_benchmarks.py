@@ -1,0 +1,101 @@
+"""What the benchmarks of speed compute; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import throughput
+from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
+from benchmarks.peers import loss_parity, ratios_of
+from benchmarks.subjects import SHAPES
+
+RECORD = {"step_seconds": [9.0, 9.0, 1.0, 3.0], "tokens": [10, 10, 100, 300], "total_tokens": [10, 10, 200, 300],
+          "supervised_tokens": [1, 1, 40, 40], "examples": [4, 4, 4, 4]}
+
+
+def test_rates_leave_the_first_two_steps_out_and_count_padding_apart():
+    found = rates(RECORD)
+    assert (found["tokens_per_second"], found["total_tokens_per_second"]) == (100, 125)
+    assert (found["supervised_tokens_per_second"], found["samples_per_second"]) == (20, 2)
+    assert (found["step_p50_s"], found["step_p95_s"]) == (2, 3)
+    assert found["padding_share"] == pytest.approx(0.2)
+
+
+def test_a_percentile_is_a_value_that_was_measured():
+    values = list(range(1, 21))
+    assert [percentile(values, share) for share in (0.01, 0.5, 0.95, 1.0)] == [1, 10, 19, 20]
+    assert percentile([7.0], 0.95) == 7.0
+
+
+def test_repeats_are_told_by_their_middle_and_ends():
+    assert spread([3.0, 1.0, 2.0]) == {"runs": 3, "min": 1.0, "median": 2.0, "max": 3.0}
+
+
+def test_a_ratio_fell_when_it_is_less_than_the_share_of_the_earlier_one_that_was_asked_for():
+    old = {"over a": 2.0, "over b": 2.0, "gone": 1.0}
+    assert fallen({"over a": 1.79, "over b": 1.81, "new": 0.1}, old, 0.9) == ["over a: 1.79, and 2 before"]
+
+
+def test_the_gate_ends_with_1_where_a_ratio_fell_and_with_0_where_none_did(tmp_path, capsys):
+    (tmp_path / "old.json").write_text(json.dumps({"ratios": {"over a": 2.0}}))
+    asked = throughput.argparse.Namespace(to=None, table=None, against=tmp_path / "old.json", at_least=0.9)
+    assert [throughput.publish(asked, {"ratios": {"over a": value}}, "") for value in (1.7, 1.9)] == [1, 0]
+    assert "fell: over a: 1.7, and 2 before" in capsys.readouterr().err
+
+
+def test_the_work_of_a_step_is_what_torch_counts_of_its_matrix_products():
+    shape, tokens, vocabulary = SHAPES["1m"], 48, 512
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
+        num_attention_heads=4, num_key_value_heads=4))
+    ids = torch.arange(2 * tokens).reshape(2, tokens)
+    sizes = {"body": shape.body, "vocabulary": vocabulary, "width": shape.width, "layers": shape.layers,
+             "heads_width": shape.width}
+    attention = 12 * 2 * tokens * (tokens + 1) / 2 * shape.width * shape.layers
+
+    def counted() -> int:
+        with FlopCounterMode(display=False) as counter:
+            trained(input_ids=ids, use_cache=False).logits.sum().backward()
+        found = counter.get_flop_counts()["Global"]
+        return sum(count for packet, count in found.items() if packet in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+    trained = model
+    whole = step_flops([tokens, tokens], 2 * tokens, adapters=0, **sizes)
+    assert whole - attention == counted()
+    trained = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    adapters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    lora = step_flops([tokens, tokens], 2 * tokens, adapters=adapters, **sizes)
+    unneeded = 2 * 2 * tokens * 3 * shape.width**2  # queries, keys and values of the first layer pass no gradient on
+    assert lora - attention - counted() == pytest.approx(unneeded, rel=0.1)
+
+
+def test_peers_are_compared_by_medians_and_losses_with_ours():
+    def records(seconds: list[float], loss: float, size: int) -> list[dict]:
+        return [RECORD | {"step_seconds": [9, 9, one, one], "evaluation_loss": loss, "steps_bytes": size,
+                          "first_step_s": 1.0, "ceiling_flops": 1e12} for one in seconds]
+
+    found = {"ours": records([1.0, 1.0, 9.0], 2.0, 100), "hf_grouped": records([2.0, 2.0, 1.0], 2.002, 150)}
+    ratios = ratios_of(found)
+    assert ratios["tokens/s over hf_grouped"] == ratios["samples/s over hf_grouped"] == 2
+    assert ratios["memory of hf_grouped over ours"] == 1.5
+    assert loss_parity(found) == {"ours": 0, "hf_grouped": pytest.approx(0.001)}
+
+
+@pytest.mark.slow
+def test_the_smallest_suite_measures_the_true_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["throughput", "tiny", "--repeats", "1", "--to", str(tmp_path / "r.json")])
+    assert throughput.main() == 0
+    outcome = json.loads((tmp_path / "r.json").read_text())
+    (record,), (summary,) = outcome["records"].values(), [*outcome["summaries"].values()]
+    assert record[0]["examples"] == [4, 4, 4, 4] and record[0]["layout"] == "packed"
+    assert all(0 < supervised < tokens <= total for supervised, tokens, total in zip(
+        record[0]["supervised_tokens"], record[0]["tokens"], record[0]["total_tokens"]))
+    assert {"tokens_per_second", "of_ceiling", "steps_bytes", "first_step_s", "checkpoint_s", "evaluation_loss",
+            "evaluation_tokens_per_second"} <= set(summary)
+    assert outcome["commit"] and outcome["packages"]["torch"]
