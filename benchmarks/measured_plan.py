@@ -7,7 +7,9 @@ before the weights were loaded, and what was measured:
   the real tensors. Under ZeRO and FSDP2, which resize storages behind torch's operators, it is left out.
 - resident: the process's highest resident memory in each instant, above what it was when the libraries were imported
   and the data was read (VmHWM, set back where an instant begins; glibc gives back what it holds free before that).
-  `step` is the largest of the steps after the third.
+  `step` is the largest of the steps after the third; `between steps` is what lies there before such a step.
+- own: the same without pages mapped from libraries' files. They are shared by all processes that run the same code,
+  and come as it is first run.
 """
 
 from __future__ import annotations
@@ -42,12 +44,20 @@ class Measured:
 
     def __init__(self) -> None:
         self.baseline, self.tensors, self.steps, self.seconds = 0, 0, 0, 0.0
+        self.libraries = 0
         self.resident: dict[str, int] = {}
-        self.predicted: dict[str, Any] = {}
+        self.own: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """What is there now is the baseline."""
+        new_phase()
+        self.baseline, self.libraries = resident("VmRSS"), library_bytes()
 
     def phase(self, name: str) -> None:
         """An instant ends here."""
-        self.resident[name] = max(self.resident.get(name, 0), new_phase() - self.baseline)
+        above = new_phase() - self.baseline
+        self.resident[name] = max(self.resident.get(name, 0), above)
+        self.own[name] = max(self.own.get(name, 0), above - library_bytes() + self.libraries)
 
     def within(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """The same work, measured as an instant."""
@@ -60,16 +70,26 @@ class Measured:
         return measured
 
 
+def library_bytes() -> int:
+    """Resident pages of mapped files, as they lie there; not of checkpoints, which hold weights."""
+    found, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):  # a mapping begins: addresses, rights, offset, device, inode, perhaps a file
+            counts = words[4] != "0" and not line.endswith(".safetensors")
+        elif counts and words[0] in ("Rss:", "Anonymous:"):
+            found += int(words[1]) * (1024 if words[0] == "Rss:" else -1024)
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """Train, and write what was predicted and measured."""
     config, found = load(arguments), Measured()
     plain_step, plain_choice = loop.train_step, composition.memory_of_run
-    written: list[Any] = []
 
     def chosen(*given: Any) -> Any:
         choice = plain_choice(*given)
-        new_phase()
-        found.baseline = resident("VmRSS")
+        found.begin()
         return choice
 
     def step(model: Any, work: Any, optimizer: Any, strategy: Any, **named: Any) -> Any:
@@ -87,17 +107,14 @@ def main(arguments: list[str]) -> int:
                 stats = plain_step(model, work, optimizer, strategy, **named)
             found.tensors = max(peak.live_bytes for peak in live.peaks.values())
             return stats
+        if found.steps > WATCHED_STEP:
+            found.phase("between steps")
         stats = plain_step(model, work, optimizer, strategy, **named)
         if found.steps > WATCHED_STEP:
             found.phase("step")
         return stats
 
-    def opened(config: Any, folder: Any, world: Any, strategy: Any, data: Any, text: Any, facts: Any) -> None:
-        written.append((facts, world, strategy))
-        plain_open(config, folder, world, strategy, data, text, facts)
-
-    plain_open = composition._open_folder
-    composition.memory_of_run, loop.train_step, composition._open_folder = chosen, step, opened
+    composition.memory_of_run, loop.train_step = chosen, step
     judging.evaluate = ending.evaluate = found.within("evaluation", ending.evaluate)
     ending.publish_final = found.within("save", ending.publish_final)
     loop.save = found.within("checkpoint", loop.save)
@@ -112,7 +129,8 @@ def main(arguments: list[str]) -> int:
             "why_not": memory.get("why_not", ""), "micro_batch_tokens": built.run.micro_batch_tokens,
             "recompute": built.run.facts["gradient_checkpointing"],
             "parameters": built.run.facts["total_parameters"], "trainable": built.run.facts["trainable_parameters"],
-            "baseline_bytes": found.baseline, "tensor_bytes": found.tensors, "resident_bytes": found.resident}))
+            "baseline_bytes": found.baseline, "tensor_bytes": found.tensors, "resident_bytes": found.resident,
+            "own_bytes": found.own}))
     return EXIT_DONE
 
 

@@ -171,7 +171,7 @@ class Bench:
                 continue
             ranks = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in range(processes)]
             assert all(rank["strategy"] == strategy for rank in ranks), "another strategy ran than was asked for"
-            found[number] = max(ranks, key=lambda rank: rank["resident_bytes"]["step"])
+            found[number] = max(ranks, key=lambda rank: rank["own_bytes"]["step"])
             shutil.rmtree(folder)
         return found
 
@@ -179,7 +179,7 @@ class Bench:
 def errors(found: Mapping[str, Any]) -> dict[str, float]:
     """Predicted over measured, less one: of live tensors in a step, and of resident memory in a step."""
     step = found["predicted"]["instants"]["step"]
-    result = {"resident": step / found["resident_bytes"]["step"] - 1}
+    result = {"resident": step / found["own_bytes"]["step"] - 1}
     if found["tensor_bytes"]:
         result["tensors"] = step / found["tensor_bytes"] - 1
     return result
@@ -210,7 +210,7 @@ def table_of(results: Sequence[Mapping[str, Any]]) -> str:
         off = errors(found)
         tensors = f"{found['tensor_bytes'] / MIB:,.1f} | {off['tensors']:+.2%}" if "tensors" in off else " | "
         lines.append(f"| {words} | {result['held_back']} | {found['predicted']['instants']['step'] / MIB:,.1f} | "
-                     f"{tensors} | {found['resident_bytes']['step'] / MIB:,.1f} | {off['resident']:+.2%} |")
+                     f"{tensors} | {found['own_bytes']['step'] / MIB:,.1f} | {off['resident']:+.2%} |")
     return "\n".join(lines) + "\n"
 
 

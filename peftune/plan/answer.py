@@ -144,7 +144,7 @@ class Planner:
         device, lengths = case.device, self.known.lengths
         if case.config.data.too_long == "truncate":  # two strings, of a pair or a question, may be longer than that
             lengths = lengths.cut(case.config.data.max_length * (2 if self.known.targets.kind == "pair" else 1))
-        room = int((SHARE if device.on_cpu else 1.0) * device.memory_bytes)
+        room = self._room(device)
         try:
             choice = choose_memory(self._tracer(case.config), lengths, room_bytes=room, division=case.division,
                                    device=device)
@@ -158,9 +158,20 @@ class Planner:
         total = lengths.steps * case.config.train.batch_size * lengths.mean
         return Answer(case, choice, found, found.peak_bytes <= room, rate, total / rate if total else None)
 
+    def may_fit(self, case: Case) -> bool:
+        """Whether the weights alone do; what is not known may."""
+        try:
+            return self._tracer(case.config).states_bytes(case.division) <= self._room(case.device)
+        except UNTRACEABLE:
+            return True  # `answer` says why
+
+    @staticmethod
+    def _room(device: Device) -> int:
+        return int((SHARE if device.on_cpu else 1.0) * device.memory_bytes)
+
     def _tracer(self, config: RunConfig) -> Tracer:
         key = config.model_dump_json(include={"model", "adapter", "data", "train"}, exclude={
-            "model": {"gradient_checkpointing"}, "train": {"tokens_per_micro_batch"}})
+            "model": {"gradient_checkpointing"}, "train": {"tokens_per_micro_batch"}, "data": {"max_length"}})
         if key not in self._tracers:
             source, known = _source(config), self.known
             model_config = adjust_config(load_model_config(config.model, source), dropout=config.model.dropout,
@@ -180,8 +191,7 @@ def mends(case: Case, planner: Planner) -> list[Mend]:
     tried: list[tuple[tuple[str, ...], Case]] = []
     for words, changed in _changes(case):
         tried.append((words, changed))
-        planned = planner.answer(changed)
-        if planned.fits:
+        if planner.may_fit(changed) and (planned := planner.answer(changed)).fits:
             found.append(Mend(words, planned))
     together: tuple[str, ...] = ()
     both = case
@@ -190,8 +200,7 @@ def mends(case: Case, planner: Planner) -> list[Mend]:
         if after is None:
             continue
         both, together = after, (*together, *words)
-        planned = planner.answer(both)
-        if planned.fits:
+        if planner.may_fit(both) and (planned := planner.answer(both)).fits:
             return [Mend(together, planned)]
     return sorted(found, key=lambda mend: (not mend.same_result, -mend.answer.tokens_per_second))
 

@@ -98,13 +98,20 @@ def choose_memory(
     of_a_rank = lengths.longest * -(-config.train.batch_size // division.hands)
     top = wanted if wanted != "auto" else max(lengths.longest, min(most, of_a_rank))
     low = wanted if wanted != "auto" else lengths.longest
-    for recompute in (False, True) if checkpointing is None else (checkpointing,):
-        measure = functools.cache(functools.partial(footprint_at, tracer, lengths, recompute=recompute,
-                                                    division=division, device=device))
-        tokens = _largest(measure, low, top, room_bytes)
+    roads = (False, True) if checkpointing is None else (checkpointing,)
+    measure = functools.partial(footprint_at, tracer, lengths, division=division, device=device)
+    too_large = tracer.states_bytes(division) > room_bytes
+    if not too_large and step_bytes(most_at_once := measure(top, recompute=roads[0])) <= room_bytes:
+        return MemoryChoice(top, roads[0], most_at_once)
+    least = measure(low, recompute=roads[-1])
+    if too_large or step_bytes(least) > room_bytes:
+        return MemoryChoice(low, roads[-1], least)
+    for recompute in roads:
+        tokens = _largest(functools.partial(measure, recompute=recompute), low, top, room_bytes)
         if tokens is not None:
             break
-    return MemoryChoice(tokens or low, recompute, measure(tokens or low))
+    assert tokens is not None, "the least of all fits"
+    return MemoryChoice(tokens, recompute, measure(tokens, recompute=recompute))
 
 
 def footprint_at(
@@ -128,8 +135,6 @@ def _largest(measure: Callable[[int], Footprint], low: int, top: int, room: int)
     size = step_bytes(found)
     if size <= room:
         return top
-    if sum(found.instants["resume"].values()) > room:
-        return None
     least = step_bytes(measure(low)) if low < top else size
     if least > room:
         return None

@@ -14,7 +14,7 @@ from peftune.plan.devices import Device
 from peftune.plan.divide import Division, divided
 from peftune.plan.layers import Bytes, on_the_line, traced_layers
 from peftune.plan.live import START
-from peftune.plan.trace import Road, Rows, Subject, TracedStep, trace_evaluation, trace_generation, trace_step
+from peftune.plan.trace import Road, Rows, Subject, TracedStep, opened, trace_evaluation, trace_generation, trace_step
 from peftune.plan.work import Candidate, Work
 
 CAUSES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits_and_loss", "temporaries",
@@ -79,6 +79,16 @@ class Tracer:
         few, many = self._counts[0], self._counts[-1]
         self._share = (self.layers - few) / (many - few) if many > few else 0.0
         self._known: dict[Any, Any] = {}
+
+    def states_bytes(self, division: Division) -> float:
+        """What a rank's weights take, without a trace: no plan is smaller."""
+        def held_by(count: int) -> Bytes:
+            model, live, _ = opened(self.subject, count, None)
+            assert model is not None, "alive while it is counted"
+            return live.held()
+
+        held = on_the_line(*self._traced("states", held_by), self._share)
+        return sum(divided(held, held, self.layers, division, computing=False, training=False).values())
 
     def line(self, work: Work, road: Road) -> Line:
         """What a rank's largest pieces of work take."""

@@ -23,6 +23,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+ASKED_DEVICE = torch.ops.prim.device.default
+"""Allocates nothing, and comes twice for each operator on tensors without values."""
+
 START = "start"
 """The label of instants until another is set."""
 
@@ -69,9 +72,15 @@ class LiveBytes(TorchDispatchMode):
             self._follow(tensor, cause)
             self._storages[_key(tensor)].cause = cause
 
+    def held(self) -> Counter[str]:
+        """Bytes that are alive now, by cause."""
+        return Peak(self.live_bytes, tuple(self._storages.values())).by_cause()
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is ASKED_DEVICE:
+            return func(*args)
         if DTensor in types:
             return NotImplemented  # the operators that it is made of come here next
         if func is torch.ops.aten.index.Tensor:

@@ -124,7 +124,7 @@ def trace_step(subject: Subject, layers: int, rows: Rows, road: Road) -> TracedS
         road: how the run computes.
     """
     task = subject.task
-    model, live, reference = _opened(subject, layers, road)
+    model, live, reference = opened(subject, layers, road)
     layout = _layout(model, subject.model_config, task, road) if road.packed else PADDED
     if road.recompute:
         enable_gradient_checkpointing(model)
@@ -138,7 +138,7 @@ def trace_step(subject: Subject, layers: int, rows: Rows, road: Road) -> TracedS
 
 def trace_evaluation(subject: Subject, layers: int, rows: Rows, road: Road) -> Bytes:
     """The peak of an evaluation batch, which is padded unless ranks share its rows."""
-    model, live, reference = _opened(subject, layers, road)
+    model, live, reference = opened(subject, layers, road)
     task = subject.task
     layout = PADDED if road.sharing == 1 else _layout(model, subject.model_config, task, road)
     batch = batch_of(subject, rows, layout)
@@ -154,7 +154,7 @@ def trace_evaluation(subject: Subject, layers: int, rows: Rows, road: Road) -> B
 def trace_generation(subject: Subject, layers: int, rows: int, tokens: int) -> Bytes:
     """The peak of generating. All tokens at once instead of one after another: the cache is as large at the end, and
     one layer's is copied when it grows."""
-    model, live, _ = _opened(subject, layers, None)
+    model, live, _ = opened(subject, layers, None)
     ids = torch.ones(rows, tokens, dtype=torch.int64)
 
     def work() -> Any:
@@ -166,7 +166,7 @@ def trace_generation(subject: Subject, layers: int, rows: int, tokens: int) -> B
         return _peak(live, model, work)
 
 
-def _opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveBytes, Reference | None]:
+def opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveBytes, Reference | None]:
     """The model, what is followed of it, and the untrained one that the loss compares with, if it does.
 
     `road`: None where no loss is computed.

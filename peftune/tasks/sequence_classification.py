@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, root_mean_squared_error
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -148,6 +146,8 @@ Score = tuple[str, float, Callable[[], np.ndarray]]
 
 
 def _class_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score]:
+    from sklearn.metrics import accuracy_score, matthews_corrcoef  # with pandas: most of a second, for each command
+
     several = targets.problem == "multi_label"
     want_NK, got_NK = (np.array([[name in r[side] if several else name == r[side] for name in targets.names]
                                  for r in records], dtype=int) for side in ("reference", "prediction"))
@@ -165,10 +165,15 @@ def _class_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score
 
 
 def _f1(want: np.ndarray, got: np.ndarray, average: str) -> float:
+    from sklearn.metrics import f1_score
+
     return float(f1_score(want, got, average=average, zero_division=0))
 
 
 def _regression_scores(records: Sequence[Record], targets: Targets) -> Iterator[Score]:
+    from scipy import stats
+    from sklearn.metrics import root_mean_squared_error
+
     want, got = (np.array([r[side] for r in records], dtype=float) for side in ("reference", "prediction"))
     x, y = want - want.mean(), got - got.mean()
     products = np.column_stack([np.ones_like(x), x, y, x * y, x * x, y * y])

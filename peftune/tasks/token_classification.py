@@ -9,9 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from seqeval.metrics import accuracy_score, classification_report
-from seqeval.metrics.sequence_labeling import get_entities
-from seqeval.scheme import IOB2, IOBES, Entities
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
@@ -28,7 +25,8 @@ from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, pu
 
 OUTSIDE = "O"
 NAMES = ("f1", "precision", "recall", "strict_f1", "strict_precision", "strict_recall", "accuracy", "loss")
-SCHEMES = {"bio": IOB2, "bioes": IOBES}
+SCHEMES = {"bio": "IOB2", "bioes": "IOBES"}
+"""How seqeval calls them."""
 
 
 def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
@@ -139,6 +137,8 @@ def predictions(
     logits_BTK: Tensor, batch: Batch, targets: Targets, records: Sequence[Mapping[str, Any]]
 ) -> list[Record]:
     """The likeliest tag of each word's first sub-token, O for words that were cut; and the entities they spell."""
+    from seqeval.metrics.sequence_labeling import get_entities  # with scikit-learn and pandas: most of a second
+
     best_BT = rows_of(logits_BTK, batch, fill=0.0).argmax(-1).tolist()
     found = []
     for best, record in zip(best_BT, records, strict=True):
@@ -157,9 +157,12 @@ def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metr
 
     Words beyond `data.max_length` count as tagged O.
     """
+    from seqeval import scheme as schemes
+    from seqeval.metrics import accuracy_score
+
     want, got = ([record[side] for record in records] for side in ("reference", "prediction"))
     result: Metrics = {}
-    for prefix, scheme in (("", None), ("strict_", SCHEMES[targets.problem])):
+    for prefix, scheme in (("", None), ("strict_", vars(schemes)[SCHEMES[targets.problem]])):
         overall = _report(want, got, scheme)["micro avg"]
         counts = _counts(want, got, scheme)
         for name, key, formula in (("f1", "f1-score", scores.micro_f1), ("precision", "precision", scores.precision),
@@ -178,6 +181,8 @@ def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metr
 
 
 def _report(want: list[list[str]], got: list[list[str]], scheme: Any) -> dict[str, dict[str, float]]:
+    from seqeval.metrics import classification_report
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tags outside the scheme: the data check names their places
         report: dict[str, dict[str, Any]] = classification_report(
@@ -193,6 +198,9 @@ def _counts(want: list[list[str]], got: list[list[str]], scheme: Any) -> np.ndar
 
 
 def _entities(rows: list[list[str]], scheme: Any) -> Iterator[set[tuple[Any, ...]]]:
+    from seqeval.metrics.sequence_labeling import get_entities
+    from seqeval.scheme import Entities
+
     if scheme is None:
         yield from (set(get_entities(row)) for row in rows)
     else:
