@@ -116,7 +116,8 @@ def make_ready(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let quantised layers compute in `dtype`. Does nothing where there are none.
 
     Norms, embeddings and output layers stay in the type they were loaded in: autocast computes with them as it does in
-    a model that is not quantised, so float32 copies would only take memory.
+    a model that is not quantised, so float32 copies would only take memory. On CPUs they may lie in the mapped
+    checkpoint, all of which has been read to be quantised: a copy lets it go.
     """
     if not is_quantised(model):
         return
@@ -131,6 +132,9 @@ def make_ready(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
             Int8Linear.take_over(module)
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def quantise_hollow(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def loaded(path, kind, auto_class=AutoModelForCausalLM, dtype=torch.float32, new
 def quantised_layers(model):
     return {name: module for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and dequantised_weight(module) is not None}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_checkpoint_is_not_kept_in_memory_beside_what_was_quantised_from_it(kind, decoder):
+    model = loaded(decoder, kind).model
+    assert quantised_layers(model)
+    assert f"{decoder}/model.safetensors" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
