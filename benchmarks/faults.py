@@ -29,37 +29,29 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 
-from benchmarks.launches import ROOT
+from benchmarks.chains import CHAINS, TOLERANCE, Moved, chain_and_compare
 from benchmarks.parity import Asked, Bench, Cell, processes_of
-from benchmarks.recorded_train import Kill, Order, events_of
+from benchmarks.recorded_runs import STEPS, order_of, recorded, said_at_end
+from benchmarks.recorded_train import Kill, events_of
+from benchmarks.same_runs import examples_of, rows_of, same_weights, scores_of
 from peftune.loop.checkpoint import folder_of, sha256
 from peftune.observe.manifest import environment
 from peftune.parallel.names import STRATEGIES
 from peftune.tasks import TASKS
 from peftune.tasks.text import quiet_libraries
 
-RECORDED = ROOT / "benchmarks" / "recorded_train.py"
 METHODS = ("lora", "full")
 LAYOUTS = ("packed, several", "padded, several")
-CHAINS = {"1-2-1": ("single", "ddp", "single"), "ddp-zero2-fsdp2": ("ddp", "zero2", "fsdp2", "single")}
-STEPS = 8
-RUN = (f"train.max_steps={STEPS}", "evaluation.every_steps=4", "checkpoint.every_steps=1")
 INSTANTS: tuple[Literal["any", "loop", "save"], ...] = ("any", "loop", "save")
 ALONE, DAMAGED = 0.2, 1 / 3
 """Parts of the kills of several processes that hit one rank alone; of the cells whose newest checkpoint is damaged."""
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
-"""What two equal runs do not share."""
-TOLERANCE = 1e-5
-"""Largest relative deviation of a loss that counts as equal in a chain: ranks sum float32 in another order."""
-SCORES = ("metrics", "baseline", "best", "best_step", "steps", "examples", "tokens", "supervised_tokens", "exit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +70,6 @@ class Survived:
     commit: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """What became of a run under several strategies."""
-
-    legs: list[str]
-    """Strategy of each step."""
-    same_examples: bool
-    loss_deviation: float
-    """Largest over all steps, relative to one process."""
-    why: list[str] = field(default_factory=list)
-    commit: str = ""
-
-
-def _asked(bench: Bench, cell: Cell, name: str, overrides: Sequence[str], **order: Any) -> Asked:
-    made = Order(record=str(bench.folder / "records" / name), folder=str(bench.folder / "runs" / name), **order)
-    return Asked(cell, (*RUN, *overrides), name, RECORDED, (("RECORDED", json.dumps(asdict(made))),))
-
-
-def _order(asked: Asked) -> dict[str, Any]:
-    order: dict[str, Any] = json.loads(dict(asked.environment)["RECORDED"])
-    return order
-
-
 def cells_of(strategy: str, tasks: Sequence[str], methods: Sequence[str], layouts: Sequence[str]) -> list[Cell]:
     """Each task, with methods and layouts in turn: a strategy meets every pair of these."""
     first = list(STRATEGIES).index(strategy)
@@ -114,12 +83,12 @@ def starts_of(bench: Bench, cell: Cell, number: int, kills: int, seed: int) -> l
     name = str(cell).replace(" / ", "-").replace(", ", "-").replace(" ", "-")
     overrides = ["model.dropout=0.1", f"checkpoint.asynchronous={str(drawn.random() < 0.5).lower()}"]
     overrides += ["adapter.lora_dropout=0.1"] if cell.method == "lora" else []
-    unbroken = _asked(bench, cell, f"{name}-unbroken", [*overrides, "checkpoint.keep=99"])
+    unbroken = recorded(bench, cell, f"{name}-unbroken", [*overrides, "checkpoint.keep=99"])
     ranks, starts = processes_of(cell.strategy), [unbroken]
     for attempt, kill in enumerate([*_kills(drawn, number, kills, ranks), None]):
         damaged = kill is None and drawn.random() < DAMAGED
-        starts.append(_asked(bench, cell, f"{name}-killed", [*overrides, "checkpoint.keep=2"], attempt=attempt,
-                             kill=kill, like=_order(unbroken)["record"],
+        starts.append(recorded(bench, cell, f"{name}-killed", [*overrides, "checkpoint.keep=2"], attempt=attempt,
+                             kill=kill, like=order_of(unbroken)["record"],
                              damage=drawn.randrange(2**31) if damaged else None))
     return starts
 
@@ -145,14 +114,14 @@ def survived(bench: Bench, starts: Sequence[Asked], ended: Mapping[Asked, Comple
     """Compare a run that was killed with the unbroken one."""
     unbroken, *killed = starts
     ranks, (run, twin) = processes_of(unbroken.cell.strategy), map(bench.run_folder, (killed[-1], unbroken))
-    events, theirs = (events_of(_order(one)["record"], ranks) for one in (killed[-1], unbroken))
+    events, theirs = (events_of(order_of(one)["record"], ranks) for one in (killed[-1], unbroken))
     kills, loaded, damaged = ([event for event in events if event["event"] == kind]
                               for kind in ("killed", "loaded", "damaged"))
-    why = [_said(ended[one]) for one in (unbroken, killed[-1]) if ended[one].returncode]
+    why = [said_at_end(ended[one]) for one in (unbroken, killed[-1]) if ended[one].returncode]
     if not why:
         why += [f"{what} differ" for what, same in {
             "rows": rows_of(run) == rows_of(twin), "examples": examples_of(events) == examples_of(theirs),
-            "scores": _scores(run) == _scores(twin), "weights": _same_weights(run, twin)}.items() if not same]
+            "scores": scores_of(run) == scores_of(twin), "weights": same_weights(run, twin)}.items() if not same]
     for event in loaded:
         files = sorted(folder_of(twin, event["step"]).glob("*.safetensors"))
         if event["sums"] != {file.name: sha256(file) for file in files}:
@@ -169,81 +138,6 @@ def survived(bench: Bench, starts: Sequence[Asked], ended: Mapping[Asked, Comple
         loaded=[event["step"] for event in loaded if event["rank"] == 0],
         damaged=[{key: event[key] for key in ("step", "how")} for event in damaged],
         missed=len(killed) - 1 - len(reached))
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def examples_of(events: Sequence[Mapping[str, Any]]) -> dict[int, list[int]]:
-    """Positions of the examples of each step, over all ranks, as the last start that did the step saw them."""
-    last: dict[int, int] = {}
-    for event in events:
-        if event["event"] == "step":
-            last[event["step"]] = max(event["attempt"], last.get(event["step"], 0))
-    return {step: sorted(at for event in events if (event["event"], event.get("step")) == ("step", step)
-                         and event["attempt"] == attempt for at in event["positions"])
-            for step, attempt in sorted(last.items())}
-
-
-def _scores(folder: Path) -> dict[str, Any]:
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {key: summary.get(key) for key in SCORES}
-
-
-def _same_weights(run: Path, twin: Path) -> bool:
-    for part in ("final", "best"):
-        names = [sorted(file.name for file in (folder / part).glob("*.safetensors")) for folder in (run, twin)]
-        if names[0] != names[1]:
-            return False
-        for name in names[0]:
-            mine, theirs = load_file(run / part / name), load_file(twin / part / name)
-            if mine.keys() != theirs.keys() or not all(torch.equal(mine[key], theirs[key]) for key in theirs):
-                return False
-    return True
-
-
-def _said(ended: CompletedProcess[str]) -> str:
-    return f"ended with {ended.returncode}: {ended.stderr[-1500:]}"
-
-
-def chain_and_compare(bench: Bench, chains: Sequence[str], cells: Sequence[Cell]) -> dict[tuple[str, Cell], Moved]:
-    """Run cells (whose strategy is `single`) under each chain of strategies."""
-    references = [_asked(bench, cell, f"reference-{i}", []) for i, cell in enumerate(cells)]
-    legs: dict[tuple[str, Cell], list[Asked]] = {}
-    for chain in chains:
-        strategies = CHAINS[chain]
-        for i, cell in enumerate(cells):
-            legs[chain, cell] = []
-            for leg, strategy in enumerate(strategies):
-                border = STEPS * (leg + 1) // len(strategies)
-                legs[chain, cell].append(_asked(
-                    bench, Cell(strategy, cell.method, cell.task, cell.layout), f"chain-{chain}-{i}", [], attempt=leg,
-                    kill=None if leg == len(strategies) - 1 else Kill(at="step", step=border + 1)))
-    ended = bench.run(references)
-    for leg in range(max((len(CHAINS[chain]) for chain in chains), default=0)):
-        ended |= bench.run([asked[leg] for asked in legs.values() if leg < len(asked)])
-    return {key: moved(bench, references[cells.index(key[1])], asked, ended) for key, asked in legs.items()}
-
-
-def moved(
-    bench: Bench, reference: Asked, legs: Sequence[Asked], ended: Mapping[Asked, CompletedProcess[str]]
-) -> Moved:
-    """Compare a run under several strategies with one process."""
-    bad = [_said(ended[one]) for one in (reference, legs[-1]) if ended[one].returncode]
-    if bad:
-        return Moved([], False, float("inf"), bad)
-    events = events_of(_order(legs[-1])["record"], 2)
-    under = {event["step"]: event["attempt"] for event in sorted(
-        (event for event in events if event["event"] == "step"), key=lambda event: int(event["attempt"]))}
-    losses, theirs = ({row["step"]: row["loss"] for row in rows_of(bench.run_folder(one)) if row["split"] == "train"}
-                      for one in (legs[-1], reference))
-    same = examples_of(events) == examples_of(events_of(_order(reference)["record"], 1))
-    return Moved([legs[attempt].cell.strategy for _, attempt in sorted(under.items())],
-                 same and losses.keys() == theirs.keys() and len(losses) == STEPS,
-                 max(abs(losses[step] - theirs[step]) / abs(theirs[step]) for step in theirs if step in losses))
 
 
 def totals_of(results: Mapping[Cell, Survived]) -> dict[str, Any]:

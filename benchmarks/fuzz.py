@@ -32,8 +32,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
 
+from benchmarks import fuzz_config, fuzz_data, fuzz_template
 from benchmarks import fuzz_folders as folders
-from benchmarks import fuzz_text as texts
+from benchmarks.fuzz_spoil import spoils
 from benchmarks.fuzz_watch import LIMIT_S, watched
 from peftune.observe.manifest import environment
 from peftune.tasks.text import quiet_libraries
@@ -62,18 +63,24 @@ class Found:
 
 
 KINDS: Mapping[str, Kind] = {
-    "config": Kind(texts.configs(), lambda draw, folder, places: texts.act_on_config(draw, folder), 0.35),
-    "data": Kind(texts.data_files(), lambda draw, folder, places: texts.act_on_data(draw, folder, places.models), 0.25),
+    "config": Kind(fuzz_config.configs(), lambda draw, folder, _: fuzz_config.act_on_config(draw, folder), 0.35),
+    "data": Kind(
+        fuzz_data.data_files(), lambda draw, folder, places: fuzz_data.act_on_data(draw, folder, places.models), 0.25
+    ),
     "input": Kind(
-        texts.inputs_to_predict(), lambda draw, folder, places: texts.act_on_input(draw, folder, places.models), 0.1
+        fuzz_data.inputs_to_predict(),
+        lambda draw, folder, places: fuzz_data.act_on_input(draw, folder, places.models),
+        0.1,
     ),
     "template": Kind(
-        texts.templates(), lambda draw, folder, places: texts.act_on_template(draw, folder, places.models), 0.05
+        fuzz_template.templates(),
+        lambda draw, folder, places: fuzz_template.act_on_template(draw, folder, places.models),
+        0.05,
     ),
-    "checkpoint": Kind(folders.spoils(), folders.act_on_checkpoint, 0.1),
-    "adapter": Kind(folders.spoils(), folders.act_on_adapter, 0.05),
-    "trained": Kind(folders.spoils(), folders.act_on_trained, 0.05),
-    "model": Kind(folders.spoils(), folders.act_on_model, 0.05),
+    "checkpoint": Kind(spoils(), folders.act_on_checkpoint, 0.1),
+    "adapter": Kind(spoils(), folders.act_on_adapter, 0.05),
+    "trained": Kind(spoils(), folders.act_on_trained, 0.05),
+    "model": Kind(spoils(), folders.act_on_model, 0.05),
 }
 
 
