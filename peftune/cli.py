@@ -28,7 +28,7 @@ from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
 
 BENCHMARKS = ("throughput", "peers", "parity", "memory", "sequences", "quantization", "startup", "data_scale",
-              "lora_vs_full", "fuzz", "faults", "plan", "plan_budget")
+              "lora_vs_full", "fuzz", "faults", "resume", "plan", "plan_budget")
 """Suites of `peftune bench`: files of benchmarks/."""
 SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"
 
