@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Table
@@ -44,7 +45,7 @@ class Display:
         self._console = Console(file=target, quiet=quiet, width=None if terminal else LOG_WIDTH,
                                 highlight=False, emoji=False)
         self._one_line = not terminal
-        """A log keeps a message on one line; a terminal breaks it between words."""
+        """A log keeps a message on one line; a terminal breaks it between words, indented as it began."""
         self._moving = terminal and not quiet
         self._plain = self._console.options.ascii_only
         self._status: Status | None = None
@@ -59,15 +60,24 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self._console.print(text, markup=False, soft_wrap=self._one_line)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
-        self._console.print(f"note: {text}", style="yellow", markup=False, soft_wrap=self._one_line)
+        self._print(f"note: {text}", "yellow")
 
     def alarm(self, text: str) -> None:
         """Something that is wrong."""
-        self._console.print(text, style="red", markup=False, soft_wrap=self._one_line)
+        self._print(text, "red")
+
+    def _print(self, text: str, style: str = "") -> None:
+        if self._one_line:
+            self._console.print(text, style=style, markup=False, soft_wrap=True)
+            return
+        for line in text.split("\n"):
+            indent = len(line) - len(line.lstrip(" "))
+            words = Text(line[indent:], style)
+            self._console.print(Padding(words, (0, 0, 0, indent), expand=False) if indent else words)
 
     def pieces(self, pieces: Sequence[Piece]) -> None:
         """Text with its marked runs in colour; between « and » where there is none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from peftune.config.rules import FORMATS
@@ -93,7 +94,7 @@ def _by_content(
     text = given.get("text") or max(texts, key=lambda name: texts[name], default=None)
     others = {name: values for name, values in columns.items() if name != text}
     labels = [given["label"]] if "label" in given else (
-        [name for name, values in others.items() if _are_classes(values)]
+        [name for name, values in others.items() if _are_classes(values) and not _are_dates(values)]
         or [name for name, values in others.items() if _are_fractions(values)])
     if text is None or not labels:
         return
@@ -108,6 +109,14 @@ def _are_classes(values: Sequence[Any]) -> bool:
         return False
     distinct = len(set(values))
     return 2 <= distinct < len(values) and (distinct <= MOST_CLASSES or distinct * ROWS_A_CLASS <= len(values))
+
+
+def _are_dates(values: Sequence[Any]) -> bool:
+    """As ISO 8601 writes them, with or without a time of day; a number alone is none."""
+    try:
+        return all("-" in str(value) and datetime.fromisoformat(str(value)) for value in values)
+    except ValueError:
+        return False
 
 
 def _holds(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> bool:

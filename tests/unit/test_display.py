@@ -79,3 +79,10 @@ def test_the_keyboard_ends_a_command_without_a_trace(capsys):
 
     assert guarded(door, []) == EXIT_KEYBOARD
     assert capsys.readouterr().err == "stopped from the keyboard\n"
+
+
+def test_a_terminal_indents_what_it_breaks_as_the_line_began(narrow):
+    Display(stream=narrow).warn("8 rows\n      " + "words and " * 9)
+    first, *broken = narrow.getvalue().splitlines()
+    assert first == "note: 8 rows" and len(broken) > 1
+    assert all(line.startswith(("      w", "      and")) for line in broken)

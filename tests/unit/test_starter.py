@@ -74,6 +74,13 @@ def test_fractions_in_a_csv_file_are_scores_to_predict(here):
     assert load(["stars.yaml"]).data.problem_type == "regression"
 
 
+def test_a_column_of_dates_is_not_taken_for_the_classes(here):
+    rows = "".join(f"2026-10-{day:02d},some long text {day},{'ab'[day % 2]}\n" for day in (*range(1, 9), *range(1, 9)))
+    (here / "t.csv").write_text(f"Day,Message,Team\n{rows}")
+    init("t.csv")
+    assert load(["t.yaml"]).data.columns == {"text": "Message", "label": "Team"}
+
+
 def test_given_columns_model_and_files_are_taken_over(here):
     (here / "t.csv").write_text("a,b,c\n" + "some long text,x,y\nanother long text,z,w\n" * 5)
     assert "could be the classes: b, c" in faults_of("t.csv")
