@@ -4,12 +4,11 @@ The run is peftune/train.py's, to its end. `plan-<rank>.json` in the run folder 
 before the weights were loaded, and what was measured:
 
 - tensors: the highest sum of live tensors within the third step, by the watch that the plan uses (`plan/live.py`) on
-  the real tensors. Under ZeRO and FSDP2, which resize storages behind torch's operators, it is left out.
+  the real tensors. Left out where storages come or change behind torch's operators: DDP's buckets, ZeRO's and FSDP2's
+  divided weights.
 - resident: the process's highest resident memory in each instant, above what it was when the libraries were imported
   and the data was read (VmHWM, set back where an instant begins; glibc gives back what it holds free before that).
   `step` is the largest of the steps after the third; `between steps` is what lies there before such a step.
-- own: the same without pages mapped from libraries' files. They are shared by all processes that run the same code,
-  and come as it is first run.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from peftune.model.quantize import quantised_tensors
 from peftune.plan.live import LiveBytes
 
 WATCHED_STEP = 3
-RESIZED_BEHIND = ("zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
+UNSEEN = ("ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
 
 
 class Measured:
@@ -44,20 +43,16 @@ class Measured:
 
     def __init__(self) -> None:
         self.baseline, self.tensors, self.steps, self.seconds = 0, 0, 0, 0.0
-        self.libraries = 0
         self.resident: dict[str, int] = {}
-        self.own: dict[str, int] = {}
 
     def begin(self) -> None:
         """What is there now is the baseline."""
         new_phase()
-        self.baseline, self.libraries = resident("VmRSS"), library_bytes()
+        self.baseline = resident("VmRSS")
 
     def phase(self, name: str) -> None:
         """An instant ends here."""
-        above = new_phase() - self.baseline
-        self.resident[name] = max(self.resident.get(name, 0), above)
-        self.own[name] = max(self.own.get(name, 0), above - library_bytes() + self.libraries)
+        self.resident[name] = max(self.resident.get(name, 0), new_phase() - self.baseline)
 
     def within(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """The same work, measured as an instant."""
@@ -68,18 +63,6 @@ class Measured:
             return result
 
         return measured
-
-
-def library_bytes() -> int:
-    """Resident pages of mapped files, as they lie there; not of checkpoints, which hold weights."""
-    found, counts = 0, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        words = line.split()
-        if not words[0].endswith(":"):  # a mapping begins: addresses, rights, offset, device, inode, perhaps a file
-            counts = words[4] != "0" and not line.endswith(".safetensors")
-        elif counts and words[0] in ("Rss:", "Anonymous:"):
-            found += int(words[1]) * (1024 if words[0] == "Rss:" else -1024)
-    return found
 
 
 def main(arguments: list[str]) -> int:
@@ -95,7 +78,7 @@ def main(arguments: list[str]) -> int:
     def step(model: Any, work: Any, optimizer: Any, strategy: Any, **named: Any) -> Any:
         found.steps += 1
         new_phase()
-        if found.steps == WATCHED_STEP and strategy.name not in RESIZED_BEHIND:
+        if found.steps == WATCHED_STEP and strategy.name not in UNSEEN:
             live = LiveBytes()
             live.hold(model.parameters(), "weights")
             live.hold(model.buffers(), "weights")
@@ -129,8 +112,7 @@ def main(arguments: list[str]) -> int:
             "why_not": memory.get("why_not", ""), "micro_batch_tokens": built.run.micro_batch_tokens,
             "recompute": built.run.facts["gradient_checkpointing"],
             "parameters": built.run.facts["total_parameters"], "trainable": built.run.facts["trainable_parameters"],
-            "baseline_bytes": found.baseline, "tensor_bytes": found.tensors, "resident_bytes": found.resident,
-            "own_bytes": found.own}))
+            "baseline_bytes": found.baseline, "tensor_bytes": found.tensors, "resident_bytes": found.resident}))
     return EXIT_DONE
 
 

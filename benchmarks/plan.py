@@ -3,8 +3,10 @@
     peftune bench plan [--cells FIRST:LAST] [--to results.json] [--table table.md]
     peftune bench plan --models [NAME ...] [--table plans.md]
 
-Each cell is a run of `measured_plan.py`, in processes of its own, which says what is measured. Cells whose number
-divides by four are held back: nothing in the plan was set by looking at them. Results that `--to` names are added to.
+Each cell is a run of `measured_plan.py`, in processes of its own, which says what is measured. `tensors` compares live
+tensors; `resident` the process's growth with the plan's tensors and what a run adds beside them (`BESIDE_TENSORS` in
+`peftune/plan/choose.py`, the median over the cells of one process that are not held back). Cells whose number divides
+by five are held back: nothing in the plan was set by them. Results that `--to` names are added to.
 
 With --models: the plans of Llama-3.1-8B, 70B and Qwen2.5-7B, from their shapes alone, beside the arithmetic floor.
 """
@@ -30,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from benchmarks.launches import Run, launched_together
 from peftune.observe.manifest import environment
+from peftune.plan.choose import BESIDE_TENSORS
 from peftune.plan.planning import answered
 from peftune.plan.show import rendered
 from tests import tiny
@@ -40,7 +43,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 """As in memory.py: glibc's own first value; giving it keeps freed blocks from staying in the heap."""
 MIB, GIB = 2**20, 2**30
 STEPS, BATCH, SCORED = 5, 4, 2
-HELD_BACK = 4
+HELD_BACK = 5
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-5m": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
                  "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -99,6 +102,8 @@ def cells() -> list[Cell]:
             continue
         for _ in range(1 if model == "llama-300m" else 3):
             recompute, length, layout, dtype = next(turns)
+            if (model, method) == ("llama-300m", "int8"):
+                dtype = "bfloat16"  # float32 products with 8-bit weights take minutes a step on CPUs
             found.append(Cell(model, method, dtype, recompute, length, layout))
     shared = itertools.product(("ddp", "zero2", "fsdp2"), ("llama-30m", "qwen-60m"), ("lora", "full"))
     return found + [Cell(model, method, strategy=strategy) for strategy, model, method in shared]
@@ -159,7 +164,7 @@ class Bench:
         return path
 
     def measure(self, strategy: str, cells: Mapping[int, Cell]) -> dict[int, dict[str, Any]]:
-        """Launch cells of one strategy by number, and read what their ranks wrote: the rank that holds most."""
+        """Launch cells of one strategy by number, and read what their ranks wrote: the first one, which plans."""
         processes, found = 1 if strategy == "single" else 2, {}
         folders = {number: self.folder / f"run-{number}" for number in cells}
         runs = [Run([str(self.config(cell, number)), f"output_dir={folders[number]}"], script=MEASURED)
@@ -171,46 +176,54 @@ class Bench:
                 continue
             ranks = [json.loads((folder / f"plan-{rank}.json").read_text()) for rank in range(processes)]
             assert all(rank["strategy"] == strategy for rank in ranks), "another strategy ran than was asked for"
-            found[number] = max(ranks, key=lambda rank: rank["own_bytes"]["step"])
+            found[number] = ranks[0]
             shutil.rmtree(folder)
         return found
 
 
-def errors(found: Mapping[str, Any]) -> dict[str, float]:
-    """Predicted over measured, less one: of live tensors in a step, and of resident memory in a step."""
+def errors(result: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """What was predicted and what was measured: of live tensors in a step, and of resident memory in a step."""
+    found = result["found"]
     step = found["predicted"]["instants"]["step"]
-    result = {"resident": step / found["own_bytes"]["step"] - 1}
-    if found["tensor_bytes"]:
-        result["tensors"] = step / found["tensor_bytes"] - 1
-    return result
+    pairs = {"resident": (step + BESIDE_TENSORS[result["cell"]["dtype"]], found["resident_bytes"]["step"])}
+    return {"tensors": (step, found["tensor_bytes"]), **pairs} if found["tensor_bytes"] else pairs
+
+
+def spread_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown: how far off cells of each kind are."""
+    groups = {"one process": [result for result in results if result["cell"]["strategy"] == "single"],
+              "two processes": [result for result in results if result["cell"]["strategy"] != "single"]}
+    lines = ["| cells | what | cells measured | median error | 95th percentile | most below | most above "
+             "| median of MiB off | most MiB off |", "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for (name, group), held, kind in itertools.product(groups.items(), (False, True), ("tensors", "resident")):
+        pairs = [errors(result)[kind] for result in group
+                 if (result["number"] % HELD_BACK == 0) is held and kind in errors(result)]
+        if not pairs:
+            continue
+        shares = [predicted / measured - 1 for predicted, measured in pairs]
+        off, sizes = sorted(map(abs, shares)), [abs(one - other) / MIB for one, other in pairs]
+        lines.append(f"| {name}{', held back' if held else ''} | {kind} | {len(pairs)} | {median(off):.2%} | "
+                     f"{off[round(0.95 * (len(off) - 1))]:.2%} | {min(shares):+.2%} | {max(shares):+.2%} | "
+                     f"{median(sizes):.1f} | {max(sizes):.1f} |")
+    return lines
 
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: the spread of errors, then a row a cell."""
-    measured = [result for result in results if "why" not in result["found"]]
-    lines = ["| cells | what | cells measured | median error | 95th percentile | most below | most above |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for held, name in ((False, "others"), (True, "held back")):
-        for kind in ("tensors", "resident"):
-            values = [errors(result["found"])[kind] for result in measured
-                      if result["held_back"] is held and kind in errors(result["found"])]
-            if values:
-                size = sorted(map(abs, values))
-                lines.append(f"| {name} | {kind} | {len(values)} | {median(size):.2%} | "
-                             f"{size[round(0.95 * (len(size) - 1))]:.2%} | {min(values):+.2%} | {max(values):+.2%} |")
+    lines = spread_of([result for result in results if "why" not in result["found"]])
     lines += ["", "| model | method | dtype | recomputed | length | layout | strategy | held back | predicted (MiB) | "
               "tensors (MiB) | error | resident (MiB) | error |",
               "| --- | --- | --- | --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     for result in results:
-        words = " | ".join(str(value) for value in result["cell"].values())
+        words = " | ".join(str(value) for value in [*result["cell"].values(), result["number"] % HELD_BACK == 0])
         found = result["found"]
         if "why" in found:
-            lines.append(f"| {words} | {result['held_back']} | **failed** | | | | |")
+            lines.append(f"| {words} | **failed** | | | | |")
             continue
-        off = errors(found)
-        tensors = f"{found['tensor_bytes'] / MIB:,.1f} | {off['tensors']:+.2%}" if "tensors" in off else " | "
-        lines.append(f"| {words} | {result['held_back']} | {found['predicted']['instants']['step'] / MIB:,.1f} | "
-                     f"{tensors} | {found['own_bytes']['step'] / MIB:,.1f} | {off['resident']:+.2%} |")
+        off = errors(result)
+        shown = [f"{measured / MIB:,.1f} | {predicted / measured - 1:+.2%}" if predicted else " | "
+                 for predicted, measured in (off.get("tensors", (0, 0)), off["resident"])]
+        lines.append(f"| {words} | {found['predicted']['instants']['step'] / MIB:,.1f} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -248,7 +261,7 @@ def main() -> int:
         wanted = list(enumerate(cells()))[int(first or 0):int(last) if last else None]
         for strategy, group in itertools.groupby(wanted, key=lambda numbered: numbered[1].strategy):
             of_strategy = dict(group)
-            fresh = [{"number": number, "held_back": number % HELD_BACK == 0, "cell": asdict(of_strategy[number]),
+            fresh = [{"number": number, "cell": asdict(of_strategy[number]),
                       "found": found} for number, found in bench.measure(strategy, of_strategy).items()]
             known = sorted([result for result in known if result["number"] not in of_strategy] + fresh,
                            key=lambda result: result["number"])

@@ -27,7 +27,7 @@ from peftune.observe.manifest import environment
 from peftune.plan.choose import LIMIT
 from tests import tiny
 
-STEPS, BATCH = 4, 32
+STEPS, BATCH = 2, 32
 LOW, HIGH = 0.85, 0.97
 """Share of the budget that a run is to fill."""
 
@@ -41,12 +41,12 @@ class Budget:
 
 
 BUDGETS = (
-    Budget(Cell("llama-5m", "lora", length=320), 1100), Budget(Cell("llama-5m", "full", layout="padded"), 1000),
-    Budget(Cell("llama-30m", "lora", length=320), 1500), Budget(Cell("llama-30m", "full", length=320), 1600),
-    Budget(Cell("llama-30m", "lora", "bfloat16", layout="padded", length=320), 1100),
-    Budget(Cell("llama-30m", "nf4", "bfloat16", length=320), 1100), Budget(Cell("qwen-60m", "lora"), 1600),
-    Budget(Cell("qwen-60m", "full", "bfloat16", length=320), 2200), Budget(Cell("bert-30m", "lora"), 1200),
-    Budget(Cell("modernbert-40m", "full", length=320), 1800),
+    Budget(Cell("llama-5m", "lora", length=320), 970), Budget(Cell("llama-5m", "full", layout="padded"), 1060),
+    Budget(Cell("llama-30m", "lora", length=320), 1710), Budget(Cell("llama-30m", "full", length=320), 2145),
+    Budget(Cell("llama-30m", "lora", "bfloat16", layout="padded", length=320), 1200),
+    Budget(Cell("llama-30m", "nf4", "bfloat16", length=320), 1160), Budget(Cell("qwen-60m", "lora"), 2145),
+    Budget(Cell("qwen-60m", "full", "bfloat16", length=320), 2940), Budget(Cell("bert-30m", "lora"), 1360),
+    Budget(Cell("modernbert-40m", "full", length=320), 2040),
 )
 
 

@@ -32,6 +32,9 @@ CPU_AUTO_TOKENS = 4_096
 """More tokens at once do not make a CPU faster; they only cost memory."""
 SHARE = 0.92
 """Of the memory that can be had, what a plan may fill: heaps and the system's caches move by the rest."""
+BESIDE_TENSORS = {"float32": 32 * 2**20, "bfloat16": 64 * 2**20}
+"""What a run on a CPU adds to its process beside tensors, in bytes by `model.dtype`: code that oneDNN makes for shapes,
+pages of libraries, Python's objects. Set by the cells of `peftune bench plan` that were not held back."""
 LIMIT = "PEFTUNE_MEMORY_BYTES"
 """Environment variable: bytes that one process may take in all, for shared machines."""
 REFINEMENTS = 3
@@ -71,7 +74,7 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
     device = strategy.world.device
     try:
         found = choose_memory(
-            Tracer(subject_of(config, text, data.targets)), lengths, room_bytes=room_bytes(device),
+            Tracer(subject_of(config, text, data.targets)), lengths, room_bytes=room_bytes(device, config.model.dtype),
             division=Division(strategy.name, strategy.world.ranks, sharing), device=TENSORS[device.type])
     except UNTRACEABLE as error:
         tokens = config.train.tokens_per_micro_batch
@@ -164,11 +167,12 @@ def wants_recomputing(config: RunConfig) -> bool | None:
     return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 
 
-def room_bytes(device: torch.device) -> int:
+def room_bytes(device: torch.device, dtype: str) -> int:
     """What this rank's tensors may take: a share of the free memory, or of PEFTUNE_MEMORY_BYTES if that is less."""
     if device.type == "cuda":
         return int(SHARE * torch.cuda.mem_get_info(device)[0])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available // here
     limit = os.environ.get(LIMIT)
-    return int(SHARE * (free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)))
+    most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
+    return int(SHARE * most) - BESIDE_TENSORS[dtype]

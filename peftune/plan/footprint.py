@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ layer, and their gradients. temporaries: of backward and the optimizer. What att
 SDPA keeps one number a row and head beside its inputs and outputs. framework: what a GPU's libraries take."""
 MASKS_MATTER = 0.01
 """Of a step's peak: smaller differences of masks are left out."""
+UNTRACED: Mapping[str, set[str]] = {
+    "model": {"gradient_checkpointing"},
+    "train": {"tokens_per_micro_batch", "batch_size", "num_epochs", "max_steps", "learning_rate"},
+}
+"""Settings that change no trace of a given micro-batch on a given road."""
 STATES = ("weights", "adapters", "optimizer")
 MOVING = ("gradients", "activations", "logits_and_loss", "temporaries", "exchange_buffers")
 """Causes that come and go within a step."""
@@ -69,7 +75,8 @@ class Footprint:
 class Tracer:
     """Traces a model with few layers twice: its own number of layers lies on the line through both.
 
-    Remembers what it has traced: strategies and devices need no further trace.
+    Remembers what it has traced, in this process: strategies and devices need no further trace, nor does another run of
+    the same shape.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -78,7 +85,9 @@ class Tracer:
         self.layers: int = subject.model_config.get_text_config().num_hidden_layers
         few, many = self._counts[0], self._counts[-1]
         self._share = (self.layers - few) / (many - few) if many > few else 0.0
-        self._known: dict[Any, Any] = {}
+        self._known = _traces_of(repr((
+            subject.source, subject.model_config.to_json_string(use_diff=False), subject.targets, subject.rows,
+            subject.config.model_dump_json(include={"task", "model", "adapter", "train"}, exclude=UNTRACED))))
 
     def states_bytes(self, division: Division) -> float:
         """What a rank's weights take, without a trace: no plan is smaller."""
@@ -146,6 +155,12 @@ class Tracer:
 
     def _between(self, first: float, second: float) -> int:
         return round(first + self._share * (second - first))
+
+
+@functools.lru_cache(maxsize=64)
+def _traces_of(shape: str) -> dict[Any, Any]:
+    """Traces of one subject so far; a change of any word in `shape` may give others."""
+    return {}
 
 
 def _peak_of(step: TracedStep) -> float:
