@@ -18,7 +18,7 @@ from peftune.data.findings import Finding, Place
 from peftune.data.formats import Found
 from peftune.data.rows import Faults, Row
 from peftune.data.sources import as_sources, fingerprint
-from peftune.data.spool import SPLITS, Spool, needed_sources, spool_rows
+from peftune.data.spool import SPLITS, Progress, Spool, needed_sources, spool_rows
 from peftune.data.store import Split
 from peftune.data.survey import Survey
 from peftune.data.targets import Targets
@@ -29,8 +29,6 @@ LOOKED_AT = 200
 """Rows of a split whose tokens are turned back into text."""
 MAY_DIFFER = {"layout", "on_bad_row"}
 """Keys of the data section that change no example."""
-Progress = Callable[[str, int, int], None]
-"""Told what is done, how much, and of how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def prepare(
         targets: classes of a model that is already trained; None learns them from the training rows.
         only: the splits that are wanted.
         inspect: go on past bad rows whatever `on_bad_row` says, so that all there is to say is found.
-        progress: told how much is tokenised, where that takes several processes.
+        progress: told how many rows are read, and how much is tokenised where that takes several processes.
 
     Raises:
         DataError: bad rows where they are errors; sources that cannot be read; a split without any good row.
@@ -147,7 +145,7 @@ def _fill(
     draft: Path, config: DataConfig, encoder: RowEncoder, seed: int, targets: Targets | None, only: Sequence[str],
     fingerprints: Mapping[str, Any], stops: bool, progress: Progress,
 ) -> None:
-    spools, found = spool_rows(config, encoder.formats, seed, only, draft)
+    spools, found = spool_rows(config, encoder.formats, seed, only, draft, progress)
     if found.faults.count and stops:
         raise DataError(found.faults.kept)
     for name, spool in spools.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from peftune.data.splits import held_out, split_key
 from peftune.errors import DataError, Fault
 
 SPLITS = ("train", "validation", "test")
+TOLD_ROWS = 10_000
+Progress = Callable[[str, int, int], None]
+"""What is done, how much of it, and of how much: 0 where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,12 @@ def needed_sources(config: DataConfig, only: Sequence[str]) -> dict[str, tuple[S
 
 
 def spool_rows(
-    config: DataConfig, formats: tuple[str, ...], seed: int, only: Sequence[str], folder: Path
+    config: DataConfig, formats: tuple[str, ...], seed: int, only: Sequence[str], folder: Path,
+    progress: Progress = lambda what, done, total: None,
 ) -> tuple[dict[str, Spool], Found]:
     """Read every source once and write its good rows by split; bad ones are in what is found.
+
+    `progress` hears of the good rows of a split, now and then; how many there will be nobody knows.
 
     Raises:
         DataError: a source that is not there or fits no format, along with the bad rows of all others.
@@ -85,6 +91,8 @@ def spool_rows(
                             source=number, first_id=len(keys), found=found):
                         stream.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
                         keys.append(split_key(row.fields, seed) if isinstance(config.validation, float) else 0)
+                        if len(keys) % TOLD_ROWS == 0:
+                            progress(f"{name} rows read", len(keys), 0)
                 except DataError as error:
                     broken += error.faults
         spools[name] = Spool(path, len(keys), found.faults.count - before)

@@ -170,8 +170,8 @@ class Display:
             self._progress.update(self._training, completed=step)
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """Show how far a part of a phase is, or an evaluation beside the bar of the training."""
-        self._doing = f", {name} {done:,} of {total:,}"
+        """Show how far a part of a phase is, or an evaluation beside the bar of the training; of 0 if nobody knows."""
+        self._doing = f", {name} {done:,}" + (f" of {total:,}" if total else "")
         status = self._status  # another thread may tell of its progress as the phase ends
         if status is not None:
             status.update(self._phase + self._doing)

@@ -9,7 +9,7 @@ import pytest
 
 from peftune.cli import main
 from peftune.config.schema import DataConfig
-from peftune.data import tokenise
+from peftune.data import spool, tokenise
 from peftune.data.prepare import open_prepared, prepare
 from peftune.errors import DataError
 from tests import tiny
@@ -174,3 +174,10 @@ def test_several_processes_tokenise_as_one(encoder, write_rows, monkeypatch):
         assert list(several.splits[name].records()) == list(split.records())
         for position in range(0, len(split), 17):
             assert list(several.splits[name][position].input_ids) == list(split[position].input_ids)
+
+
+def test_it_is_told_how_many_rows_are_read_while_they_are(write_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(spool, "TOLD_ROWS", 4)
+    config, told = DataConfig(train=write_rows("t.jsonl", tiny.intent_rows(10)), validation=None), []
+    spool.spool_rows(config, ("classification",), 0, ("train",), tmp_path, lambda *said: told.append(said))
+    assert told == [("train rows read", 4, 0), ("train rows read", 8, 0)]

@@ -73,6 +73,17 @@ def test_a_log_hears_from_a_long_phase_and_a_long_evaluation(monkeypatch):
     assert "untrained: 0 s so far, validation 1 of 4" in said and "test 3 of 4" in said and "test 4 of 4" not in said
 
 
+def test_of_an_unknown_number_only_what_is_done_is_said(monkeypatch):
+    monkeypatch.setattr(module, "LONG_S", 0.02)
+    log = io.StringIO()
+    display = Display(stream=log)
+    with display.phase("data"):
+        display.progress("train rows read", 120_000, 0)
+        while not log.getvalue():
+            time.sleep(0.01)
+    assert "data: 0 s so far, train rows read 120,000\n" in log.getvalue()
+
+
 def test_the_keyboard_ends_a_command_without_a_trace(capsys):
     def door(arguments):
         raise KeyboardInterrupt
