@@ -11,7 +11,8 @@ WARM_UP = 2
 
 
 def rates(record: Mapping[str, Any], warm_up: int = WARM_UP) -> dict[str, float]:
-    """Of one run's steps after the first `warm_up`.
+    """Of one run's steps after the first `warm_up`. The middle step's rate is what a virtual machine whose processors
+    are taken away now and then would do without that.
 
     Args:
         record: lists with a value a step: step_seconds, tokens (without padding), total_tokens (with it),
@@ -24,6 +25,8 @@ def rates(record: Mapping[str, Any], warm_up: int = WARM_UP) -> dict[str, float]
     ordered = sorted(part["step_seconds"])
     return {
         "tokens_per_second": sum(part["tokens"]) / seconds,
+        "tokens_per_second_of_middle_step": statistics.median(
+            tokens / one for tokens, one in zip(part["tokens"], part["step_seconds"])),
         "total_tokens_per_second": sum(part["total_tokens"]) / seconds,
         "supervised_tokens_per_second": sum(part["supervised_tokens"]) / seconds,
         "samples_per_second": sum(part["examples"]) / seconds,

@@ -149,12 +149,15 @@ def ceiling(device: torch.device, threads: int) -> float:
 def gathered(
     measure: Mapping[str, Callable[[], dict[str, Any]]], repeats: int, device: torch.device, threads: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every contestant once, then again: A B A B. Each record holds the ceiling that was measured before it."""
+    """Every contestant once, then again: A B A B. Each record holds the ceiling that was measured before it, and the
+    share of processor time that a virtual machine's host took meanwhile (Linux)."""
     records: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(repeats):
         for name, run in measure.items():
-            top = ceiling(device, threads)
+            top, before = ceiling(device, threads), psutil.cpu_times()
             records[name].append(run() | {"ceiling_flops": top})
+            spent = [late - early for late, early in zip(psutil.cpu_times(), before)]
+            records[name][-1]["stolen_share"] = spent[before._fields.index("steal")] / sum(spent)
             found = rates(records[name][-1])
             print(f"{name}: {found['tokens_per_second']:,.0f} tokens/s", flush=True)
     return records
@@ -174,20 +177,22 @@ def summary_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                                                          / record["evaluation_seconds"][-1])
         if record.get("checkpoint_seconds"):
             found["checkpoint_s"].append(record["checkpoint_seconds"][-1])
-        found["ceiling_flops"].append(record["ceiling_flops"])
+        for name in ("ceiling_flops", "stolen_share"):
+            if name in record:
+                found[name].append(record[name])
         if "flops_per_token" in record:
-            found["of_ceiling"].append(found["tokens_per_second"][-1] * record["flops_per_token"]
+            found["of_ceiling"].append(found["tokens_per_second_of_middle_step"][-1] * record["flops_per_token"]
                                        / record["ceiling_flops"])
     return {name: spread(values) for name, values in found.items()}
 
 
 def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a row a cell; medians, and the range of tokens a second."""
-    lines = ["| cell | tokens/s (range) | supervised/s | samples/s | step p50 / p95 (s) | padding | of the ceiling | "
-             "peak RSS in steps (GiB) | first step (s) |", "| --- |" + " ---: |" * 8]
+    """Markdown: a row a cell; medians, and the range of the middle step's tokens a second."""
+    lines = ["| cell | tokens/s, middle step (range) | supervised/s | samples/s | step p50 / p95 (s) | padding | "
+             "of the ceiling | peak RSS in steps (GiB) | first step (s) |", "| --- |" + " ---: |" * 8]
     for name, found in summaries.items():
         middle = {key: value["median"] for key, value in found.items()}
-        rate = found["tokens_per_second"]
+        rate = found["tokens_per_second_of_middle_step"]
         share = f"{middle['of_ceiling']:.1%}" if "of_ceiling" in middle else ""
         lines.append(
             f"| {name} | {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) | "
@@ -238,7 +243,7 @@ def main() -> int:
     summaries = {name: summary_of(found) for name, found in records.items()}
     ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()}
     if asked.suite == "overhead":
-        whole, bare = (summaries[name]["tokens_per_second"]["median"] for name in cells)
+        whole, bare = (summaries[name]["tokens_per_second_of_middle_step"]["median"] for name in cells)
         ratios["loop over bare loop"] = whole / bare
     outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
                "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},

@@ -22,6 +22,7 @@ RECORD = {"step_seconds": [9.0, 9.0, 1.0, 3.0], "tokens": [10, 10, 100, 300], "t
 def test_rates_leave_the_first_two_steps_out_and_count_padding_apart():
     found = rates(RECORD)
     assert (found["tokens_per_second"], found["total_tokens_per_second"]) == (100, 125)
+    assert found["tokens_per_second_of_middle_step"] == 100
     assert (found["supervised_tokens_per_second"], found["samples_per_second"]) == (20, 2)
     assert (found["step_p50_s"], found["step_p95_s"]) == (2, 3)
     assert found["padding_share"] == pytest.approx(0.2)
@@ -82,7 +83,7 @@ def test_peers_are_compared_by_medians_and_losses_with_ours():
 
     found = {"ours": records([1.0, 1.0, 9.0], 2.0, 100), "hf_grouped": records([2.0, 2.0, 1.0], 2.002, 150)}
     ratios = ratios_of(found)
-    assert ratios["tokens/s over hf_grouped"] == ratios["samples/s over hf_grouped"] == 2
+    assert ratios["tokens/s over hf_grouped"] == ratios["whole tokens/s over hf_grouped"] == 2
     assert ratios["memory of hf_grouped over ours"] == 1.5
     assert loss_parity(found) == {"ours": 0, "hf_grouped": pytest.approx(0.001)}
 
