@@ -5,7 +5,7 @@
 
 Each cell is a run of `measured_plan.py`, in processes of its own, which says what is measured. `tensors` compares live
 tensors; `resident` the process's growth with the plan's tensors and what a run adds beside them (`BESIDE_TENSORS` in
-`peftune/plan/choose.py`, the median over the cells of one process that are not held back). Cells whose number divides
+`peftune/plan/choose.py`, set by the cells of one process that are not held back). Cells whose number divides
 by five are held back: nothing in the plan was set by them. Results that `--to` names are added to.
 
 With --models: the plans of Llama-3.1-8B, 70B and Qwen2.5-7B, from their shapes alone, beside the arithmetic floor.

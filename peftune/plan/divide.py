@@ -55,9 +55,11 @@ def divided(
             found["gradients"] = trained  # DDP's buckets lie there from the start, and gradients are views of them
         case "zero1" | "zero2":
             found["optimizer"] = (held["optimizer"] + trained) / ranks  # with a copy of the rank's part of the weights
-            if training:  # gathered for the rank's part, then laid end to end for the optimizer
-                found["gradients"] = trained if division.strategy == "zero1" else 2 * trained / ranks
-                found["exchange_buffers"] = 0.0 if division.strategy == "zero1" else min(2 * bucket, trained)
+            if training and division.strategy == "zero1":
+                found["gradients"] = trained
+            elif training and part["gradients"]:  # as backward brings them: gathered for the rank's part, then laid end
+                found["gradients"] = 2 * part["gradients"] / ranks  # to end for the optimizer
+                found["exchange_buffers"] = min(2 * bucket, trained)
         case "zero3" | "zero3-offload":
             on_host = division.strategy == "zero3-offload"
             for cause in ("weights", "adapters"):
