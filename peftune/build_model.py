@@ -12,6 +12,7 @@ from peftune.data.prepare import Prepared
 from peftune.loop.data_start import start_from_planned_data
 from peftune.model.assemble import assemble
 from peftune.model.eva import reads_data
+from peftune.model.lean import make_lean
 from peftune.model.load import Loaded, adjust_config, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
 from peftune.model.packing import use_packing
@@ -36,6 +37,8 @@ def model_for_training(config: RunConfig, text: Text, data: Prepared, strategy: 
     if reads_data(model):
         start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
                                 seed=config.seed, pad_id=text.tokenizer.pad_token_id)
+    if not config.model.compile:
+        make_lean(model, divided=strategy.lockstep)
     return model, loaded
 
 

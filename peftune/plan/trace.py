@@ -23,6 +23,7 @@ from peftune.loop.optimizer import build_optimizer
 from peftune.loop.step import StepWork, train_step
 from peftune.model.assemble import Parameters, count
 from peftune.model.hollow import hollow_model
+from peftune.model.lean import make_lean
 from peftune.model.load import first_position
 from peftune.model.next_token import end_in_losses, take_road
 from peftune.model.packing import use_packing
@@ -168,9 +169,7 @@ def trace_generation(subject: Subject, layers: int, rows: int, tokens: int) -> B
 
 def opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveBytes, Reference | None]:
     """The model, what is followed of it, and the untrained one that the loss compares with, if it does.
-
-    `road`: None where no loss is computed.
-    """
+    `road`: None where no loss is computed."""
     config, task = subject.config, subject.task
 
     def hollow(model: ModelConfig, adapter: AdapterConfig | None) -> Any:
@@ -179,6 +178,8 @@ def opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveB
         if task.next_token and road is not None:
             end_in_losses(made)
             take_road(made, road.loss_rows)
+        if not model.compile:
+            make_lean(made, divided=False)
         return made
 
     model = hollow(config.model, config.adapter)

@@ -1,0 +1,163 @@
+"""LoRA layers and RMS norms that keep less for backward and touch memory less often, in place of peft's and
+transformers' own. What they compute, save and load is the same.
+
+Shape letters: T tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def make_lean(model: nn.Module, *, divided: bool) -> None:
+    """Take over the layers that are known to be equal; leave all others as they are.
+
+    Args:
+        model: with its adapter; changed in place.
+        divided: weights are gathered for the call of their own module, which a LoRA layer in one piece does not make.
+    """
+    for module in model.modules():
+        if _is_plain_rms_norm(module):
+            module.__class__ = LeanRMSNorm
+        elif type(module) is Linear and not divided:
+            module.__class__ = LeanLoraLinear
+
+
+class LeanLoraLinear(Linear):
+    """peft's own layer, whose steps with gradients compute y = x W^T + b + s (x A^T) B^T as one function.
+
+    Only a plain layer's do: one active adapter, no dropout, no variant such as DoRA, floating-point weights. Passes
+    without gradients are peft's own too, so that scores are those of the saved folder bit for bit.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., I] -> [..., O], in the type of x or of the autocast around it."""
+        kind, base = x.device.type, self.base_layer
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
+        name = self._lean_adapter(dtype, mixed) if torch.is_grad_enabled() and not (args or kwargs) else None
+        if name is None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        a, b = (part[name].weight.to(dtype) for part in (self.lora_A, self.lora_B))
+        with torch.autocast(kind, enabled=False):
+            product: Tensor = _LoraProduct.apply(x.to(dtype), base.weight, base.bias, a, b, self.scaling[name])
+            return product
+
+    def _lean_adapter(self, dtype: torch.dtype, mixed: bool) -> str | None:
+        """The one active adapter, if the layer is plain, and its product is computed in `dtype`."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or self.fan_in_fan_out:
+            return None
+        name: str = self.active_adapters[0]
+        if name not in self.lora_A or name in self.lora_variant or type(self.base_layer) is not nn.Linear:
+            return None
+        if self.lora_B[name].bias is not None or not isinstance(self.lora_dropout[name], nn.Identity):
+            return None
+        if any(part.requires_grad or part.dtype != dtype for part in self.base_layer.parameters()):
+            return None
+        return name if mixed or self.lora_A[name].weight.dtype == dtype else None
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T over frozen W and b. Keeps x and x A^T; a sum lands where its first part lies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        x_TI = x.flatten(0, -2)
+        inner_TR = F.linear(x_TI, a_RI) * scale
+        ctx.save_for_backward(x, w_OI, a_RI, b_OR, inner_TR)
+        ctx.scale = scale
+        return F.linear(x_TI, w_OI, bias_O).addmm_(inner_TR, b_OR.t()).view(*x.shape[:-1], len(w_OI))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x, w_OI, a_RI, b_OR, inner_TR = ctx.saved_tensors
+        slope_TO = gradients[0].flatten(0, -2)
+        inner_slope_TR = (slope_TO @ b_OR) * ctx.scale
+        below = None
+        if ctx.needs_input_grad[0]:
+            below = (slope_TO @ w_OI).addmm_(inner_slope_TR, a_RI).view(x.shape)
+        return below, None, None, inner_slope_TR.t() @ x.flatten(0, -2), slope_TO.t() @ inner_TR, None
+
+
+class LeanRMSNorm(nn.Module):
+    """w n, n = x / sqrt(mean(x^2) + e) (Zhang and Sennrich, 2019, arXiv:1910.07467), with n computed again in backward.
+
+    Its outputs are the taken-over norm's bit for bit. That one keeps x and n in float32.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        if not torch.is_grad_enabled():
+            return self.weight * _normed(hidden_states, self.variance_epsilon)[0].to(hidden_states.dtype)
+        result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        return result
+
+
+def _normed(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """n [..., D] and 1 / sqrt(mean(x^2) + e) [..., 1], both in float32."""
+    wide = x.to(torch.float32)
+    root = (wide * wide).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return wide * root, root
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        normed, root = _normed(x, epsilon)
+        ctx.save_for_backward(x, weight, root)
+        return weight * normed.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, root = ctx.saved_tensors
+        (slope,) = gradients
+        normed = x.to(torch.float32) * root
+        below = of_weight = None
+        if ctx.needs_input_grad[1]:
+            products = slope * normed.to(x.dtype)
+            of_weight = products.flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            wide = (slope * weight).to(x.dtype).to(torch.float32)
+            shared = (wide * normed).mean(-1, keepdim=True)
+            below = torch.sub(wide, normed.mul_(shared)).mul_(root).to(x.dtype)
+        return below, of_weight, None
+
+
+def _is_plain_rms_norm(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return (kind.__name__.endswith("RMSNorm") and set(module._parameters) == {"weight"}
+            and not module._buffers and not module._modules
+            and isinstance(vars(module).get("variance_epsilon"), float) and _computes_as_ours(kind))
+
+
+@cache
+@torch.no_grad()
+def _computes_as_ours(kind: Any) -> bool:
+    """Whether a class of norms gives our numbers bit for bit, tried in each mixture of types that runs have."""
+    generator = torch.Generator().manual_seed(0)
+    x_TD, weight_D = (torch.randn(shape, generator=generator, device="cpu") for shape in ((3, 48), (48,)))
+    for x_type, weight_type in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                (torch.bfloat16, torch.float32)):
+        norms: tuple[Any, Any] = kind.__new__(kind), LeanRMSNorm.__new__(LeanRMSNorm)
+        for norm in norms:
+            nn.Module.__init__(norm)
+            norm.weight, norm.variance_epsilon = nn.Parameter(weight_D.to(weight_type)), 1e-3
+        try:
+            expected, found = (norm(x_TD.to(x_type)) for norm in norms)
+        except (TypeError, RuntimeError, AttributeError):
+            return False
+        if found.dtype != expected.dtype or not torch.equal(found, expected):
+            return False
+    return True

@@ -1,0 +1,198 @@
+"""Lean LoRA layers and norms beside peft's and transformers' own: one function, one gradient, fewer bytes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, Qwen3Config
+
+from peftune.model.lean import LeanLoraLinear, LeanRMSNorm, make_lean
+from peftune.model.precision import enable_gradient_checkpointing
+
+SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "use_cache": False}
+FLOAT32_NORMS = 1e-6
+"""Tolerance in float64: norms compute in float32 all the same, and sum in another order in backward."""
+IDS = torch.arange(2 * 17).view(2, 17) % 61
+
+
+def adapted(kind: Any = LlamaConfig, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
+    """A tiny model whose adapter has left its start."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(kind(**SIZES, attention_bias=True), dtype=dtype)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, **{"target_modules": "all-linear", **fields}),
+                           autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name or "norm" in name:
+                parameter += torch.randn_like(parameter) / 4
+    return model.train()
+
+
+def lean(model: PeftModel) -> PeftModel:
+    twin = copy.deepcopy(model)
+    make_lean(twin, divided=False)
+    return twin
+
+
+def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_one_step(plain: nn.Module, twin: nn.Module, tolerance: float) -> None:
+    (loss, gradients), (twin_loss, twin_gradients) = step(plain), step(twin)
+    assert twin_loss.item() == pytest.approx(loss.item(), rel=tolerance)
+    assert twin_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        largest = gradient.abs().max().item()
+        torch.testing.assert_close(twin_gradients[name], gradient, rtol=0, atol=tolerance * largest, msg=name)
+
+
+def layers(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_lean_lora_layer_has_peft_s_outputs_and_gradients_in_float64(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(24, 40, bias=bias)).double(),
+                           LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=False),
+                           autocast_adapter_dtype=False)
+    twin = copy.deepcopy(model)
+    make_lean(twin, divided=False)
+    assert layers(twin, LeanLoraLinear) == 1
+    results = []
+    for one in (model, twin):
+        x = torch.linspace(-1, 1, 2 * 7 * 24, dtype=torch.float64).view(2, 7, 24).requires_grad_()
+        y = one(x)
+        y.sin().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in one.parameters() if p.requires_grad)])
+    assert len(results[0]) == 4
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config, Olmo2Config])
+def test_a_lean_model_takes_the_step_of_the_plain_one(kind: Any) -> None:
+    plain = adapted(kind, torch.float64)
+    twin = lean(plain)
+    assert layers(twin, LeanLoraLinear) == 14
+    assert_one_step(plain, twin, FLOAT32_NORMS)
+
+
+def test_a_lean_model_takes_the_step_of_the_plain_one_where_activations_are_recomputed() -> None:
+    plain = adapted(dtype=torch.float64)
+    twin = lean(plain)
+    for model in (plain, twin):
+        enable_gradient_checkpointing(model)
+    assert_one_step(plain, twin, FLOAT32_NORMS)
+
+
+def test_norms_that_train_have_the_same_gradient() -> None:
+    plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float64).train()
+    twin = copy.deepcopy(plain)
+    make_lean(twin, divided=False)
+    assert layers(twin, LeanRMSNorm) == 5
+    assert_one_step(plain, twin, FLOAT32_NORMS)
+
+
+def test_under_autocast_a_lean_lora_layer_is_as_near_to_float64_as_peft_s() -> None:
+    torch.manual_seed(0)
+    exact = get_peft_model(nn.Sequential(nn.Linear(64, 96)), LoraConfig(
+        r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=False), autocast_adapter_dtype=False)
+    exact.get_base_model()[0].base_layer.bfloat16()
+    x, slope = torch.randn(200, 64).bfloat16(), torch.randn(200, 96).bfloat16()
+
+    def results(model: nn.Module, dtype: torch.dtype, mixed: bool) -> list[Tensor]:
+        given = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            output = model(given)
+        output.backward(slope.to(output.dtype))
+        return [output, given.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    plain, twin = copy.deepcopy(exact), lean(exact)
+    truth = results(exact.double(), torch.float64, mixed=False)
+    distances = [[((found - true).norm() / true.norm()).item() for found, true in zip(
+        results(model, torch.bfloat16, mixed=True), truth, strict=True)] for model in (plain, twin)]
+    for theirs, ours in zip(*distances, strict=True):
+        assert ours < 1.25 * theirs < 0.01
+
+
+@pytest.mark.parametrize("change", [
+    {"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True},
+    {"bias": "lora_only", "target_modules": ["q_proj"]}])
+def test_what_is_not_plain_stays_peft_s_own(change: dict[str, Any]) -> None:
+    plain = adapted(**change)
+    twin = lean(plain)
+    outputs = []
+    for model in (plain, twin):
+        torch.manual_seed(1)
+        outputs.append(model(input_ids=IDS).logits)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("how", ["without gradients", "disabled", "merged"])
+def test_passes_that_do_not_learn_are_those_of_plain_peft_bit_for_bit(how: str) -> None:
+    plain = adapted().eval()
+    twin = lean(plain)
+
+    def logits(model: PeftModel) -> Tensor:
+        if how == "disabled":
+            with model.disable_adapter():
+                return model(input_ids=IDS).logits
+        if how == "merged":
+            model.merge_adapter()
+            return model(input_ids=IDS).logits
+        with torch.no_grad():
+            return model(input_ids=IDS).logits
+
+    assert torch.equal(logits(plain), logits(twin))
+
+
+def test_lora_layers_whose_weights_are_gathered_one_by_one_stay_peft_s_own() -> None:
+    model = adapted()
+    make_lean(model, divided=True)
+    assert layers(model, LeanLoraLinear) == 0
+    assert layers(model, LeanRMSNorm) == 5
+
+
+def test_norms_of_another_formula_stay_as_they_are() -> None:
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8))
+    make_lean(model, divided=False)
+    assert layers(model, LeanRMSNorm) == 0
+
+
+def test_a_lean_model_keeps_fewer_bytes_for_backward() -> None:
+    def kept(model: nn.Module) -> int:
+        storages: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        found = sum(tensor.untyped_storage().nbytes() for at, tensor in storages.items() if at not in weights)
+        loss.backward()
+        return found
+
+    plain = adapted(dtype=torch.bfloat16)
+    twin = lean(plain)
+    assert kept(twin) < 0.9 * kept(plain)
+
+
+def test_a_lean_model_is_saved_as_plain_peft(tmp_path: Any) -> None:
+    plain = adapted()
+    lean(plain).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(adapted().unload(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, plain.eval()(input_ids=IDS).logits)
