@@ -33,7 +33,7 @@ class Division:
 
 
 def divided(
-    part: Bytes, held: Bytes, layers: int, division: Division, *, computing: bool, training: bool
+    part: Bytes, held: Bytes, layers: int, division: Division, *, outside: float, computing: bool, training: bool
 ) -> defaultdict[str, float]:
     """What of a single process's bytes a rank holds, and the strategy's own buffers.
 
@@ -42,6 +42,7 @@ def divided(
         held: the states, as one process has them.
         layers: of the model; FSDP2 gathers one at a time, and the next one before it is needed.
         division: strategy and ranks.
+        outside: bytes of weights that lie in no layer, which FSDP2 keeps gathered until a step ends.
         computing: the model computes at this instant, and needs its weights whole.
         training: gradients are exchanged at this instant.
     """
@@ -74,6 +75,6 @@ def divided(
             for cause in ("weights", "adapters", "gradients", "optimizer"):
                 found[cause] /= ranks
             if computing:
-                gathered = 2 * (trained + frozen) / max(1, layers)
+                gathered = outside + 2 * (trained + frozen - outside) / max(1, layers)
                 found["exchange_buffers"] = gathered + (2 * trained / max(1, layers) if training else 0.0)
     return found

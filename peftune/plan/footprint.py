@@ -47,6 +47,8 @@ class Line:
     tokens: int
     """Of the largest micro-batch, without padding."""
     layers: int
+    outside: float
+    """Bytes of weights that lie in no layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,23 @@ class Tracer:
 
     def states_bytes(self, division: Division) -> float:
         """What a rank's weights take, without a trace: no plan is smaller."""
+        held = on_the_line(*self._states(), self._share)
+        return sum(divided(held, held, self.layers, division, outside=0.0, computing=False, training=False).values())
+
+    def _states(self) -> tuple[Bytes, Bytes]:
         def held_by(count: int) -> Bytes:
             model, live, _ = opened(self.subject, count, None)
             assert model is not None, "alive while it is counted"
             return live.held()
 
-        held = on_the_line(*self._traced("states", held_by), self._share)
-        return sum(divided(held, held, self.layers, division, computing=False, training=False).values())
+        first, second = self._traced("states", held_by)
+        return first, second
+
+    def _outside(self) -> float:
+        """Bytes of weights that lie in no layer; of a model too small to tell them apart, none."""
+        few, many = self._counts[0], self._counts[-1]
+        first, second = (sum(held.values()) for held in self._states())
+        return first - few * (second - first) / (many - few) if many > few else 0.0
 
     def line(self, work: Work, road: Road) -> Line:
         """What a rank's largest pieces of work take."""
@@ -112,7 +124,8 @@ class Tracer:
                 "generation", lambda count: trace_generation(self.subject, count, *generated), generated), self._share)
         longest = work.candidates[0].rows
         timed = self._step(longest, road)
-        return Line(highest.peaks, others, timed.flops, timed.parameters, longest.tokens, self.layers)
+        return Line(highest.peaks, others, timed.flops, timed.parameters, longest.tokens, self.layers,
+                    self._outside())
 
     def _highest(self, candidates: Sequence[Candidate], road: Road) -> TracedStep:
         """The step of the micro-batch that needs most.
@@ -173,7 +186,8 @@ def footprint(line: Line, division: Division, device: Device) -> Footprint:
     held = {cause: start.get(cause, 0.0) for cause in STATES}
 
     def there(part: Bytes, *, computing: bool, training: bool = False) -> defaultdict[str, float]:
-        found = divided(part, held, line.layers, division, computing=computing, training=training)
+        found = divided(part, held, line.layers, division, outside=line.outside, computing=computing,
+                        training=training)
         found["allocator_slack"] = device.slack * sum(found[cause] for cause in MOVING)
         found["framework"] = device.framework_bytes
         return found
