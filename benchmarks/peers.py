@@ -104,7 +104,7 @@ def causal(bench: Bench) -> Contest:
     shape = SHAPES[CELL.shape]
     adapters = 16 * shape.layers * (4 * 2 * shape.width + 3 * (shape.width + shape.inner))
     tokens = sum(len(row["input_ids"]) for row in contest.train)
-    contest.flops_per_token = work_flops(contest.train, shape, adapters) / tokens
+    contest.flops_per_token = work_flops(contest.train, shape, adapters, contest.config) / tokens
     text = contest.config.read_text().replace(f"tokens_per_micro_batch: {CELL.micro_batch_tokens}",
                                               f"tokens_per_micro_batch: {tokens * ROWS_A_MICRO_BATCH // CELL.rows}")
     contest.config.write_text(text)

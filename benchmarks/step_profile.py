@@ -50,7 +50,7 @@ def main() -> int:
                     stats = train_step(run.model, run.work(step), run.optimizer, run.strategy, losses=run.losses,
                                        autocast=run.autocast, max_grad_norm=run.max_grad_norm)
         rows = token_rows(config, "train")
-        flops = work_flops(rows, SHAPES[CELL.shape], run.facts["trainable_parameters"])
+        flops = work_flops(rows, SHAPES[CELL.shape], run.facts["trainable_parameters"], config)
     found = sorted(((one.key, one.count, one.self_cpu_time_total / 1e6) for one in seen.key_averages()),
                    key=lambda one: -one[2])
     whole = sum(seconds for _, _, seconds in found)

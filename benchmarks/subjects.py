@@ -19,6 +19,7 @@ from peftune.tasks.text import open_text
 from tests import tiny
 
 VOCABULARY = 8192
+"""Tokens at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,18 @@ def token_rows(config: Path, split: str) -> list[dict[str, Any]]:
     return [{"input_ids": list(map(int, one.input_ids)), "label": int(one.targets[0])} for one in examples]
 
 
-def work_flops(rows: Sequence[Mapping[str, Any]], shape: Shape, adapters: int) -> float:
-    """Operations that one pass over these token rows needs to learn from them; see `step_flops`."""
+def work_flops(rows: Sequence[Mapping[str, Any]], shape: Shape, adapters: int, config: Path) -> float:
+    """Operations that one pass over these token rows needs to learn from them; see `step_flops`.
+
+    Args:
+        rows: of `token_rows`.
+        shape: of the model.
+        adapters: trained weights beside a frozen base; 0 where all weights train.
+        config: of the run. Its model's tokenizer may have found fewer tokens than it was allowed.
+    """
     targets = sum(label != -100 for row in rows for label in row["labels"][1:])
-    vocabulary = VOCABULARY
+    model = Path(load([str(config)]).model.name_or_path)
+    vocabulary = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     return step_flops([len(row["input_ids"]) for row in rows], targets, body=shape.body, adapters=adapters,
                       vocabulary=vocabulary, width=shape.width, layers=shape.layers, heads_width=shape.width)
 

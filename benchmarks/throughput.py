@@ -102,7 +102,7 @@ class Bench:
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
                       bare=cell.bare)
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
-                           record["trainable_parameters"] if cell.rank else 0)
+                           record["trainable_parameters"] if cell.rank else 0, config)
         record["flops_per_token"] = flops / sum(record["tokens"])
         return record
 
