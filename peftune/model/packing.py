@@ -24,6 +24,7 @@ from peftune.model.adapters import base_of
 from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of
 from peftune.model.proof import random_sequences
+from peftune.model.short_attention import attend_short
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
@@ -72,9 +73,19 @@ def _by_segments(
     for (length, count), *qkv in zip(runs, *(x.split(tokens, dim=2) for x in (query, key, value)), strict=True):
         mask = _window_mask(module, length, kwargs, query.device)
         q, k, v = (_side_by_side(x, count) for x in qkv)
-        output_NLHD, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        output_NLHD = _attended(module, q, k, v, mask, kwargs)
         parts.append(output_NLHD.reshape(1, length * count, *output_NLHD.shape[2:]))
     return torch.cat(parts, dim=1)
+
+
+def _attended(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+        return output
+
+    return attend(query, key, value) if kwargs.get("dropout") else attend_short(attend, query, key, value)
 
 
 def _side_by_side(values_1HTD: Tensor, count: int) -> Tensor:
