@@ -30,13 +30,17 @@ from peftune.config.schema import RunConfig
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.run import Run
 from peftune.loop.step import train_step
+from peftune.model import short_attention
 from peftune.model.lean import LeanLoraLinear, LeanRMSNorm, make_lean
 from peftune.observe.manifest import environment
 from peftune.plan.live import LiveBytes
 
-VARIANTS: Mapping[str, tuple[type[nn.Module], ...]] = {
-    "plain": (), "norms": (LeanRMSNorm,), "LoRA layers": (LeanLoraLinear,), "both": (LeanRMSNorm, LeanLoraLinear)}
-"""Which layers are lean."""
+ATTENTION = "attention"
+SHORT = short_attention.SHORT
+VARIANTS: Mapping[str, tuple[type[nn.Module] | str, ...]] = {
+    "plain": (), "norms": (LeanRMSNorm,), "LoRA layers": (LeanLoraLinear,), "short attention": (ATTENTION,),
+    "all": (LeanRMSNorm, LeanLoraLinear, ATTENTION)}
+"""What is lean."""
 WARM_UP, STEPS = 1, 4
 MIB = 2**20
 Classes = dict[nn.Module, type[nn.Module]]
@@ -60,6 +64,7 @@ class Subject:
         """Take the stretch of steps; the last one is followed byte by byte and not timed."""
         for module, plain in self.plain.items():
             module.__class__ = self.lean[module] if self.lean[module] in VARIANTS[variant] else plain
+        short_attention.SHORT = SHORT if ATTENTION in VARIANTS[variant] else 0
         with torch.no_grad():
             for parameter, value in zip(self._trained(), self.start, strict=True):
                 parameter.copy_(value)
