@@ -32,6 +32,7 @@ import peftune.loop.judge as judging
 import peftune.loop.run as running
 from benchmarks.measured_train import new_phase
 from peftune.config.load import load
+from peftune.data.examples import Batch
 from peftune.errors import EXIT_DONE, guarded
 from peftune.loop.optimizer import set_learning_rate
 
@@ -93,6 +94,12 @@ class Timing:
                 "steps_bytes": self.steps_bytes, "threads": torch.get_num_threads()}
 
 
+def laid_out(batch: Batch) -> int:
+    """Tokens that the model's body computes, padding among them."""
+    lengths = batch.inputs.get("segment_lengths")
+    return batch.inputs["input_ids"].numel() if lengths is None else sum(lengths)
+
+
 def bare(built: Any, timing: Timing) -> None:
     """Train all steps without the loop."""
     run = built.run
@@ -112,7 +119,7 @@ def bare(built: Any, timing: Timing) -> None:
             torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        timing.laid_out = sum(batch.inputs["input_ids"].numel() for batch in parts)
+        timing.laid_out = sum(laid_out(batch) for batch in parts)
         timing.end(tokens=one.tokens, targets=one.targets, examples=one.examples)
     timing.leave_steps()
 
@@ -124,7 +131,7 @@ def main(arguments: list[str]) -> int:
 
     def lay_out(*given: Any, **named: Any) -> Any:
         batch = plain_lay_out(*given, **named)
-        timing.laid_out += batch.inputs["input_ids"].numel()
+        timing.laid_out += laid_out(batch)
         return batch
 
     def step(*given: Any, **named: Any) -> Any:
