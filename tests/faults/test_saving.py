@@ -1,10 +1,7 @@
 """What is on disk is whole, whatever the disk does meanwhile."""
 
-import os
 import shutil
 import subprocess
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +9,6 @@ import pytest
 
 from peftune.errors import guarded
 from peftune.loop.checkpoint import all_checkpoints, sha256, verify
-from peftune.loop.saver import NICENESS, yield_cores
 from peftune.parallel.stop import Stop
 from peftune.train import main
 from tests.conftest import metric_rows, summary, write_config
@@ -163,14 +159,3 @@ def test_a_damaged_checkpoint_is_written_again_when_its_step_is_done_again(class
     train(settings)
     for checkpoint in all_checkpoints(folder):
         verify(checkpoint)
-
-
-def test_writing_beside_the_steps_leaves_the_cores_to_them():
-    """Of this thread alone; what computes keeps its place."""
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    before = niceness()
-    with ThreadPoolExecutor(1, initializer=yield_cores) as thread:
-        assert thread.submit(niceness).result() == min(19, before + NICENESS)
-    assert niceness() == before
