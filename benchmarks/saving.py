@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import sys
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.arithmetic import percentile
 from benchmarks.launches import Run, launched_together
 from benchmarks.memory import SIZES
 from peftune.loop.checkpoint import MANIFEST
@@ -134,7 +134,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float] | None:
         return None
     ordered = sorted(seconds)
     return {"count": len(ordered), "p50": statistics.median_low(ordered),
-            "p95": ordered[math.ceil(0.95 * len(ordered)) - 1], "max": ordered[-1]}
+            "p95": percentile(ordered, 0.95), "max": ordered[-1]}
 
 
 def main() -> int:
