@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -60,7 +62,7 @@ class Saver:
 
     Every rank writes what it holds of the trained weights and the optimizer's state into a file of its own; no rank
     gathers them. Files are written by a thread, which talks to no other rank: the main process's sees the others'
-    files appear, and publishes. Whether to wait for it is the only difference between the two ways.
+    files appear, and publishes. The two ways differ in whether the loop waits for it, and in the thread's priority.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Saver:
         """See `checkpoint` in the config. `config_yaml` is compared on resuming."""
         self._run_folder, self._strategy, self._config_yaml, self._keep = run_folder, strategy, config_yaml, keep
         self._asynchronous = asynchronous
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._waited_for = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._beside_steps = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-beside", initializer=_give_way)
         self._running: Written | None = None
         self.told = False
         """Whether `news` has said why the last checkpoint that `settle` waited for has failed."""
@@ -105,7 +108,8 @@ class Saver:
         files = [draft_of(folder) / f"tensors-{rank:05d}-of-{world.ranks:05d}{SAFE}" for rank in range(world.ranks)]
         expected = [file for file, (_, holds) in zip(files, ranks, strict=True) if holds]
         random_states, given_up, seconds = [states for states, _ in ranks], threading.Event(), list[float]()
-        own = self._thread.submit(_write_own, pieces, files[world.rank])
+        thread = self._waited_for if wait else self._beside_steps
+        own = thread.submit(_write_own, pieces, files[world.rank])
 
         def publish() -> None:
             try:
@@ -117,7 +121,7 @@ class Saver:
                 raise
             seconds.append(time.perf_counter() - started)
 
-        self._running = Written(own, self._thread.submit(publish) if world.is_main else None, given_up, seconds)
+        self._running = Written(own, thread.submit(publish) if world.is_main else None, given_up, seconds)
         return self.settle() if wait else 0.0
 
     def settle(self) -> float:
@@ -172,6 +176,13 @@ class Saver:
                 raise Unwritable(error.faults) from None
             for old in all_checkpoints(self._run_folder)[:-self._keep]:
                 remove(old)
+
+
+def _give_way() -> None:
+    """Lowest priority for this thread, where threads have one of their own: all threads of a step on a CPU wait for the
+    one whose core was taken."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _new_draft(run_folder: Path, folder: Path) -> None:

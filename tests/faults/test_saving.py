@@ -1,7 +1,10 @@
 """What is on disk is whole, whatever the disk does meanwhile."""
 
+import os
 import shutil
 import subprocess
+import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,6 +121,35 @@ def test_checkpoints_written_behind_the_steps_are_the_same_files(classify, train
         behind, before = (sorted((folder / "checkpoints" / name).glob("*.safetensors")) for folder in folders)
         assert [sha256(file) for file in behind] == [sha256(file) for file in before]
     same_run(*folders)
+
+
+@dataclass(slots=True)
+class Looking(Stop):
+    """Notes the niceness of the threads that write checkpoints, and of the one that trains, before each step."""
+
+    writing: set[tuple[str, int]] = field(default_factory=set)
+    training: set[int] = field(default_factory=set)
+    earlier: list[threading.Thread] = field(default_factory=threading.enumerate)
+
+    def asked(self, next_s: float = 0.0) -> bool:
+        self.training.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        self.writing.update((thread.name, os.getpriority(os.PRIO_PROCESS, thread.native_id or 0))
+                            for thread in threading.enumerate()
+                            if thread.name.startswith("checkpoint") and thread not in self.earlier)
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_that_is_written_beside_the_steps_leaves_them_the_processor(
+        asynchronous, classify, tmp_path):
+    settings = {**classify, "checkpoint": {**EVERY_STEP, "asynchronous": asynchronous},
+                "output_dir": str(tmp_path / "run")}
+    stop, mine = Looking(), os.getpriority(os.PRIO_PROCESS, 0)
+    assert guarded(lambda words: main(words, stop), [str(write_config(settings, tmp_path / "c"))]) == 0
+    assert stop.training == {mine}
+    the_last = ("checkpoint_0", mine)  # is waited for either way
+    assert stop.writing == ({("checkpoint-beside_0", 19), the_last} if asynchronous else {the_last})
 
 
 def test_what_dead_runs_left_unfinished_is_removed_and_never_loaded(classify, train, capsys):
