@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def small_disk(tmp_path):
 
 @dataclass(slots=True)
 class Filling(Stop):
-    """Fills the disk at one step and frees it at another. The loop looks at its stop before each step."""
+    """Fills the disk at one step and frees it at another. The loop looks at its stop before each step.
+
+    What is being written when the disk is to be filled is finished first, so that each run loses the same checkpoints.
+    """
 
     disk: Path = Path()
     full: range = field(default_factory=lambda: range(0))
@@ -44,6 +48,8 @@ class Filling(Stop):
     def asked(self, next_s: float = 0.0) -> bool:
         self.looks += self.waiting  # not in the scores before training
         filler = self.disk / "filler"
+        while self.looks == self.full.start and list(self.disk.glob("run/checkpoints/.*.draft")):
+            time.sleep(0.01)
         if self.looks in self.full:
             fill(self.disk)
         if self.looks not in self.full:
