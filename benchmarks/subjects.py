@@ -1,4 +1,4 @@
-"""What the benchmarks of speed train: Llamas of a given size drawn from their config, and instructions to learn."""
+"""What the benchmarks of speed train: models of a given size drawn from their config, and instructions to learn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.arithmetic import step_flops
 from peftune.config.load import load
@@ -24,23 +26,43 @@ VOCABULARY = 8192
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama without grouped heads and without tied embeddings."""
+    """A decoder with gated feed-forward layers and untied embeddings."""
 
     width: int
     inner: int
     layers: int
     head: int = 64
+    grouped: int | None = None
+    """Heads of keys and values, where they are fewer than those of queries."""
+    family: str = "llama"
+    vocabulary: int | None = None
+    """Rows of the embeddings; None: as many as the tokenizer has learned."""
+
+    @property
+    def outer(self) -> Sequence[tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices."""
+        keys = self.head * (self.grouped or self.width // self.head)
+        return [(self.width, self.width)] * 2 + [(self.width, keys)] * 2 + [(self.width, self.inner)] * 3
 
     @property
     def body(self) -> int:
         """Weights of the layers' matrices."""
-        return self.layers * (4 * self.width**2 + 3 * self.width * self.inner)
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.outer)
+
+    def adapters(self, rank: int) -> int:
+        """Weights of LoRA on all of them."""
+        return rank * self.layers * sum(inputs + outputs for inputs, outputs in self.outer)
 
 
 SHAPES: Mapping[str, Shape] = {
     "1m": Shape(128, 344, 2, head=32), "60m": Shape(640, 1728, 10), "150m": Shape(1024, 2736, 11),
-    "500m": Shape(1536, 4096, 17)}
-"""By the number of weights, embeddings included; 1m is for tests."""
+    "500m": Shape(1536, 4096, 17),
+    "qwen-1m": Shape(128, 344, 2, head=32, grouped=2, family="qwen2", vocabulary=1024),
+    "qwen-0.5b": Shape(896, 4864, 24, grouped=2, family="qwen2", vocabulary=151936),
+    "qwen-1.5b": Shape(1536, 8960, 28, head=128, grouped=2, family="qwen2", vocabulary=151936),
+    "llama-8b": Shape(4096, 14336, 32, head=128, grouped=8, vocabulary=128256)}
+"""By the number of weights, embeddings included; those of 1 million are for tests, those with a vocabulary have the
+sizes of Qwen2.5 and of Llama 3.1."""
 
 
 def instruction_rows(path: Path | None, count: int) -> list[dict[str, str]]:
@@ -72,12 +94,23 @@ def save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def save_model(folder: Path, shape: Shape, rows: Sequence[Mapping[str, str]], longest: int) -> str:
-    """The Llama, and a tokenizer that has learned these rows."""
-    return tiny.save_decoder(
-        folder, texts=[row["prompt"] + row["completion"] for row in rows], vocab_size=VOCABULARY,
-        hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.width // shape.head, num_key_value_heads=shape.width // shape.head,
-        max_position_embeddings=longest, initializer_range=0.02)
+    """The model, in bfloat16 if it has a vocabulary of its own, and a tokenizer that has learned these rows."""
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    if shape.vocabulary is None:
+        return tiny.save_decoder(
+            folder, texts=texts, vocab_size=VOCABULARY, hidden_size=shape.width, intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.width // shape.head,
+            num_key_value_heads=shape.width // shape.head, max_position_embeddings=longest, initializer_range=0.02)
+    tiny.save_decoder(folder, texts=texts, vocab_size=min(VOCABULARY, shape.vocabulary))  # for its tokenizer
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            shape.family, vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.width // shape.head,
+            num_key_value_heads=shape.grouped, head_dim=shape.head, max_position_embeddings=longest,
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=1), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def token_rows(config: Path, split: str) -> list[dict[str, Any]]:

@@ -1,14 +1,17 @@
 """How fast the true loop trains: tokens a second, steps, memory, and the share of what the device can multiply.
 
-    peftune bench throughput [quick | shapes | scaling | overhead] [--rows instructions.jsonl] [--repeats 3]
+    peftune bench throughput [quick | shapes | scaling | overhead | gpu]
+                             [--rows instructions.jsonl] [--repeats 3] [--only CELL ...]
                              [--to results.json] [--table table.md] [--against results.json --at-least 0.9]
 
-Each cell is `accelerate launch` of the loop that users run (timed_train.py), on a Llama drawn from its config. Cells
+Each cell is `accelerate launch` of the loop that users run (timed_train.py), on a model drawn from its config. Cells
 take turns: every repeat runs each of them once. The device's ceiling, products of square bfloat16 matrices, is measured
 before each run with as many threads. `--against` exits with 1 if a ratio fell below `--at-least` of the earlier one.
 
 quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
-the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py).
+the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py). gpu: models
+of the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096
+tokens, and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +55,29 @@ class Cell:
     batch_size: int = 16
     micro_batch_tokens: int = 2048
     bare: bool = False
+    quantization: str = "none"
+    recompute: bool = False
+    full_rows: bool = False
+    """Every row fills `max_length`, nearly all of it supervised."""
 
     def __str__(self) -> str:
         method = f"LoRA r {self.rank}" if self.rank else "all weights"
-        return (f"{self.shape}, {method}, up to {self.max_length} tokens"
-                + (f", {self.processes} processes" if self.processes > 1 else "") + (", bare" if self.bare else ""))
+        words = [self.shape, method + (f" on {self.quantization}" if self.quantization != "none" else ""),
+                 f"{'rows of' if self.full_rows else 'up to'} {self.max_length} tokens",
+                 *([f"{self.micro_batch_tokens} a micro-batch"] if self.micro_batch_tokens != 2048 else []),
+                 *(["recomputed"] if self.recompute else []),
+                 *([f"{self.processes} processes"] if self.processes > 1 else []), *(["bare"] if self.bare else [])]
+        return ", ".join(words)
+
+
+def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequence[Cell]:
+    """The kinds of cells that one GPU of 80 GB is measured with: ragged rows, then rows that fill their length."""
+    ragged = {"max_length": tokens // 4, "rows": 16 * rows, "batch_size": 32, "micro_batch_tokens": 2 * tokens}
+    full = {"max_length": tokens, "rows": rows, "batch_size": 4, "micro_batch_tokens": tokens, "full_rows": True}
+    return (Cell(shape=small, **ragged), Cell(shape=small, rank=None, **ragged), Cell(shape=middle, **ragged),
+            Cell(shape=middle, quantization="nf4", **ragged), Cell(shape=middle, rank=None, **full),
+            Cell(shape=large, **full), Cell(shape=large, quantization="nf4", **full), Cell(shape=large, **ragged),
+            Cell(shape=large, recompute=True, **{**full, "micro_batch_tokens": 2 * tokens}))
 
 
 SUITES: Mapping[str, Sequence[Cell]] = {
@@ -64,6 +85,8 @@ SUITES: Mapping[str, Sequence[Cell]] = {
     "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),
     "scaling": (Cell(), Cell(processes=2), Cell(rank=64), Cell(max_length=128), Cell(max_length=1024)),
     "overhead": (Cell(), Cell(bare=True)),
+    "gpu": _on_gpu("qwen-0.5b", "qwen-1.5b", "llama-8b", 4096, 32),
+    "gpu-tiny": _on_gpu("qwen-1m", "qwen-1m", "1m", 512, 16),
     "tiny": (Cell(shape="1m", rows=16, batch_size=4, micro_batch_tokens=512, max_length=64),),
 }
 
@@ -79,6 +102,9 @@ class Bench:
         """Of the cell: one epoch, constant rate, scored and saved at its end alone."""
         name = str(cell).replace(" ", "-").replace(",", "")
         rows = instruction_rows(self.rows, cell.rows + VALIDATION_ROWS)
+        if cell.full_rows:
+            rows = [{"prompt": "Go on:", "completion": " " + " ".join(row["completion"] for row in _turned(rows, i))}
+                    for i in range(len(rows))]
         key = cell.shape, cell.max_length
         if key not in self._models:
             folder = self.folder / f"{cell.shape}-{cell.max_length}"
@@ -87,8 +113,9 @@ class Bench:
         return save_config(self.folder / f"{name}.yaml", {
             "task": "causal_lm", "output_dir": str(self.folder / name),
             "adapter": {"r": cell.rank, "lora_alpha": 2 * cell.rank} if cell.rank else None,
-            "model": {"name_or_path": self._models[key], "gradient_checkpointing": False},
-            "data": {"train": save_rows(self.folder / f"{cell.rows}.jsonl", rows[VALIDATION_ROWS:]),
+            "model": {"name_or_path": self._models[key], "gradient_checkpointing": cell.recompute,
+                      "quantization": cell.quantization},
+            "data": {"train": save_rows(self.folder / f"{name}.jsonl", rows[VALIDATION_ROWS:]),
                      "validation": save_rows(self.folder / "validation.jsonl", rows[:VALIDATION_ROWS]),
                      "max_length": cell.max_length},
             "train": {"batch_size": cell.batch_size, "tokens_per_micro_batch": cell.micro_batch_tokens,
@@ -105,6 +132,12 @@ class Bench:
                            record["trainable_parameters"] if cell.rank else 0, config)
         record["flops_per_token"] = flops / sum(record["tokens"])
         return record
+
+
+def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, str]]:
+    """All rows in turn, beginning with one of them."""
+    yield from rows[start:]
+    yield from rows[:start]
 
 
 def ours(config: Path, run: Path, *, processes: int, threads: int, bare: bool = False) -> dict[str, Any]:
@@ -189,7 +222,7 @@ def summary_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row a cell; medians, and the range of the middle step's tokens a second."""
     lines = ["| cell | tokens/s, middle step (range) | supervised/s | samples/s | step p50 / p95 (s) | padding | "
-             "of the ceiling | peak RSS in steps (GiB) | first step (s) |", "| --- |" + " ---: |" * 8]
+             "of the ceiling | peak memory in steps (GiB) | first step (s) |", "| --- |" + " ---: |" * 8]
     for name, found in summaries.items():
         middle = {key: value["median"] for key, value in found.items()}
         rate = found["tokens_per_second_of_middle_step"]
@@ -198,7 +231,7 @@ def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"| {name} | {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) | "
             f"{middle['supervised_tokens_per_second']:,.0f} | {middle['samples_per_second']:.2f} | "
             f"{middle['step_p50_s']:.2f} / {middle['step_p95_s']:.2f} | {middle['padding_share']:.1%} | {share} | "
-            f"{middle['steps_bytes'] / GIB:.2f} | {middle['first_step_s']:.1f} |")
+            f"{middle.get('peak_allocated_bytes', middle['steps_bytes']) / GIB:.2f} | {middle['first_step_s']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -232,17 +265,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="peftune bench throughput", description=__doc__.splitlines()[0])
     parser.add_argument("suite", nargs="?", choices=list(SUITES), default="quick")
     options(parser, repeats=3)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="CELL", help="cells whose names hold these words")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
-        cells = {str(cell): cell for cell in SUITES[asked.suite]}
+        cells = {str(cell): cell for cell in SUITES[asked.suite] if any(word in str(cell) for word in asked.only)}
         records = gathered({name: lambda cell=cell: bench.measure(cell) for name, cell in cells.items()},
                            asked.repeats, device, bench.threads)
     summaries = {name: summary_of(found) for name, found in records.items()}
     ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()}
-    if asked.suite == "overhead":
+    if asked.suite == "overhead" and len(cells) == 2:
         whole, bare = (summaries[name]["tokens_per_second_of_middle_step"]["median"] for name in cells)
         ratios["loop over bare loop"] = whole / bare
     outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",

@@ -27,7 +27,7 @@ from peftune.parallel.names import STRATEGIES
 from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
 
-BENCHMARKS = ("throughput", "peers", "step", "step_profile", "parity", "memory", "sequences", "quantization",
+BENCHMARKS = ("throughput", "peers", "gpu", "step", "step_profile", "parity", "memory", "sequences", "quantization",
               "startup", "data_scale", "lora_vs_full", "fuzz", "faults", "resume", "saving", "plan", "plan_budget")
 """Suites of `peftune bench`: files of benchmarks/."""
 SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"

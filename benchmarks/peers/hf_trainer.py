@@ -37,6 +37,7 @@ Trainer(
         gradient_accumulation_steps=order["examples_a_step"] // order["rows_a_micro_batch"], max_steps=order["steps"],
         learning_rate=order["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         bf16=True, train_sampling_strategy=order["sampling"], seed=0, logging_steps=order["steps"], report_to="none",
-        save_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=not torch.cuda.is_available()),
+        save_strategy="no", gradient_checkpointing=order["recompute"], disable_tqdm=True, remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available()),
 ).train()
 finish(order, model, clock)

@@ -1,7 +1,7 @@
 """What both peers' scripts share: the job, its rows, and how a Trainer's steps are measured.
 
 A job is a JSON file: model, train, validation (JSON lines of input_ids and labels, or label), task, peer, examples a
-step, rows a micro-batch, steps, learning_rate, adapter, to. Nothing here needs peftune.
+step, rows a micro-batch, steps, learning_rate, adapter, recompute, to. Nothing here needs peftune.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Measured(TrainerCallback):
         self.ends: list[float] = []
         self.first_step_s = 0.0
         self.before_bytes = self.steps_bytes = 0
+        self.peak_allocated_bytes: int | None = None
+        """On the GPU, if there is one."""
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: torch.nn.Module, given: Any, named: dict[str, Any]) -> None:
@@ -74,6 +76,8 @@ class Measured(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.steps_bytes = new_phase()
+        if torch.cuda.is_available():
+            self.peak_allocated_bytes = torch.cuda.max_memory_allocated()
 
 
 def finish(done: dict[str, Any], model: Any, clock: Measured) -> None:
@@ -98,6 +102,7 @@ def finish(done: dict[str, Any], model: Any, clock: Measured) -> None:
     Path(done["to"]).write_text(json.dumps({
         **clock.steps, "step_seconds": [after - before for before, after in zip(clock.ends, clock.ends[1:])],
         "first_step_s": clock.first_step_s, "before_steps_bytes": clock.before_bytes, "steps_bytes": clock.steps_bytes,
+        "peak_allocated_bytes": clock.peak_allocated_bytes,
         "evaluation_loss": nats / count, "evaluation_tokens": [tokens],
         "evaluation_seconds": [time.perf_counter() - started], "threads": torch.get_num_threads(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -25,7 +25,7 @@ trainer = SFTTrainer(
         output_dir=order["to"] + ".run", per_device_train_batch_size=order["rows_a_micro_batch"],
         gradient_accumulation_steps=max(1, round(order["examples_a_step"] / order["rows_a_micro_batch"])),
         max_steps=order["steps"], learning_rate=order["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0,
-        max_grad_norm=1.0, bf16=True, gradient_checkpointing=False, packing=order["packing"],
+        max_grad_norm=1.0, bf16=True, gradient_checkpointing=order["recompute"], packing=order["packing"],
         max_length=order["max_length"], seed=0, logging_steps=order["steps"], report_to="none", save_strategy="no",
         disable_tqdm=True, use_cpu=not torch.cuda.is_available()),
 )

@@ -6,14 +6,16 @@ import json
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import throughput
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
+from benchmarks.gpu import closure, requirements
 from benchmarks.peers import loss_parity, ratios_of
-from benchmarks.subjects import SHAPES
+from benchmarks.subjects import SHAPES, instruction_rows, save_model
 
 RECORD = {"step_seconds": [9.0, 9.0, 1.0, 3.0], "tokens": [10, 10, 100, 300], "total_tokens": [10, 10, 200, 300],
           "supervised_tokens": [1, 1, 40, 40], "examples": [4, 4, 4, 4]}
@@ -86,6 +88,42 @@ def test_peers_are_compared_by_medians_and_losses_with_ours():
     assert ratios["tokens/s over hf_grouped"] == ratios["whole tokens/s over hf_grouped"] == 2
     assert ratios["memory of hf_grouped over ours"] == 1.5
     assert loss_parity(found) == {"ours": 0, "hf_grouped": pytest.approx(0.001)}
+
+
+@pytest.mark.parametrize("name", ["1m", "qwen-1m"])
+def test_a_shape_counts_the_weights_that_its_model_and_its_adapter_have(name, tmp_path):
+    shape = SHAPES[name]
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path, shape, instruction_rows(None, 20), 64))
+    matrices = [part for part in model.model.modules() if isinstance(part, torch.nn.Linear)]
+    assert shape.body == sum(part.weight.numel() for part in matrices)
+    assert shape.vocabulary is None or model.lm_head.weight.shape == (shape.vocabulary, shape.width)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert shape.adapters(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_what_a_machine_lacks_is_named_with_all_that_the_rest_requires():
+    found = closure([Requirement("accelerate>=1"), Requirement("numpy<1"), Requirement("no-such-package-here"),
+                     Requirement("torch")])
+    assert found["no-such-package-here"] is None and found["numpy"] is None  # the one here does not fit
+    assert found["psutil"] and found["safetensors"]  # accelerate's
+    assert not any(name.startswith(("torch", "nvidia")) for name in found)
+
+
+def test_all_that_runs_on_a_gpu_need_is_here():
+    assert [name for name, version in closure(requirements()).items() if version is None] == []
+
+
+@pytest.mark.slow
+def test_the_suite_for_gpus_runs_each_kind_of_cell_in_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["throughput", "gpu-tiny", "--repeats", "1", "--to", str(tmp_path / "r.json"),
+                                     "--only", "qwen-1m, LoRA r 16 on nf4", "recomputed", "all weights, rows of"])
+    assert throughput.main() == 0
+    found = {name: record for name, (record,) in json.loads((tmp_path / "r.json").read_text())["records"].items()}
+    quantised, full, recomputed = found.values()
+    assert quantised["trainable_parameters"] == SHAPES["qwen-1m"].adapters(16)
+    assert full["trainable_parameters"] == full["total_parameters"]
+    for record in (full, recomputed):  # rows that fill their 512 tokens
+        assert record["tokens"] == [4 * 512] * 4 and min(record["supervised_tokens"]) > 0.9 * 4 * 512
 
 
 @pytest.mark.slow
