@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,7 +23,7 @@ from peftune.model.adapters import base_of
 from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of
 from peftune.model.proof import random_sequences
-from peftune.model.short_attention import attend_short
+from peftune.model.short_attention import attend_short, longest_taken
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
@@ -38,7 +37,8 @@ in another order. A wrong position or mask is far beyond it."""
 def segment_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA, called once for each run of neighbouring sequences of equal length.
+    """Attention within each sequence: transformers' SDPA, called once for each run of neighbouring sequences of equal
+    length, or `attend_short` where that is faster.
 
     Without `segment_lengths` it is transformers' SDPA itself. No score between two sequences is ever computed.
 
@@ -66,26 +66,32 @@ def _by_segments(
     module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
 ) -> Tensor:
     """[1, H, T, D] -> [1, T, H, D]."""
-    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
-    tokens = [length * count for length, count in runs]
-    parts = []
+    most = longest_taken(query, key, value, dropout=kwargs.get("dropout", 0.0), window=kwargs.get("sliding_window"))
+    parts = [list(part) for _, part in groupby(lengths, key=lambda length: max(length, most))]
+    tokens = [sum(part) for part in parts]
+    outputs = []
     # a split's gradient is written once; that of each slice is a whole tensor of zeros
-    for (length, count), *qkv in zip(runs, *(x.split(tokens, dim=2) for x in (query, key, value)), strict=True):
-        mask = _window_mask(module, length, kwargs, query.device)
-        q, k, v = (_side_by_side(x, count) for x in qkv)
-        output_NLHD = _attended(module, q, k, v, mask, kwargs)
-        parts.append(output_NLHD.reshape(1, length * count, *output_NLHD.shape[2:]))
-    return torch.cat(parts, dim=1)
+    split = (x.split(tokens, dim=2) for x in (query, key, value))
+    for part, q, k, v in zip(parts, *split, strict=True):
+        outputs.append((_short if part[0] <= most else _run)(module, q, k, v, part, kwargs))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _attended(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+def _short(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
 ) -> Tensor:
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
-        return output
+    scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+    return attend_short(query, key, value, lengths, scale=scale, causal=_is_causal(module, kwargs))
 
-    return attend(query, key, value) if kwargs.get("dropout") else attend_short(attend, query, key, value)
+
+def _run(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
+) -> Tensor:
+    """transformers' SDPA of sequences of equal length."""
+    mask = _window_mask(module, lengths[0], kwargs, query.device)
+    q, k, v = (_side_by_side(x, len(lengths)) for x in (query, key, value))
+    output_NLHD: Tensor = sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+    return output_NLHD.reshape(1, sum(lengths), *output_NLHD.shape[2:])
 
 
 def _side_by_side(values_1HTD: Tensor, count: int) -> Tensor:
@@ -98,11 +104,14 @@ def _window_mask(module: Any, length: int, kwargs: dict[str, Any], device: torch
     window = kwargs.get("sliding_window")
     if window is None or length <= window:
         return None
-    given = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if given is None else given  # set by each attention layer of its own
     at = torch.arange(length, device=device)
     distance = at[:, None] - at[None, :]
-    return (distance.abs() < window)[None, None] & ((distance >= 0) | (not causal))[None, None]
+    return (distance.abs() < window)[None, None] & ((distance >= 0) | (not _is_causal(module, kwargs)))[None, None]
+
+
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)  # set by each layer of its own
 
 
 def register() -> None:
@@ -175,10 +184,19 @@ def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
     if lengths is None:
         return output
-    output.last_hidden_state = pad_sequence(list(output.last_hidden_state[0].split(list(lengths))), batch_first=True)
+    output.last_hidden_state = _in_rows(output.last_hidden_state[0], lengths)
     if output.get("pooler_output") is not None:
         output.pooler_output = body.pooler(output.last_hidden_state)
     return output
+
+
+def _in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[T, D] -> [N, L, D], filled up with zeros. Its gradient is one selection; pad_sequence's copies all for each."""
+    columns = torch.arange(max(lengths))
+    real_NL = columns < torch.tensor(lengths)[:, None]
+    at_T = torch.arange(real_NL.numel())[real_NL.flatten()].to(hidden_TD.device)
+    rows = hidden_TD.new_zeros(real_NL.numel(), hidden_TD.shape[1]).index_copy(0, at_T, hidden_TD)
+    return rows.view(*real_NL.shape, -1)
 
 
 Inputs = dict[str, Any]

@@ -1,60 +1,96 @@
-"""Attention of short sequences in bfloat16: the same output, gradients nearer to the exact ones."""
-
-from functools import partial
+"""Attention of many short sequences at a time, in bfloat16: that of each by itself."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftune.model.short_attention import SHORT, attend_short
+from peftune.model import short_attention
+from peftune.model.short_attention import SHORT, attend_short, groups_of, longest_taken
+
+SIZE = 32
+LENGTHS = ([5], [64, 60, 9, 1], [3, 50, 1, 50, 7, 7], [128, 127, 40] + [6] * 20)
 
 
-def attend(query, key, value, *, causal):
-    return scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True).transpose(1, 2)
+def one_by_one(query, key, value, lengths, *, causal):
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    return torch.cat([scaled_dot_product_attention(*qkv, is_causal=causal, enable_gqa=True).transpose(1, 2)
+                      for qkv in parts], dim=1)
 
 
-def step(function, tensors, slope):
-    """Its output, and the gradients of query, key and value."""
+def together(query, key, value, lengths, *, causal):
+    return attend_short(query, key, value, lengths, scale=SIZE**-0.5, causal=causal)
+
+
+def rows(lengths, heads, key_heads):
+    """Query, key and value as a layer gives them, and a slope of the output."""
+    torch.manual_seed(0)
+    shapes = [(1, sum(lengths), n, SIZE) for n in (heads, key_heads, key_heads, heads)]
+    query, key, value, slope = (torch.randn(shape).bfloat16() for shape in shapes)
+    return [x.transpose(1, 2) for x in (query, key, value)], slope
+
+
+def step(function, tensors, slope, lengths, *, causal):
+    """The output, and the gradients of query, key and value."""
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    output = function(*tensors)
-    return output, torch.autograd.grad(output, tensors, slope.to(output.dtype))
+    output = function(*tensors, lengths, causal=causal)
+    return [output.detach(), *torch.autograd.grad(output, tensors, slope.to(output.dtype))]
 
 
-def distance(found, exact):
-    return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, exact, strict=True))
+def distances(found, exact):
+    return [((x.double() - y).norm() / y.norm().clamp_min(1e-9)).item() for x, y in zip(found, exact, strict=True)]
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("sequences", "length", "key_heads"), [(7, 5, 4), (2, 64, 2), (1, SHORT, 4)])
-def test_the_output_is_the_same_bit_for_bit_and_the_gradients_are_nearer_to_exact_ones(
-        causal, sequences, length, key_heads):
-    torch.manual_seed(0)
-    heads = (4, key_heads, key_heads)
-    tensors = [torch.randn(sequences, n, length, 32).bfloat16() for n in heads]
-    slope = torch.randn(sequences, length, 4, 32).bfloat16()
-    own = partial(attend, causal=causal)
-    plain, plain_gradients = step(own, tensors, slope)
-    output, gradients = step(partial(attend_short, own), tensors, slope)
-    _, exact = step(own, [x.double() for x in tensors], slope)
-    assert output.grad_fn.name() == "_WideGradientsBackward" and torch.equal(output, plain)
-    assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
-    assert distance(gradients, exact) <= distance(plain_gradients, exact)
-    assert distance(gradients, exact) < 4e-3
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_outputs_and_gradients_are_as_near_to_the_exact_ones_as_torch_s_kernel_brings_them(lengths, key_heads, causal):
+    tensors, slope = rows(lengths, 4, key_heads)
+    exact = step(one_by_one, [x.double() for x in tensors], slope, lengths, causal=causal)
+    found = step(together, tensors, slope, lengths, causal=causal)
+    plain = distances(step(one_by_one, tensors, slope, lengths, causal=causal), exact)
+    assert all(x.dtype == torch.bfloat16 and x.shape == y.shape for x, y in zip(found, exact, strict=True))
+    assert max(distances(found, exact)) < max(4e-3, max(plain))
 
 
-@pytest.mark.parametrize(("length", "dtype"), [(SHORT + 1, torch.bfloat16), (8, torch.float32)])
-def test_long_sequences_and_other_types_take_torch_s_own_way(length, dtype):
-    tensors = [torch.randn(1, 2, length, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
-    output = attend_short(partial(attend, causal=True), *tensors)
-    assert output.grad_fn.name() != "_WideGradientsBackward"
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_sequence_sees_another(causal):
+    lengths = LENGTHS[1]
+    tensors, slope = rows(lengths, 4, 2)
+    found = step(together, tensors, slope, lengths, causal=causal)
+    others = [x.clone() for x in tensors]
+    for x in others:
+        x[:, :, :64] = torch.randn_like(x[:, :, :64])  # the first one, which stands in a group with the second
+    slope = slope.clone()
+    slope[:, :64] += 1
+    changed = step(together, others, slope, lengths, causal=causal)
+    assert torch.equal(found[0][:, 64:], changed[0][:, 64:]) and not torch.equal(found[0], changed[0])
+    assert all(torch.equal(x[:, :, 64:], y[:, :, 64:]) for x, y in zip(found[1:], changed[1:], strict=True))
 
 
-def test_gradients_are_the_same_where_autocast_is_on_around_backward():
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 2, 9, 16).bfloat16() for _ in range(3)]
-    slope = torch.randn(2, 9, 2, 16).bfloat16()
-    own = partial(attend_short, partial(attend, causal=True))
-    _, gradients = step(own, tensors, slope)
+def test_autocast_around_it_changes_nothing():
+    lengths = LENGTHS[2]
+    tensors, slope = rows(lengths, 2, 2)
+    found = step(together, tensors, slope, lengths, causal=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, under = step(own, tensors, slope)
-    assert all(torch.equal(x, y) for x, y in zip(gradients, under, strict=True))
+        under = step(together, tensors, slope, lengths, causal=True)
+    assert all(torch.equal(x, y) for x, y in zip(found, under, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, list(range(1, 200)), [512, 511, 2] * 3], ids=len)
+def test_groups_hold_each_token_once_and_are_no_larger_than_is_said(lengths):
+    groups = groups_of(tuple(lengths), 12)
+    tokens = [token for group in groups for token in group.rows_NL.ravel()[group.real]]
+    assert sorted(tokens) == list(range(sum(lengths)))
+    for group in groups:
+        assert group.longest <= short_attention.FILLED * group.lengths_N.min()
+        assert len(group.lengths_N) == 1 or len(group.lengths_N) * 12 * group.longest**2 <= short_attention.SCORES
+
+
+def test_long_sequences_other_types_dropout_and_windows_take_torch_s_own_way():
+    query = torch.zeros(1, 4, 8, SIZE, dtype=torch.bfloat16)
+    assert longest_taken(query, query, query, dropout=0.0, window=None) == SHORT
+    assert longest_taken(query, query, query, dropout=0.0, window=16) == 16
+    assert longest_taken(query, query, query, dropout=0.1, window=None) == 0
+    assert longest_taken(query.float(), query, query, dropout=0.0, window=None) == 0
+    many_heads = torch.zeros(1, 64, 8, SIZE, dtype=torch.bfloat16)
+    assert longest_taken(many_heads, many_heads, many_heads, dropout=0.0, window=None) == 256
