@@ -52,7 +52,7 @@ class Subject:
     def __init__(self, run: Run, config: RunConfig) -> None:
         self.run, self.config = run, config
         self.plain: Classes = {module: type(module) for module in run.model.modules()}
-        make_lean(run.model, divided=False)
+        make_lean(run.model, by_module=False)
         self.lean: Classes = {module: type(module) for module in run.model.modules()}
         self.start = [parameter.detach().clone() for parameter in self._trained()]
         run.model.train()
@@ -94,7 +94,7 @@ def measured(config_path: Path, repeats: int) -> dict[str, list[dict[str, Any]]]
     """The records of each variant."""
     config = load([str(config_path), "data.validation=null"])
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    building.make_lean = lambda model, divided: None  # the run begins plain
+    building.make_lean = lambda model, by_module: None  # the run begins plain
     with build(config) as built:
         assert built.run is not None, "a measured run starts in an empty folder"
         subject = Subject(built.run, config)

@@ -19,6 +19,7 @@ from peftune.model.packing import use_packing
 from peftune.model.quantize import quantization_of
 from peftune.model.reference import Reference, reference_of
 from peftune.model.vocabulary import new_rows
+from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
 from peftune.tasks.text import Text
 
@@ -38,7 +39,7 @@ def model_for_training(config: RunConfig, text: Text, data: Prepared, strategy: 
         start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
                                 seed=config.seed, pad_id=text.tokenizer.pad_token_id)
     if not config.model.compile:
-        make_lean(model, divided=strategy.lockstep)
+        make_lean(model, by_module=strategy.name in BY_MODULE)
     return model, loaded
 
 

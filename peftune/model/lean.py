@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def make_lean(model: nn.Module, *, divided: bool) -> None:
+def make_lean(model: nn.Module, *, by_module: bool) -> None:
     """Take over the layers that are known to be equal; leave all others as they are.
 
     Args:
         model: with its adapter; changed in place.
-        divided: weights are gathered for the call of their own module, which a LoRA layer in one piece does not make.
+        by_module: weights are gathered for the call of their own module, which a LoRA layer in one piece does not make.
     """
     for module in model.modules():
         if _is_plain_rms_norm(module):
             module.__class__ = LeanRMSNorm
-        elif type(module) is Linear and not divided:
+        elif type(module) is Linear and not by_module:
             module.__class__ = LeanLoraLinear
 
 

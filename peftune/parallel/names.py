@@ -14,6 +14,8 @@ ASKED_STRATEGY = "PEFTUNE_STRATEGY"
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2")
 """Ways to use several devices: the presets of launch/accelerate."""
+BY_MODULE = frozenset({"zero3", "zero3-offload"})
+"""Those that gather a weight for the call of the very module that holds it; fsdp2 gathers whole transformer layers."""
 
 
 OTHER_DIVISIONS = ("cp_size", "tp_size", "dp_replicate_size")

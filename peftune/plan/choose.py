@@ -19,6 +19,7 @@ from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.vocabulary import new_rows
+from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division
@@ -126,7 +127,8 @@ def footprint_at(
                    new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
     rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
                         divided=division.weights_too)
-    return footprint(tracer.line(work, Road(recompute, packs(config), rows, division.sharing)), division, device)
+    return footprint(tracer.line(work, Road(
+        recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE)), division, device)
 
 
 def _largest(measure: Callable[[int], Footprint], low: int, top: int, room: int) -> int | None:

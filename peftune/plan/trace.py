@@ -82,6 +82,8 @@ class Road:
     """Tokens whose logits exist at once, see `EndsInLosses.rows`."""
     sharing: int = 1
     """Ranks that share each row."""
+    by_module: bool = False
+    """Weights are gathered module by module, see `BY_MODULE`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveB
             end_in_losses(made)
             take_road(made, road.loss_rows)
         if not model.compile:
-            make_lean(made, divided=False)
+            make_lean(made, by_module=road is not None and road.by_module)
         return made
 
     model = hollow(config.model, config.adapter)

@@ -36,7 +36,7 @@ def adapted(kind: Any = LlamaConfig, dtype: torch.dtype = torch.float32, **field
 
 def lean(model: PeftModel) -> PeftModel:
     twin = copy.deepcopy(model)
-    make_lean(twin, divided=False)
+    make_lean(twin, by_module=False)
     return twin
 
 
@@ -66,7 +66,7 @@ def test_a_lean_lora_layer_has_peft_s_outputs_and_gradients_in_float64(bias: boo
                            LoraConfig(r=4, lora_alpha=12, target_modules=["0"], init_lora_weights=False),
                            autocast_adapter_dtype=False)
     twin = copy.deepcopy(model)
-    make_lean(twin, divided=False)
+    make_lean(twin, by_module=False)
     assert layers(twin, LeanLoraLinear) == 1
     results = []
     for one in (model, twin):
@@ -98,7 +98,7 @@ def test_a_lean_model_takes_the_step_of_the_plain_one_where_activations_are_reco
 def test_norms_that_train_have_the_same_gradient() -> None:
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.float64).train()
     twin = copy.deepcopy(plain)
-    make_lean(twin, divided=False)
+    make_lean(twin, by_module=False)
     assert layers(twin, LeanRMSNorm) == 5
     assert_one_step(plain, twin, FLOAT32_NORMS)
 
@@ -158,14 +158,14 @@ def test_passes_that_do_not_learn_are_those_of_plain_peft_bit_for_bit(how: str) 
 
 def test_lora_layers_whose_weights_are_gathered_one_by_one_stay_peft_s_own() -> None:
     model = adapted()
-    make_lean(model, divided=True)
+    make_lean(model, by_module=True)
     assert layers(model, LeanLoraLinear) == 0
     assert layers(model, LeanRMSNorm) == 5
 
 
 def test_norms_of_another_formula_stay_as_they_are() -> None:
     model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8))
-    make_lean(model, divided=False)
+    make_lean(model, by_module=False)
     assert layers(model, LeanRMSNorm) == 0
 
 
