@@ -181,7 +181,7 @@ def _run(
     world.progress.at("loading the model")
     with display.phase("model") as notes:
         memory = world.on_main(lambda: memory_of_run(config, text, data, strategy, division.ranks if division else 1))
-        model, loaded = model_for_training(config, text, data, strategy)
+        model, loaded = model_for_training(config, text, data, strategy, display.progress)
         counts = count(model)
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)

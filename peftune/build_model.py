@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,10 @@ from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
 from peftune.loop.data_start import start_from_planned_data
 from peftune.model.assemble import assemble
+from peftune.model.download import Tell
 from peftune.model.eva import reads_data
 from peftune.model.lean import make_lean
-from peftune.model.load import Loaded, adjust_config, local_source
+from peftune.model.load import Loaded, adjust_config, load_weights, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
 from peftune.model.packing import use_packing
 from peftune.model.quantize import quantization_of
@@ -24,15 +26,18 @@ from peftune.parallel.strategy import Strategy
 from peftune.tasks.text import Text
 
 
-def model_for_training(config: RunConfig, text: Text, data: Prepared, strategy: Strategy) -> tuple[Any, Loaded]:
-    """The model as training begins with it, and what its checkpoint did not hold."""
+def model_for_training(
+    config: RunConfig, text: Text, data: Prepared, strategy: Strategy, tell: Tell
+) -> tuple[Any, Loaded]:
+    """The model as training begins with it, and what its checkpoint did not hold. `tell`: of its download."""
     task, targets = text.encoder.task, data.targets
     adjust_config(text.config, dropout=config.model.dropout, problem=targets.problem, names=targets.names,
                   pad_id=text.tokenizer.pad_token_id)
     quantization_of(config.model, text.config, adapted=config.adapter is not None, divided=strategy.lockstep)
     model, loaded = assemble(config.model, config.adapter, local_source(text.source), text.config, task.auto_class,
                              task=config.task, new_head=task.new_head, seed=config.seed,
-                             rows=new_rows(text.tokenizer, config.model), device=strategy.world.device)
+                             rows=new_rows(text.tokenizer, config.model), device=strategy.world.device,
+                             load=functools.partial(load_weights, tell=tell))
     if task.next_token:
         end_in_losses(model)
     if reads_data(model):

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, ModelError
+from peftune.model.download import Tell, bar_that_tells
 from peftune.model.foreign import reading
 from peftune.model.quantize import loading_options, make_ready
 
@@ -72,7 +73,7 @@ def adjust_config(
 
 def load_weights(
     config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
-    new_head: bool, device: torch.device,
+    new_head: bool, device: torch.device, tell: Tell | None = None,
 ) -> Loaded:
     """Load the checkpoint's weights into the task's architecture: on the CPU, or quantised on `device`.
 
@@ -84,6 +85,7 @@ def load_weights(
         dtype: of the weights.
         new_head: whether the task may have an output layer that the checkpoint lacks.
         device: that computes.
+        tell: told of a download.
 
     Raises:
         ModelError: no weights, an architecture without such a head, or weights of the body missing.
@@ -100,7 +102,7 @@ def load_weights(
         model, info = auto_class.from_pretrained(
             source, config=model_config, revision=config.revision, dtype=dtype, attn_implementation=attention,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=new_head,
-            use_safetensors=True,
+            use_safetensors=True, **({} if tell is None else {"tqdm_class": bar_that_tells(tell)}),
             **loading_options(config.quantization, auto_class, model_config, dtype=dtype, device=device,
                               trust_remote_code=config.trust_remote_code),
         )

@@ -1,0 +1,90 @@
+"""A model of a hub, by its name: asked for, downloaded and trained. The hub answers on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny
+from tests.conftest import ROOT, summary, write_config
+from tests.hub import NAME, hub_of
+
+TRAIN = ROOT / "peftune" / "train.py"
+TELLS = """
+import json, sys
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+from peftune.config.schema import ModelConfig
+from peftune.model.load import load_weights
+from peftune.tasks.text import quiet_libraries
+quiet_libraries()
+told = []
+name = sys.argv[1]
+load_weights(ModelConfig(name_or_path=name), name, AutoConfig.from_pretrained(name), AutoModelForCausalLM,
+             dtype=torch.float32, new_head=False, device=torch.device("cpu"), tell=lambda *said: told.append(said))
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_decoder(folder, hidden_size=256, intermediate_size=1024)  # some megabytes
+    return folder
+
+
+def python(words, hub, home, **more):
+    """A process whose hub is ours, with an empty cache."""
+    known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = {**known, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+                   "PYTHONPATH": str(ROOT), **more}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False,
+                          env=environment, timeout=300)
+
+
+def settings_of(tmp_path, name):
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("".join(json.dumps({"text": row["messages"][-1]["content"]}) + "\n" for row in tiny.chat_rows(40)))
+    return write_config({"task": "causal_lm", "model": {"name_or_path": name}, "data": {"train": str(rows)},
+                         "train": {"batch_size": 8, "max_steps": 2}, "evaluation": {"max_new_tokens": 0},
+                         "output_dir": str(tmp_path / "run")}, tmp_path / "config")
+
+
+def test_a_model_is_found_by_its_name_downloaded_and_trained(model_folder, tmp_path):
+    with hub_of(model_folder) as hub:
+        done = python([TRAIN, settings_of(tmp_path, NAME)], hub, tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert summary(tmp_path / "run")["steps"] == 2
+    known = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    assert known["base_model_name_or_path"] == NAME
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused_with_2(model_folder, tmp_path):
+    with hub_of(model_folder) as hub:
+        done = python([TRAIN, settings_of(tmp_path, "some-org/other-model")], hub, tmp_path / "home")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the hub has no model some-org/other-model" in done.stderr
+
+
+def test_a_download_is_told_in_megabytes_as_it_comes(model_folder, tmp_path):
+    with hub_of(model_folder) as hub:
+        done = python(["-c", TELLS, NAME], hub, tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    size = (model_folder / "model.safetensors").stat().st_size // 10**6
+    assert told and all(what == "downloaded MB" and total == size for what, _, total in told)
+    counts = [done for _, done, _ in told]
+    assert counts == sorted(counts) and counts[-1] == size
+    assert not re.search(r"\d+%\|", done.stderr)  # no bar of the hub's own
+
+
+def test_a_model_that_lies_here_already_needs_no_hub(model_folder, tmp_path):
+    with hub_of(model_folder) as hub:
+        assert python([TRAIN, settings_of(tmp_path, NAME)], hub, tmp_path / "home").returncode == 0
+    (tmp_path / "again").mkdir()
+    done = python([TRAIN, settings_of(tmp_path / "again", NAME)], hub, tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr[-2000:]
