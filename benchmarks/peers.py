@@ -36,8 +36,9 @@ from typing import Any
 import torch
 
 from benchmarks.arithmetic import WARM_UP
+from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, save_config, save_rows, token_rows, work_flops
-from benchmarks.throughput import GIB, Bench, Cell, gathered, options, ours, publish, summary_of
+from benchmarks.throughput import GIB, Bench, gathered, options, ours, publish, summary_of
 from peftune.observe.manifest import environment
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"

@@ -23,7 +23,8 @@ from torch import nn
 
 import peftune.build_model as building
 from benchmarks.arithmetic import spread
-from benchmarks.throughput import Bench, Cell, options, publish
+from benchmarks.speed_cells import Cell
+from benchmarks.throughput import Bench, options, publish
 from peftune.build import build
 from peftune.config.load import load
 from peftune.config.schema import RunConfig

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, token_rows, work_flops
-from benchmarks.throughput import Bench, Cell, ceiling
+from benchmarks.throughput import Bench, ceiling
 from peftune.build import build
 from peftune.config.load import load
 from peftune.loop.step import train_step

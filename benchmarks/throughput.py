@@ -8,10 +8,7 @@ Each cell is `accelerate launch` of the loop that users run (timed_train.py), on
 take turns: every repeat runs each of them once. The device's ceiling, products of square bfloat16 matrices, is measured
 before each run with as many threads. `--against` exits with 1 if a ratio fell below `--at-least` of the earlier one.
 
-quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
-the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py). gpu: models
-of the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096
-tokens, and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
+The suites stand in speed_cells.py.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ import torch
 
 from benchmarks.arithmetic import WARM_UP, fallen, rates, spread
 from benchmarks.launches import launched
+from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
 from peftune.observe.manifest import environment
 
@@ -40,55 +38,6 @@ TIMED = Path(__file__).resolve().parent / "timed_train.py"
 GIB = 2**30
 CEILING_SIZES = (1024, 2048)
 VALIDATION_ROWS = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One way to train. LoRA is of all linear layers."""
-
-    shape: str = "60m"
-    rank: int | None = 16
-    """Of LoRA; None trains all weights."""
-    max_length: int = 512
-    processes: int = 1
-    rows: int = 128
-    batch_size: int = 16
-    micro_batch_tokens: int = 2048
-    bare: bool = False
-    quantization: str = "none"
-    recompute: bool = False
-    full_rows: bool = False
-    """Every row fills `max_length`, nearly all of it supervised."""
-
-    def __str__(self) -> str:
-        method = f"LoRA r {self.rank}" if self.rank else "all weights"
-        words = [self.shape, method + (f" on {self.quantization}" if self.quantization != "none" else ""),
-                 f"{'rows of' if self.full_rows else 'up to'} {self.max_length} tokens",
-                 *([f"{self.micro_batch_tokens} a micro-batch"] if self.micro_batch_tokens != 2048 else []),
-                 *(["recomputed"] if self.recompute else []),
-                 *([f"{self.processes} processes"] if self.processes > 1 else []), *(["bare"] if self.bare else [])]
-        return ", ".join(words)
-
-
-def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequence[Cell]:
-    """The kinds of cells that one GPU of 80 GB is measured with: ragged rows, then rows that fill their length."""
-    ragged = {"max_length": tokens // 4, "rows": 16 * rows, "batch_size": 32, "micro_batch_tokens": 2 * tokens}
-    full = {"max_length": tokens, "rows": rows, "batch_size": 4, "micro_batch_tokens": tokens, "full_rows": True}
-    return (Cell(shape=small, **ragged), Cell(shape=small, rank=None, **ragged), Cell(shape=middle, **ragged),
-            Cell(shape=middle, quantization="nf4", **ragged), Cell(shape=middle, rank=None, **full),
-            Cell(shape=large, **full), Cell(shape=large, quantization="nf4", **full), Cell(shape=large, **ragged),
-            Cell(shape=large, recompute=True, **{**full, "micro_batch_tokens": 2 * tokens}))
-
-
-SUITES: Mapping[str, Sequence[Cell]] = {
-    "quick": (Cell(), Cell(rank=None)),
-    "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),
-    "scaling": (Cell(), Cell(processes=2), Cell(rank=64), Cell(max_length=128), Cell(max_length=1024)),
-    "overhead": (Cell(), Cell(bare=True)),
-    "gpu": _on_gpu("qwen-0.5b", "qwen-1.5b", "llama-8b", 4096, 32),
-    "gpu-tiny": _on_gpu("qwen-1m", "qwen-1m", "1m", 512, 16),
-    "tiny": (Cell(shape="1m", rows=16, batch_size=4, micro_batch_tokens=512, max_length=64),),
-}
 
 
 class Bench:
@@ -235,6 +184,20 @@ def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overhead_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Of each cell that was trained without the loop too: their rates, and the milliseconds that the loop adds to the
+    middle step. A small model shows those best, since its steps drown them least."""
+    found = {}
+    for name, cell in cells.items():
+        bare = str(replace(cell, bare=True))
+        if not cell.bare and bare in summaries:
+            rates_, steps = ([summaries[which][key]["median"] for which in (name, bare)]
+                             for key in ("tokens_per_second_of_middle_step", "step_p50_s"))
+            found[f"{name}: loop over bare loop"] = rates_[0] / rates_[1]
+            found[f"{name}: milliseconds a step that the loop adds"] = 1000 * (steps[0] - steps[1])
+    return found
+
+
 def publish(asked: argparse.Namespace, outcome: Mapping[str, Any], table: str) -> int:
     """Print and write what was found; 1 where a ratio fell against earlier results."""
     print(table + "\n" + "\n".join(f"{name}: {value:.3g}" for name, value in outcome["ratios"].items()))
@@ -276,9 +239,7 @@ def main() -> int:
                            asked.repeats, device, bench.threads)
     summaries = {name: summary_of(found) for name, found in records.items()}
     ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()}
-    if asked.suite == "overhead" and len(cells) == 2:
-        whole, bare = (summaries[name]["tokens_per_second_of_middle_step"]["median"] for name in cells)
-        ratios["loop over bare loop"] = whole / bare
+    ratios |= overhead_of(cells, summaries)
     outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
                "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},
                "ratios": ratios, "summaries": summaries, "records": records}

@@ -140,16 +140,12 @@ class _ShortAttention(torch.autograd.Function):
 def _weights(q: Tensor, k: Tensor, group: Group, scale: float, causal: bool) -> Tensor:
     """q [N K, G L, D], k [N K, L, D] -> softmax of the scores, [N K, G L, L] float32."""
     if causal:  # what fills a sequence up comes after all of it
-        hidden = _later(group.longest).repeat(q.shape[1] // group.longest, 1)
+        mask = torch.full((group.longest, group.longest), -torch.inf).triu_(1).repeat(q.shape[1] // group.longest, 1)
     else:
-        beyond_NL = np.arange(group.longest) >= group.lengths_N[:, None]
-        hidden = torch.zeros(beyond_NL.shape).masked_fill_(torch.from_numpy(beyond_NL), -torch.inf)
-        hidden = hidden.repeat_interleave(len(q) // len(hidden), 0)[:, None]
-    return torch.baddbmm(hidden, q.float(), k.float().transpose(1, 2), alpha=scale).softmax(-1)
-
-
-def _later(length: int) -> Tensor:
-    return torch.full((length, length), -torch.inf).triu_(1)
+        beyond_NL = torch.from_numpy(np.arange(group.longest) >= group.lengths_N[:, None])
+        mask_NL = torch.zeros(beyond_NL.shape).masked_fill_(beyond_NL, -torch.inf)
+        mask = mask_NL.repeat_interleave(len(q) // len(mask_NL), 0)[:, None]
+    return torch.baddbmm(mask, q.float(), k.float().transpose(1, 2), alpha=scale).softmax(-1)
 
 
 def _taken(x_1HTD: Tensor, group: Group, shared: int, *, blank: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from benchmarks import throughput
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
 from benchmarks.gpu import closure, requirements
 from benchmarks.peers import loss_parity, ratios_of
+from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_model
 
 RECORD = {"step_seconds": [9.0, 9.0, 1.0, 3.0], "tokens": [10, 10, 100, 300], "total_tokens": [10, 10, 200, 300],
@@ -76,6 +77,15 @@ def test_the_work_of_a_step_is_what_torch_counts_of_its_matrix_products():
     lora = step_flops([tokens, tokens], 2 * tokens, adapters=adapters, **sizes)
     unneeded = 2 * 2 * tokens * 3 * shape.width**2  # queries, keys and values of the first layer pass no gradient on
     assert lora - attention - counted() == pytest.approx(unneeded, rel=0.1)
+
+
+def test_what_the_loop_adds_is_its_middle_step_less_that_of_the_bare_loop():
+    cells = {str(cell): cell for cell in (Cell(), Cell(bare=True), Cell(shape="1m"))}
+    summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "step_p50_s": {"median": step}}
+                 for name, rate, step in zip(cells, (99.0, 100.0, 5.0), (0.505, 0.5, 1.0), strict=True)}
+    assert throughput.overhead_of(cells, summaries) == {
+        f"{Cell()}: loop over bare loop": 0.99,
+        f"{Cell()}: milliseconds a step that the loop adds": pytest.approx(5)}
 
 
 def test_peers_are_compared_by_medians_and_losses_with_ours():

@@ -1,0 +1,62 @@
+"""The ways to train whose speed is measured, in suites.
+
+quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
+the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py), with 60
+million weights and with one, whose steps are short. gpu: models of the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B;
+LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096 tokens, and instructions as long as they are. gpu-tiny
+has the same kinds of cells, small enough for a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One way to train. LoRA is of all linear layers."""
+
+    shape: str = "60m"
+    rank: int | None = 16
+    """Of LoRA; None trains all weights."""
+    max_length: int = 512
+    processes: int = 1
+    rows: int = 128
+    batch_size: int = 16
+    micro_batch_tokens: int = 2048
+    bare: bool = False
+    quantization: str = "none"
+    recompute: bool = False
+    full_rows: bool = False
+    """Every row fills `max_length`, nearly all of it supervised."""
+
+    def __str__(self) -> str:
+        method = f"LoRA r {self.rank}" if self.rank else "all weights"
+        words = [self.shape, method + (f" on {self.quantization}" if self.quantization != "none" else ""),
+                 f"{'rows of' if self.full_rows else 'up to'} {self.max_length} tokens",
+                 *([f"{self.micro_batch_tokens} a micro-batch"] if self.micro_batch_tokens != 2048 else []),
+                 *(["recomputed"] if self.recompute else []),
+                 *([f"{self.processes} processes"] if self.processes > 1 else []), *(["bare"] if self.bare else [])]
+        return ", ".join(words)
+
+
+def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequence[Cell]:
+    """The kinds of cells that one GPU of 80 GB is measured with: ragged rows, then rows that fill their length."""
+    ragged = {"max_length": tokens // 4, "rows": 16 * rows, "batch_size": 32, "micro_batch_tokens": 2 * tokens}
+    full = {"max_length": tokens, "rows": rows, "batch_size": 4, "micro_batch_tokens": tokens, "full_rows": True}
+    return (Cell(shape=small, **ragged), Cell(shape=small, rank=None, **ragged), Cell(shape=middle, **ragged),
+            Cell(shape=middle, quantization="nf4", **ragged), Cell(shape=middle, rank=None, **full),
+            Cell(shape=large, **full), Cell(shape=large, quantization="nf4", **full), Cell(shape=large, **ragged),
+            Cell(shape=large, recompute=True, **{**full, "micro_batch_tokens": 2 * tokens}))
+
+
+SUITES: Mapping[str, Sequence[Cell]] = {
+    "quick": (Cell(), Cell(rank=None)),
+    "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),
+    "scaling": (Cell(), Cell(processes=2), Cell(rank=64), Cell(max_length=128), Cell(max_length=1024)),
+    "overhead": (Cell(), Cell(bare=True), Cell(shape="1m", rows=640), Cell(shape="1m", rows=640, bare=True)),
+    "gpu": _on_gpu("qwen-0.5b", "qwen-1.5b", "llama-8b", 4096, 32),
+    "gpu-tiny": _on_gpu("qwen-1m", "qwen-1m", "1m", 512, 16),
+    "tiny": (Cell(shape="1m", rows=16, batch_size=4, micro_batch_tokens=512, max_length=64),),
+}
