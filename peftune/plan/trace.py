@@ -250,9 +250,8 @@ def _step(
 
 def _mark_layers(live: LiveBytes, model: nn.Module, count: int) -> list[Any]:
     """Say where the step is: forward and backward, before, in or after the layers."""
-    stack = next((module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count),
-                 None)
-    if stack is None:
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    if (stack := next(stacks, None)) is None:
         return []
 
     def name(index: int) -> str:
