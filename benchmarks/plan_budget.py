@@ -27,7 +27,8 @@ from peftune.observe.manifest import environment
 from peftune.plan.choose import LIMIT
 from tests import tiny
 
-STEPS, BATCH = 2, 32
+STEPS, BATCH = 5, 32
+"""The third step is followed byte by byte, the later ones are measured."""
 LOW, HIGH = 0.85, 0.97
 """Share of the budget that a run is to fill."""
 
