@@ -44,6 +44,8 @@ class Group:
     """Positions in the flattened rows that are no filling."""
     filling: np.ndarray
     """All others."""
+    tokens: np.ndarray
+    """Tokens at the real positions: each of the group's once."""
     lengths_N: np.ndarray
 
 
@@ -63,7 +65,8 @@ def groups_of(lengths: tuple[int, ...], heads: int) -> tuple[Group, ...]:
         at_L = np.arange(longest)
         rows_NL = starts[members][:, None] + np.minimum(at_L, lengths_N[:, None] - 1)
         is_real = (at_L < lengths_N[:, None]).ravel()
-        groups.append(Group(longest, rows_NL, np.flatnonzero(is_real), np.flatnonzero(~is_real), lengths_N))
+        groups.append(Group(longest, rows_NL, np.flatnonzero(is_real), np.flatnonzero(~is_real),
+                            rows_NL.ravel()[is_real], lengths_N))
     return tuple(groups)
 
 
@@ -165,4 +168,4 @@ def _put(whole_THD: Tensor, part: Tensor, group: Group) -> None:
     rows = rows_NKGLD.permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
     if len(group.filling):
         rows = rows.index_select(0, torch.from_numpy(group.real))
-    whole_THD.index_copy_(0, torch.from_numpy(group.rows_NL.ravel()[group.real]), rows)
+    whole_THD.index_copy_(0, torch.from_numpy(group.tokens), rows)

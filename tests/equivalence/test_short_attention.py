@@ -81,6 +81,7 @@ def test_groups_hold_each_token_once_and_are_no_larger_than_is_said(lengths):
     groups = groups_of(tuple(lengths), 12)
     tokens = [token for group in groups for token in group.rows_NL.ravel()[group.real]]
     assert sorted(tokens) == list(range(sum(lengths)))
+    assert tokens == [token for group in groups for token in group.tokens]
     for group in groups:
         assert group.longest <= short_attention.FILLED * group.lengths_N.min()
         assert len(group.lengths_N) == 1 or len(group.lengths_N) * 12 * group.longest**2 <= short_attention.SCORES
