@@ -34,6 +34,7 @@ def test_a_job_on_two_nodes_saves_before_its_time_limit_is_queued_again_and_ends
     classify["checkpoint"] = classify["evaluation"] = {"every_steps": 50}
     config = write_config(classify, tmp_path / "c")
     unbroken, folder = tmp_path / "unbroken", tmp_path / "job"
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # of both runs: threads may decide in which order products are summed
     done = launch(config, f"output_dir={unbroken}", processes=2)
     assert done.returncode == 0, done.stderr
 
