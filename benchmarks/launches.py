@@ -79,8 +79,10 @@ def _ended(
     logs = [f"{order['log']}.{rank}" for rank in range(processes)]
     codes = [int(code) if (code := _text(f"{log}.code")) else launch.returncode or 1 for log in logs]
     out, err = ("".join(_text(f"{log}.{name}") for log in logs) for name in ("out", "err"))
-    return subprocess.CompletedProcess(order["arguments"], next((code for code in codes if code), 0), out,
-                                       err or launch.stderr)
+    err = err or launch.stderr
+    if any(codes) and processes > 1:
+        err += f"exit codes of the ranks: {codes}\n"
+    return subprocess.CompletedProcess(order["arguments"], next((code for code in codes if code), 0), out, err)
 
 
 def _text(path: str) -> str:

@@ -54,7 +54,7 @@ class Watch:
         self._posts: dict[int, Post] = {}
         self._heard: dict[int, float] = {}
         self._answered = time.monotonic()
-        """When the store last did."""
+        """When the store was asked, the last time that it did."""
         self._dead_since: dict[int, float] = {}
         self._verdict: Verdict | None = None
         self._verdict_since = 0.0
@@ -125,6 +125,7 @@ class Watch:
         self._store.set(self._keys[self._world.rank], json.dumps(asdict(post)))
 
     def _read(self) -> None:
+        asked = time.monotonic()  # what others say later is not in the answer, however late that comes
         for rank, said in enumerate(self._store.multi_get(self._keys)):
             post = Post(**json.loads(said))
             if rank not in self._posts or post.number != self._posts[rank].number:
@@ -135,7 +136,7 @@ class Watch:
         elif self._store.check(["verdict"]):
             said = json.loads(self._store.get("verdict"))
             self._verdict = Verdict(**{**said, "ranks": tuple(said["ranks"])})
-        self._answered = time.monotonic()
+        self._answered = asked
 
     def _judge(self) -> None:
         looked = time.monotonic()
