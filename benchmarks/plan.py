@@ -4,9 +4,9 @@
     peftune bench plan --models [NAME ...] [--table plans.md]
 
 Each cell is a run of `measured_plan.py`, in processes of its own, which says what is measured. `tensors` compares live
-tensors; `resident` the process's growth with the plan's tensors and what a run adds beside them (`BESIDE_TENSORS` in
-`peftune/plan/choose.py`, set by the cells of one process that are not held back). Cells whose number divides
-by five are held back: nothing in the plan was set by them. Results that `--to` names are added to.
+tensors; `resident` the process's growth with the plan's tensors and what a run adds beside them (`BESIDE_TENSORS`, set
+by the cells of one process that are not held back), where glibc maps each large block by itself. Cells whose number
+divides by five are held back: nothing in the plan was set by them. Results that `--to` names are added to.
 
 With --models: the plans of Llama-3.1-8B, 70B and Qwen2.5-7B, from their shapes alone, beside the arithmetic floor.
 """
@@ -32,7 +32,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from benchmarks.launches import Run, launched_together
 from peftune.observe.manifest import environment
-from peftune.plan.choose import BESIDE_TENSORS
 from peftune.plan.planning import answered
 from peftune.plan.show import rendered
 from tests import tiny
@@ -42,6 +41,10 @@ MEASURED = HERE / "measured_plan.py"
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 """As in memory.py: glibc's own first value; giving it keeps freed blocks from staying in the heap."""
 MIB, GIB = 2**20, 2**30
+BESIDE_TENSORS = {"float32": 32 * MIB, "bfloat16": 64 * MIB}
+"""What five steps add to a process beside tensors, by `model.dtype`: code that oneDNN makes for shapes, pages of
+libraries. Set by the cells that were not held back. `auto` leaves more (`peftune/plan/choose.py`), since a run has many
+more shapes, and its own trace takes some."""
 STEPS, BATCH, SCORED = 5, 4, 2
 HELD_BACK = 5
 FAMILIES: dict[str, dict[str, Any]] = {

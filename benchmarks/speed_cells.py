@@ -2,9 +2,9 @@
 
 quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
 the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py), with 60
-million weights and with one, whose steps are short. gpu: models of the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B;
-LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096 tokens, and instructions as long as they are. gpu-tiny
-has the same kinds of cells, small enough for a test.
+million weights and with one, whose steps are short. allocator: host memory handed out by glibc, and by tcmalloc. gpu:
+models of the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill
+4,096 tokens, and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class Cell:
     recompute: bool = False
     full_rows: bool = False
     """Every row fills `max_length`, nearly all of it supervised."""
+    tcmalloc: bool = False
+    """Preloaded, as `peftune train` does where it is installed; else memory is glibc's."""
 
     def __str__(self) -> str:
         method = f"LoRA r {self.rank}" if self.rank else "all weights"
@@ -37,7 +39,8 @@ class Cell:
                  f"{'rows of' if self.full_rows else 'up to'} {self.max_length} tokens",
                  *([f"{self.micro_batch_tokens} a micro-batch"] if self.micro_batch_tokens != 2048 else []),
                  *(["recomputed"] if self.recompute else []),
-                 *([f"{self.processes} processes"] if self.processes > 1 else []), *(["bare"] if self.bare else [])]
+                 *([f"{self.processes} processes"] if self.processes > 1 else []), *(["bare"] if self.bare else []),
+                 *(["tcmalloc"] if self.tcmalloc else [])]
         return ", ".join(words)
 
 
@@ -56,6 +59,7 @@ SUITES: Mapping[str, Sequence[Cell]] = {
     "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),
     "scaling": (Cell(), Cell(processes=2), Cell(rank=64), Cell(max_length=128), Cell(max_length=1024)),
     "overhead": (Cell(), Cell(bare=True), Cell(shape="1m", rows=640), Cell(shape="1m", rows=640, bare=True)),
+    "allocator": (Cell(), Cell(tcmalloc=True)),
     "gpu": _on_gpu("qwen-0.5b", "qwen-1.5b", "llama-8b", 4096, 32),
     "gpu-tiny": _on_gpu("qwen-1m", "qwen-1m", "1m", 512, 16),
     "tiny": (Cell(shape="1m", rows=16, batch_size=4, micro_batch_tokens=512, max_length=64),),

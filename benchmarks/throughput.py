@@ -1,6 +1,6 @@
 """How fast the true loop trains: tokens a second, steps, memory, and the share of what the device can multiply.
 
-    peftune bench throughput [quick | shapes | scaling | overhead | gpu]
+    peftune bench throughput [quick | shapes | scaling | overhead | allocator | gpu]
                              [--rows instructions.jsonl] [--repeats 3] [--only CELL ...]
                              [--to results.json] [--table table.md] [--against results.json --at-least 0.9]
 
@@ -33,6 +33,7 @@ from benchmarks.launches import launched
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
 from peftune.observe.manifest import environment
+from peftune.parallel.host_memory import PRELOAD, preload
 
 TIMED = Path(__file__).resolve().parent / "timed_train.py"
 GIB = 2**30
@@ -76,7 +77,7 @@ class Bench:
         config = self.config(cell)
         run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
-                      bare=cell.bare)
+                      bare=cell.bare, tcmalloc=cell.tcmalloc)
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
                            record["trainable_parameters"] if cell.rank else 0, config)
         record["flops_per_token"] = flops / sum(record["tokens"])
@@ -89,7 +90,9 @@ def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, st
     yield from rows[:start]
 
 
-def ours(config: Path, run: Path, *, processes: int, threads: int, bare: bool = False) -> dict[str, Any]:
+def ours(
+    config: Path, run: Path, *, processes: int, threads: int, bare: bool = False, tcmalloc: bool = False
+) -> dict[str, Any]:
     """Launch the loop with a config; the record of its steps.
 
     Args:
@@ -98,10 +101,13 @@ def ours(config: Path, run: Path, *, processes: int, threads: int, bare: bool = 
         processes: under DDP if there are several.
         threads: of each.
         bare: without the loop.
+        tcmalloc: preloaded; else glibc hands out memory, as it does for peers.
     """
+    assert preload() or not tcmalloc, "tcmalloc is not installed: apt install libtcmalloc-minimal4"
+    variables = {"BENCH_STARTED": str(time.time()), **({"BENCH_BARE": "1"} if bare else {}),
+                 **(preload() if tcmalloc else {PRELOAD: ""})}
     done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"], script=TIMED,
-                    threads=threads, environment={"BENCH_STARTED": str(time.time())} | ({"BENCH_BARE": "1"} if bare
-                                                                                        else {}))
+                    threads=threads, environment=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((run / f"timing-{rank}.json").read_text()) for rank in range(processes)]
     assert ranks[0]["ranks"] == processes, "another number of processes ran than was asked for"
@@ -184,20 +190,35 @@ def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _twins(
+    cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]], **other: bool
+) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Each cell that was trained the other way too: its name, and what was found of both."""
+    for name, cell in cells.items():
+        twin = replace(cell, **other)
+        if twin != cell and str(twin) in summaries:
+            yield name, summaries[name], summaries[str(twin)]
+
+
 def overhead_of(
     cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Of each cell that was trained without the loop too: the ratio of their rates, and the milliseconds that the loop
     adds to the middle step. A small model shows those best, since its steps drown them least."""
-    ratios, added = {}, {}
-    for name, cell in cells.items():
-        bare = str(replace(cell, bare=True))
-        if not cell.bare and bare in summaries:
-            rates_, steps = ([summaries[which][key]["median"] for which in (name, bare)]
-                             for key in ("tokens_per_second_of_middle_step", "step_p50_s"))
-            ratios[f"{name}: loop over bare loop"] = rates_[0] / rates_[1]
-            added[name] = 1000 * (steps[0] - steps[1])
+    rate, step, ratios, added = "tokens_per_second_of_middle_step", "step_p50_s", {}, {}
+    for name, found, bare in _twins(cells, summaries, bare=True):
+        ratios[f"{name}: loop over bare loop"] = found[rate]["median"] / bare[rate]["median"]
+        added[name] = 1000 * (found[step]["median"] - bare[step]["median"])
     return ratios, added
+
+
+def allocators_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How much faster tcmalloc makes each cell that was trained with it too, and how much more glibc holds."""
+    rate, held, ratios = "tokens_per_second_of_middle_step", "steps_bytes", {}
+    for name, found, other in _twins(cells, summaries, tcmalloc=True):
+        ratios[f"{name}: speed under tcmalloc over glibc"] = other[rate]["median"] / found[rate]["median"]
+        ratios[f"{name}: memory in steps under glibc over tcmalloc"] = found[held]["median"] / other[held]["median"]
+    return ratios
 
 
 def publish(asked: argparse.Namespace, outcome: Mapping[str, Any], table: str) -> int:
@@ -242,7 +263,7 @@ def main() -> int:
     summaries = {name: summary_of(found) for name, found in records.items()}
     ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()}
     compared, added = overhead_of(cells, summaries)
-    ratios |= compared
+    ratios |= compared | allocators_of(cells, summaries)
     outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
                "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},
                "ratios": ratios, "added_milliseconds": added, "summaries": summaries, "records": records}

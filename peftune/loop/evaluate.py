@@ -17,6 +17,7 @@ from peftune.data.store import Readable
 from peftune.data.targets import Targets
 from peftune.loop.generate import generate_texts
 from peftune.model.reference import Reference
+from peftune.parallel.host_memory import return_free_memory
 from peftune.parallel.stop import Stop, StopAgreed
 from peftune.parallel.world import World
 from peftune.tasks.task import Metrics, Record, Task, with_intervals
@@ -91,6 +92,7 @@ def predict(
     evaluator.world.progress.at(f"scoring {name}", steady=True)
     was_training = model.training
     model.eval()
+    return_free_memory(evaluator.world.device.type)
     with torch.no_grad():
         mine = _forward_records(evaluator, model, split, name, scored)
         if generate and evaluator.task.generates:
@@ -98,6 +100,7 @@ def predict(
             if evaluator.max_new_tokens > 0:
                 _add_generations(evaluator, model, split, mine, name)
     model.train(was_training)
+    return_free_memory(evaluator.world.device.type)
     records = sorted(evaluator.world.gather(mine), key=lambda record: record["position"])
     assert [record["position"] for record in records] == list(range(len(split)))
     return evaluator.task.combine(records, evaluator.targets)

@@ -23,6 +23,7 @@ from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
+from peftune.parallel.host_memory import return_free_memory
 from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import Record
 
@@ -108,6 +109,7 @@ def _last_scores(run: Run, state: TrainState) -> tuple[TrainState, dict[str, Any
 def publish_final(run: Run) -> float:
     """Write final/ and prove that it reloads; return the largest deviation of its logits."""
     run.strategy.world.progress.at("publishing final/")
+    return_free_memory(run.strategy.world.device.type)
     model, split = run.strategy.unwrap(run.model), run.data.splits.get("validation", run.data.splits["train"])
     positions = list(range(min(CHECKED_EXAMPLES, len(split))))
     examples = [_beginning(split[i], run.data.targets.kind) for i in positions]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftune.errors import EXIT_CODE_FILE, EXIT_DONE, EXIT_OUR_FAULT, EXIT_PREEMPTED, Fault, MachineError, say
+from peftune.parallel.host_memory import preload
 from peftune.parallel.names import ASKED, ASKED_STRATEGY, SEQUENCES, SEQUENCES_ON, STRATEGIES
 from peftune.parallel.network import interface_variables
 from peftune.parallel.stop import SIGNALS, STARTED
@@ -87,7 +88,7 @@ def choose_launch(
                      f"--processes {max(2, sequence_ranks)}, or a multiple of it")
     preset = "ddp-cpu" if strategy == "ddp" and not gpus else strategy
     command = ["--config_file", str(presets("accelerate") / f"{preset}.yaml"), "--num_processes", str(wanted)]
-    variables = _variables(strategy, bool(gpus), sequence_ranks)
+    variables = _variables(strategy, bool(gpus), sequence_ranks) | ({} if gpus else preload())
     if node:
         command += _among_machines(node, strategy)
         variables |= interface_variables(node.main_host, node.interface)

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from peftune.errors import Fault, MachineError, PeftuneError
+from peftune.parallel.host_memory import keep_few_products
 from peftune.parallel.names import ASKED
 from peftune.parallel.progress import Progress
 
@@ -146,6 +147,7 @@ def open_world() -> World:
         raise _wrong_world(f"{asked} processes were asked for, {state.num_processes} run together")
     if use_cpu:
         _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_few_products()
     return World(state.process_index, state.num_processes, state.local_process_index, state.device, state.backend)
 
 

@@ -19,6 +19,7 @@ from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.vocabulary import new_rows
+from peftune.parallel.host_memory import MOST_SLACK, allocator
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import Device
@@ -32,15 +33,17 @@ LARGEST_AUTO_TOKENS = 16_384
 CPU_AUTO_TOKENS = 4_096
 """More tokens at once do not make a CPU faster; they only cost memory."""
 SHARE = 0.92
-"""Of the memory that can be had, what a plan may fill: heaps and the system's caches move by the rest."""
-BESIDE_TENSORS = {"float32": 32 * 2**20, "bfloat16": 64 * 2**20}
+"""Of the memory that can be had, what a plan may fill: the system's caches move by the rest."""
+BESIDE_TENSORS = {"float32": 64 * 2**20, "bfloat16": 224 * 2**20}
 """What a run on a CPU adds to its process beside tensors, in bytes by `model.dtype`: code that oneDNN makes for shapes,
-pages of libraries, Python's objects. Set by the cells of `peftune bench plan` that were not held back."""
+pages of libraries, Python's objects, the plan itself."""
 LIMIT = "PEFTUNE_MEMORY_BYTES"
 """Environment variable: bytes that one process may take in all, for shared machines."""
-REFINEMENTS = 3
+REFINEMENTS = 6
+AIM = 0.98
+"""Share of the room that a micro-batch is to fill: what aims at all of it mostly exceeds it."""
 TENSORS = {"cpu": Device("cpu", 0, {}, 0, 0.0, 1.0), "cuda": Device("cuda", 0, {}, 0, 0.0, 1.0)}
-"""A run's own device: its plan counts tensors alone, and `SHARE` leaves room for the rest."""
+"""A run's own device: what it stores of its plan are tensors alone."""
 UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
 """What a model's own code raises where it asks tensors without values for values."""
 
@@ -71,12 +74,17 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
 
     `sharing`: ranks that share each sequence.
     """
-    lengths = lengths_of(config, data)
+    lengths, division = lengths_of(config, data), Division(strategy.name, strategy.world.ranks, sharing)
     device = strategy.world.device
+    tensors = TENSORS[device.type]
+    held = replace(tensors, slack=MOST_SLACK[allocator()]) if device.type == "cpu" else tensors
     try:
-        found = choose_memory(
-            Tracer(subject_of(config, text, data.targets)), lengths, room_bytes=room_bytes(device, config.model.dtype),
-            division=Division(strategy.name, strategy.world.ranks, sharing), device=TENSORS[device.type])
+        tracer = Tracer(subject_of(config, text, data.targets))
+        found = choose_memory(tracer, lengths, room_bytes=room_bytes(device, config.model.dtype), division=division,
+                              device=held)
+        found = replace(found, predicted=footprint_at(
+            tracer, lengths, found.micro_batch_tokens, recompute=found.gradient_checkpointing, division=division,
+            device=tensors))
     except UNTRACEABLE as error:
         tokens = config.train.tokens_per_micro_batch
         return MemoryChoice(lengths.longest if tokens == "auto" else tokens, wants_recomputing(config) is not False,
@@ -104,6 +112,10 @@ def choose_memory(
     low = wanted if wanted != "auto" else lengths.longest
     roads = (False, True) if checkpointing is None else (checkpointing,)
     measure = functools.partial(footprint_at, tracer, lengths, division=division, device=device)
+
+    def size_of(tokens: int, *, recompute: bool) -> int:
+        return step_bytes(measure(tokens, recompute=recompute))
+
     too_large = tracer.states_bytes(division) > room_bytes
     if not too_large and step_bytes(most_at_once := measure(top, recompute=roads[0])) <= room_bytes:
         return MemoryChoice(top, roads[0], most_at_once)
@@ -111,7 +123,7 @@ def choose_memory(
     if too_large or step_bytes(least) > room_bytes:
         return MemoryChoice(low, roads[-1], least)
     for recompute in roads:
-        tokens = _largest(functools.partial(measure, recompute=recompute), low, top, room_bytes)
+        tokens = largest_that_fits(functools.partial(size_of, recompute=recompute), low, top, room_bytes)
         if tokens is not None:
             break
     assert tokens is not None, "the least of all fits"
@@ -131,30 +143,38 @@ def footprint_at(
         recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE)), division, device)
 
 
-def _largest(measure: Callable[[int], Footprint], low: int, top: int, room: int) -> int | None:
-    """The most tokens from `low` to `top` that fit, as far as chords find them; None where `low` does not.
+def largest_that_fits(size_of: Callable[[int], int], low: int, top: int, room: int) -> int | None:
+    """Tokens from `low` to `top` that fill the room to `AIM`, or nearly; None where `low` does not fit.
 
-    The peak is the highest of several straight lines in the tokens, so that a chord between two points lies above it.
+    Sizes are near a straight line in the tokens: bent up where another instant becomes the peak, and down where as many
+    logits exist as ever do at once. So a chord's end is tried; where the same end of it moves twice, the other one
+    counts half (the Illinois method: Dowell and Jarratt, 1971).
+
+    Args:
+        size_of: tokens -> bytes; never falls.
+        low, top: tokens.
+        room: bytes.
     """
-    found = measure(top)
-    size = step_bytes(found)
-    if size <= room:
+    if (most := size_of(top)) <= room:
         return top
-    least = step_bytes(measure(low)) if low < top else size
-    if least > room:
+    if (least := size_of(low)) > room:
         return None
-    fits, exceeds = (low, least), (top, size)
+    fits, exceeds, last = low, top, ""
+    lack, excess = AIM * room - least, most - AIM * room
     for _ in range(REFINEMENTS):
-        share = (room - fits[1]) / max(1, exceeds[1] - fits[1])
-        guess = fits[0] + int(share * (exceeds[0] - fits[0]))
-        if guess in (fits[0], exceeds[0]):
+        guess = fits + int((exceeds - fits) * lack / (lack + excess))
+        if guess <= fits:
             break
-        size = step_bytes(measure(guess))
+        size = size_of(guess)
         if size <= room:
-            fits = guess, size
+            if size >= (2 * AIM - 1) * room:
+                return guess
+            fits, lack, excess = guess, AIM * room - size, excess / 2 if last == "fits" else excess
+            last = "fits"
         else:
-            exceeds = guess, size
-    return fits[0]
+            exceeds, excess, lack = guess, size - AIM * room, lack / 2 if last == "exceeds" else lack
+            last = "exceeds"
+    return fits
 
 
 def step_bytes(found: Footprint) -> int:

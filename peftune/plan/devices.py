@@ -11,6 +11,7 @@ import torch
 
 from peftune.errors import ConfigError, Fault
 from peftune.model.precision import DTYPES
+from peftune.parallel.host_memory import USUAL_SLACK, allocator, preload
 
 GIB = 2**30
 TERA = 1e12
@@ -45,7 +46,6 @@ GPU_SLACK = 0.06
 GPU_REACHED = 0.4
 """Share of the stated rate: an assumption, not measured by us."""
 CPU_FRAMEWORK_BYTES = 600 * 2**20
-CPU_SLACK = 0.05
 CPU_REACHED = 0.5
 
 
@@ -70,8 +70,9 @@ def device_named(name: str, dtype: str) -> Device:
         ConfigError: no such device.
     """
     if name == "cpu":
-        return Device("cpu", psutil.virtual_memory().available, {dtype: cpu_rate(dtype)}, CPU_FRAMEWORK_BYTES,
-                      CPU_SLACK, CPU_REACHED)
+        slack = USUAL_SLACK["tcmalloc" if preload() else allocator()]  # as `peftune train` would start it
+        return Device("cpu", psutil.virtual_memory().available, {dtype: cpu_rate(dtype)}, CPU_FRAMEWORK_BYTES, slack,
+                      CPU_REACHED)
     if name not in GPUS:
         raise ConfigError(Fault(kind="config", message=f"--device {name}: not in the table",
                                 mend=f"one of {', '.join(NAMES)}"))

@@ -16,7 +16,7 @@ from peftune.config.schema import RunConfig
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
 from peftune.plan.answer import WITHOUT_DATA
-from peftune.plan.choose import LIMIT, choose_memory, footprint_at, step_bytes
+from peftune.plan.choose import LIMIT, choose_memory, footprint_at, largest_that_fits, step_bytes
 from peftune.plan.devices import GPUS, Device
 from peftune.plan.divide import Division
 from peftune.plan.footprint import Tracer
@@ -128,6 +128,17 @@ def test_auto_takes_the_largest_micro_batch_that_fits(share):
     choice = choose_memory(tracer, lengths, room_bytes=room, division=Division(), device=TENSORS)
     assert size(choice.micro_batch_tokens) <= room
     assert size(choice.micro_batch_tokens + 200) > room
+
+
+@pytest.mark.parametrize("size_of", [
+    lambda tokens: 60_000 + 125 * tokens + 50 * min(tokens, 1000),  # as many logits as there ever are
+    lambda tokens: 60_000 + max(125 * tokens, 200 * tokens - 100_000),  # another instant becomes the peak
+    lambda tokens: 60_000 + 7 * tokens ** 2 // 100], ids=["bent down", "bent up", "square"])
+def test_the_room_is_filled_and_not_exceeded_where_sizes_are_no_straight_line(size_of):
+    for room in range(size_of(128), size_of(4096), 10_000):
+        found = largest_that_fits(size_of, 128, 4096, room)
+        assert size_of(found) <= room
+        assert found == 128 or size_of(found) >= 0.95 * room, (room, found)
 
 
 def test_ranks_that_share_each_row_have_room_for_more_tokens():

@@ -87,6 +87,15 @@ def test_what_the_loop_adds_is_its_middle_step_less_that_of_the_bare_loop():
         {f"{Cell()}: loop over bare loop": 0.99}, {str(Cell()): pytest.approx(5)})
 
 
+def test_allocators_are_compared_by_speed_and_memory_of_the_same_cell():
+    cells = {str(cell): cell for cell in (Cell(), Cell(tcmalloc=True), Cell(rank=64))}
+    summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "steps_bytes": {"median": held}}
+                 for name, rate, held in zip(cells, (100.0, 110.0, 5.0), (30, 20, 1), strict=True)}
+    assert throughput.allocators_of(cells, summaries) == pytest.approx({
+        f"{Cell()}: speed under tcmalloc over glibc": 1.1,
+        f"{Cell()}: memory in steps under glibc over tcmalloc": 1.5})
+
+
 def test_peers_are_compared_by_medians_and_losses_with_ours():
     def records(seconds: list[float], loss: float, size: int) -> list[dict]:
         return [RECORD | {"step_seconds": [9, 9, one, one], "evaluation_loss": loss, "steps_bytes": size,

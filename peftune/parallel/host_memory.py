@@ -1,0 +1,58 @@
+"""What a process holds of host memory beside its tensors: by its allocator, and by oneDNN's caches."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+PRELOAD = "LD_PRELOAD"
+TCMALLOCS = ("tcmalloc_minimal", "tcmalloc")
+USUAL_SLACK: Mapping[str, float] = {"glibc": 0.6, "tcmalloc": 0.1, "glibc, mapping": 0.05}
+MOST_SLACK: Mapping[str, float] = {"glibc": 1.8, "tcmalloc": 0.12, "glibc, mapping": 0.05}
+"""By allocator: of what comes and goes in a step, as much is held on top of it, mostly and at most; measured by
+`peftune bench plan_budget`. glibc's memalign cannot put a block where an equal one was freed, only where there is
+more."""
+MAPPING = "MALLOC_MMAP_THRESHOLD_"
+"""glibc's variable: a block from that size on is mapped by itself, and given back when freed, which costs time."""
+KEPT_PRODUCTS = 128
+"""A run keeps the code of so many shapes of products. oneDNN and torch's ideep would each keep 1,024, of half a
+megabyte; packed micro-batches seldom have a shape twice, and making one takes less than a millisecond."""
+
+
+def keep_few_products() -> None:
+    """Bound the caches of code for products. They read it once, before a process's first product in bfloat16."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_PRODUCTS))
+
+
+def preload() -> dict[str, str]:
+    """The variable that gives a process tcmalloc, where that is installed and nothing else is wished for."""
+    if sys.platform != "linux" or {PRELOAD, MAPPING} & os.environ.keys():
+        return {}
+    found = next(filter(None, map(ctypes.util.find_library, TCMALLOCS)), None)
+    return {PRELOAD: found} if found else {}
+
+
+def return_free_memory(kind: str) -> None:
+    """Give the system back what the allocator holds and nothing uses, between parts of a run that need other blocks:
+    their peaks would add up. `kind`: of the device; only on CPUs does it matter."""
+    if kind == "cpu" and sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        with contextlib.suppress(AttributeError):  # musl has no such function
+            if allocator() == "tcmalloc":
+                library.MallocExtension_ReleaseFreeMemory()
+            else:
+                library.malloc_trim(0)
+
+
+def allocator() -> str:
+    """Who hands out this process's memory: a key of MOST_SLACK."""
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text() if maps.exists() else ""
+    if "tcmalloc" in loaded:
+        return "tcmalloc"
+    return "glibc, mapping" if MAPPING in os.environ else "glibc"
