@@ -29,6 +29,7 @@ import yaml
 
 from benchmarks.launches import launched
 from peftune.observe.manifest import environment
+from peftune.parallel.host_memory import MAPPING
 from peftune.parallel.names import STRATEGIES
 from tests import tiny
 
@@ -38,7 +39,7 @@ STEPS = 4
 METHODS: dict[str, Any] = {"full": None, "lora": {"method": "lora", "r": 16}}
 SIZES = {"hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 12, "initializer_range": 0.02}
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
+ALLOCATOR = {MAPPING: str(128 * 1024)}
 """glibc's own first value; giving it stops the raising."""
 GIB, MIB = 2**30, 2**20
 

@@ -31,6 +31,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.launches import Run, launched_together
+from benchmarks.memory import ALLOCATOR
 from peftune.observe.manifest import environment
 from peftune.plan.planning import answered
 from peftune.plan.show import rendered
@@ -38,8 +39,6 @@ from tests import tiny
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "measured_plan.py"
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
-"""As in memory.py: glibc's own first value; giving it keeps freed blocks from staying in the heap."""
 MIB, GIB = 2**20, 2**30
 BESIDE_TENSORS = {"float32": 32 * MIB, "bfloat16": 64 * MIB}
 """What five steps add to a process beside tensors, by `model.dtype`: code that oneDNN makes for shapes, pages of

@@ -82,9 +82,10 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
         tracer = Tracer(subject_of(config, text, data.targets))
         found = choose_memory(tracer, lengths, room_bytes=room_bytes(device, config.model.dtype), division=division,
                               device=held)
-        found = replace(found, predicted=footprint_at(
-            tracer, lengths, found.micro_batch_tokens, recompute=found.gradient_checkpointing, division=division,
-            device=tensors))
+        if held is not tensors:
+            found = replace(found, predicted=footprint_at(
+                tracer, lengths, found.micro_batch_tokens, recompute=found.gradient_checkpointing, division=division,
+                device=tensors))
     except UNTRACEABLE as error:
         tokens = config.train.tokens_per_micro_batch
         return MemoryChoice(lengths.longest if tokens == "auto" else tokens, wants_recomputing(config) is not False,
@@ -111,17 +112,16 @@ def choose_memory(
     top = wanted if wanted != "auto" else max(lengths.longest, min(most, of_a_rank))
     low = wanted if wanted != "auto" else lengths.longest
     roads = (False, True) if checkpointing is None else (checkpointing,)
-    measure = functools.partial(footprint_at, tracer, lengths, division=division, device=device)
+    measure = functools.cache(functools.partial(footprint_at, tracer, lengths, division=division, device=device))
 
     def size_of(tokens: int, *, recompute: bool) -> int:
         return step_bytes(measure(tokens, recompute=recompute))
 
     too_large = tracer.states_bytes(division) > room_bytes
-    if not too_large and step_bytes(most_at_once := measure(top, recompute=roads[0])) <= room_bytes:
-        return MemoryChoice(top, roads[0], most_at_once)
-    least = measure(low, recompute=roads[-1])
-    if too_large or step_bytes(least) > room_bytes:
-        return MemoryChoice(low, roads[-1], least)
+    if not too_large and size_of(top, recompute=roads[0]) <= room_bytes:
+        return MemoryChoice(top, roads[0], measure(top, recompute=roads[0]))
+    if too_large or size_of(low, recompute=roads[-1]) > room_bytes:
+        return MemoryChoice(low, roads[-1], measure(low, recompute=roads[-1]))
     for recompute in roads:
         tokens = largest_that_fits(functools.partial(size_of, recompute=recompute), low, top, room_bytes)
         if tokens is not None:

@@ -100,6 +100,6 @@ def test_the_harness_gives_the_same_scores_on_two_processes(command, classify, t
                    env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
     again, known = json.loads(done.stdout)["validation"], summary(folder)["metrics"]["validation"]
-    assert again.keys() == known.keys()
-    for name, value in known.items():
-        assert again[name] == pytest.approx(value, rel=1e-5), name
+    for name in ("loss", "loss_interval"):  # threads may decide in which order losses are summed
+        assert again.pop(name) == pytest.approx(known.pop(name), rel=1e-5)
+    assert again == known
