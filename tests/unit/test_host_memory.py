@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from peftune.parallel.host_memory import KEPT_PRODUCTS, MAPPING, PRELOAD, TCMALLOCS, preload, return_free_memory
+from peftune.parallel.host_memory import CAPACITIES, KEPT_PRODUCTS, MAPPING, PRELOAD, TCMALLOCS, preload, return_free_memory
 from peftune.parallel.launcher import choose_launch
 from tests.conftest import ROOT
 
@@ -30,7 +30,7 @@ with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
 
 
 def answer(code: str, *words: str, **environment: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if name not in (PRELOAD, MAPPING)}
+    clean = {name: value for name, value in os.environ.items() if name not in (PRELOAD, MAPPING, *CAPACITIES)}
     done = subprocess.run([sys.executable, "-c", code, *words], env={**clean, **environment}, cwd=ROOT, check=True,
                           capture_output=True, text=True)
     return done.stdout.strip()
