@@ -7,7 +7,15 @@ import sys
 import psutil
 import pytest
 
-from peftune.parallel.host_memory import CAPACITIES, KEPT_PRODUCTS, MAPPING, PRELOAD, TCMALLOCS, preload, return_free_memory
+from peftune.parallel.host_memory import (
+    CAPACITIES,
+    KEPT_PRODUCTS,
+    MAPPING,
+    PRELOAD,
+    TCMALLOCS,
+    preload,
+    return_free_memory,
+)
 from peftune.parallel.launcher import choose_launch
 from tests.conftest import ROOT
 
