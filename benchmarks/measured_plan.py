@@ -7,7 +7,8 @@ before the weights were loaded, and what was measured:
   the real tensors. Left out where storages come or change behind torch's operators: DDP's buckets, ZeRO's and FSDP2's
   divided weights.
 - resident: the process's highest resident memory in each instant, above what it was when the libraries were imported
-  and the data was read (VmHWM, set back where an instant begins; glibc gives back what it holds free before that).
+  and the data was read (VmHWM, set back where an instant begins). Where glibc maps each large block by itself, it
+  gives back the small ones that it holds free before that; as it comes, it does not, since no other run would.
   `step` is the largest of the steps after the third; `between steps` is what lies there before such a step.
 """
 
@@ -32,6 +33,7 @@ from benchmarks.measured_train import new_phase, resident
 from peftune.config.load import load
 from peftune.errors import EXIT_DONE, guarded
 from peftune.model.quantize import quantised_tensors
+from peftune.parallel.host_memory import allocator
 from peftune.plan.live import LiveBytes
 
 WATCHED_STEP = 3
@@ -42,22 +44,23 @@ class Measured:
     """The peaks so far."""
 
     def __init__(self) -> None:
-        self.baseline, self.tensors, self.steps, self.seconds = 0, 0, 0, 0.0
+        self.baseline, self.tensors, self.steps = 0, 0, 0
+        self.trimmed = allocator() == "glibc, mapping"
         self.resident: dict[str, int] = {}
 
     def begin(self) -> None:
         """What is there now is the baseline."""
-        new_phase()
+        new_phase(trimmed=self.trimmed)
         self.baseline = resident("VmRSS")
 
     def phase(self, name: str) -> None:
         """An instant ends here."""
-        self.resident[name] = max(self.resident.get(name, 0), new_phase() - self.baseline)
+        self.resident[name] = max(self.resident.get(name, 0), new_phase(trimmed=self.trimmed) - self.baseline)
 
     def within(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """The same work, measured as an instant."""
         def measured(*given: Any, **named: Any) -> Any:
-            new_phase()
+            new_phase(trimmed=self.trimmed)
             result = work(*given, **named)
             self.phase(name)
             return result
@@ -77,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
     def step(model: Any, work: Any, optimizer: Any, strategy: Any, **named: Any) -> Any:
         found.steps += 1
-        new_phase()
+        new_phase(trimmed=found.trimmed)
         if found.steps == WATCHED_STEP and strategy.name not in UNSEEN:
             live = LiveBytes()
             live.hold(model.parameters(), "weights")

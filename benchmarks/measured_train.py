@@ -85,10 +85,14 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
-def new_phase() -> int:
-    """The highest resident memory since the last call, in bytes; from here on it counts anew."""
+def new_phase(*, trimmed: bool = True) -> int:
+    """The highest resident memory since the last call, in bytes; from here on it counts anew.
+
+    `trimmed`: glibc gives back what it holds free, so that a phase does not count what another one left.
+    """
     peak = resident("VmHWM")
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if trimmed:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak
 

@@ -40,10 +40,11 @@ from tests import tiny
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "measured_plan.py"
 MIB, GIB = 2**20, 2**30
-BESIDE_TENSORS = {"float32": 32 * MIB, "bfloat16": 64 * MIB}
-"""What five steps add to a process beside tensors, by `model.dtype`: code that oneDNN makes for shapes, pages of
-libraries. Set by the cells that were not held back. `auto` leaves more (`peftune/plan/choose.py`), since a run has many
-more shapes, and its own trace takes some."""
+BESIDE_TENSORS = {("float32", False): 32 * MIB, ("float32", True): 48 * MIB, ("bfloat16", False): 64 * MIB,
+                  ("bfloat16", True): 64 * MIB}
+"""What five steps add to a process beside tensors, by `model.dtype` and whether weights are quantised: code that oneDNN
+makes for shapes, pages of libraries. Set by the cells that were not held back. `auto` leaves more
+(`peftune/plan/choose.py`), since a run has many more shapes, and its own trace takes some."""
 STEPS, BATCH, SCORED = 5, 4, 2
 HELD_BACK = 5
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -72,6 +73,7 @@ gradient, two of AdamW). No run on a GPU has been compared with these; what is a
 all supervised tokens of a micro-batch at once, the others some at a time.
 """
 DEVICES = (("rtx-4090-24gb", 1, "single"), ("h100-80gb", 1, "single"), ("h100-80gb", 8, "fsdp2"))
+QUANTISED = ("nf4", "int8")
 FULL, LORA = None, {"method": "lora", "r": 16}
 
 
@@ -98,7 +100,7 @@ def cells() -> list[Cell]:
     found = []
     turns = itertools.cycle(itertools.product((False, True), (128, 320), ("packed", "padded"), ("float32", "bfloat16")))
     for model, method in itertools.product(FAMILIES, ("lora", "full", "nf4", "int8")):
-        if method in ("nf4", "int8") and not model.startswith(DECODERS):
+        if method in QUANTISED and not model.startswith(DECODERS):
             continue
         if (model, method) == ("llama-300m", "full"):
             continue
@@ -158,7 +160,7 @@ class Bench:
             "adapter": FULL if cell.method == "full" else LORA,
             "model": {"name_or_path": self.model(cell.model), "dtype": cell.dtype,
                       "gradient_checkpointing": cell.recompute,
-                      "quantization": cell.method if cell.method in ("nf4", "int8") else "none"},
+                      "quantization": cell.method if cell.method in QUANTISED else "none"},
             "data": {"train": self.rows(cell, "train"), "validation": self.rows(cell, "validation"),
                      "max_length": cell.length, "layout": cell.layout},
             "train": {"batch_size": BATCH, "max_steps": STEPS, "tokens_per_micro_batch": 2 * cell.length},
@@ -187,7 +189,8 @@ def errors(result: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """What was predicted and what was measured: of live tensors in a step, and of resident memory in a step."""
     found = result["found"]
     step = found["predicted"]["instants"]["step"]
-    pairs = {"resident": (step + BESIDE_TENSORS[result["cell"]["dtype"]], found["resident_bytes"]["step"])}
+    beside = BESIDE_TENSORS[result["cell"]["dtype"], result["cell"]["method"] in QUANTISED]
+    pairs = {"resident": (step + beside, found["resident_bytes"]["step"])}
     return {"tensors": (step, found["tensor_bytes"]), **pairs} if found["tensor_bytes"] else pairs
 
 

@@ -5,8 +5,7 @@
 A budget is what PEFTUNE_MEMORY_BYTES says: bytes that the process may take in all, libraries among them. Measured is
 the highest resident memory of the whole run, from reading the data to the last evaluation and save: under tcmalloc,
 which `peftune train` preloads where it is installed, and under glibc's allocator, which holds up to twice what tensors
-take, so that a run within its budget fills less of it. Before each instant that is measured, glibc is told to give back
-what it holds free; a run that nobody measures is not, and may hold more under glibc.
+take, so that a run within its budget fills less of it.
 """
 
 from __future__ import annotations

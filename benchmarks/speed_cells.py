@@ -2,15 +2,16 @@
 
 quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
 the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py), with 60
-million weights and with one, whose steps are short. allocator: host memory handed out by glibc, and by tcmalloc. gpu:
-models of the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill
-4,096 tokens, and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
+million weights and with one, whose steps are short. allocator: host memory handed out by glibc, and by tcmalloc.
+frozen: LoRA of the last layers alone, over epochs for which the others are computed once, or each time. gpu: models of
+the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096 tokens,
+and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,11 @@ class Cell:
     """Every row fills `max_length`, nearly all of it supervised."""
     tcmalloc: bool = False
     """Preloaded, as `peftune train` does where it is installed; else memory is glibc's."""
+    last_layers: int = 0
+    """LoRA of so many alone; 0 is all of them."""
+    reuse: bool = True
+    """What frozen layers give is computed once."""
+    epochs: int = 1
 
     def __str__(self) -> str:
         method = f"LoRA r {self.rank}" if self.rank else "all weights"
@@ -40,7 +46,9 @@ class Cell:
                  *([f"{self.micro_batch_tokens} a micro-batch"] if self.micro_batch_tokens != 2048 else []),
                  *(["recomputed"] if self.recompute else []),
                  *([f"{self.processes} processes"] if self.processes > 1 else []), *(["bare"] if self.bare else []),
-                 *(["tcmalloc"] if self.tcmalloc else [])]
+                 *(["tcmalloc"] if self.tcmalloc else []),
+                 *([f"last {self.last_layers} layers"] if self.last_layers else []),
+                 *([f"{self.epochs} epochs"] if self.epochs > 1 else []), *([] if self.reuse else ["computed anew"])]
         return ", ".join(words)
 
 
@@ -54,12 +62,14 @@ def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequ
             Cell(shape=large, recompute=True, **{**full, "micro_batch_tokens": 2 * tokens}))
 
 
+_LAST = Cell(last_layers=3, epochs=3, rows=96)
 SUITES: Mapping[str, Sequence[Cell]] = {
     "quick": (Cell(), Cell(rank=None)),
     "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),
     "scaling": (Cell(), Cell(processes=2), Cell(rank=64), Cell(max_length=128), Cell(max_length=1024)),
     "overhead": (Cell(), Cell(bare=True), Cell(shape="1m", rows=640), Cell(shape="1m", rows=640, bare=True)),
     "allocator": (Cell(), Cell(tcmalloc=True)),
+    "frozen": (_LAST, replace(_LAST, reuse=False)),
     "gpu": _on_gpu("qwen-0.5b", "qwen-1.5b", "llama-8b", 4096, 32),
     "gpu-tiny": _on_gpu("qwen-1m", "qwen-1m", "1m", 512, 16),
     "tiny": (Cell(shape="1m", rows=16, batch_size=4, micro_batch_tokens=512, max_length=64),),

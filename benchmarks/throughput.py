@@ -1,6 +1,6 @@
 """How fast the true loop trains: tokens a second, steps, memory, and the share of what the device can multiply.
 
-    peftune bench throughput [quick | shapes | scaling | overhead | allocator | gpu]
+    peftune bench throughput [quick | shapes | scaling | overhead | allocator | frozen | gpu]
                              [--rows instructions.jsonl] [--repeats 3] [--only CELL ...]
                              [--to results.json] [--table table.md] [--against results.json --at-least 0.9]
 
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from benchmarks.arithmetic import WARM_UP, fallen, rates, spread
 from benchmarks.launches import launched
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
+from benchmarks.twins import allocators_of, overhead_of, reuse_of
 from peftune.observe.manifest import environment
 from peftune.parallel.host_memory import PRELOAD, preload
 
@@ -39,6 +40,8 @@ TIMED = Path(__file__).resolve().parent / "timed_train.py"
 GIB = 2**30
 CEILING_SIZES = (1024, 2048)
 VALIDATION_ROWS = 24
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A Llama's linear layers by name, as peft wants them where only some layers are adapted."""
 
 
 class Bench:
@@ -49,7 +52,7 @@ class Bench:
         self._models: dict[tuple[str, int], str] = {}
 
     def config(self, cell: Cell) -> Path:
-        """Of the cell: one epoch, constant rate, scored and saved at its end alone."""
+        """Of the cell: constant rate, scored and saved at its end alone."""
         name = str(cell).replace(" ", "-").replace(",", "")
         rows = instruction_rows(self.rows, cell.rows + VALIDATION_ROWS)
         if cell.full_rows:
@@ -62,15 +65,16 @@ class Bench:
                                            cell.max_length)
         return save_config(self.folder / f"{name}.yaml", {
             "task": "causal_lm", "output_dir": str(self.folder / name),
-            "adapter": {"r": cell.rank, "lora_alpha": 2 * cell.rank} if cell.rank else None,
+            "adapter": _adapter(cell),
             "model": {"name_or_path": self._models[key], "gradient_checkpointing": cell.recompute,
-                      "quantization": cell.quantization},
+                      "quantization": cell.quantization, "reuse_frozen_layers": cell.reuse},
             "data": {"train": save_rows(self.folder / f"{name}.jsonl", rows[VALIDATION_ROWS:]),
                      "validation": save_rows(self.folder / "validation.jsonl", rows[:VALIDATION_ROWS]),
                      "max_length": cell.max_length},
             "train": {"batch_size": cell.batch_size, "tokens_per_micro_batch": cell.micro_batch_tokens,
-                      "num_epochs": 1, "lr_scheduler": "constant", "warmup_ratio": 0.0},
-            "evaluation": {"max_new_tokens": 0}, "log": {"trackers": []}})
+                      "num_epochs": cell.epochs, "lr_scheduler": "constant", "warmup_ratio": 0.0},
+            "evaluation": {"max_new_tokens": 0, "every_steps": 10_000},
+            "checkpoint": {"every_steps": 10_000}, "log": {"trackers": []}})
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Launch the cell; what its ranks and its summary say. Counts are of all ranks, memory of the largest."""
@@ -78,10 +82,22 @@ class Bench:
         run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
                       bare=cell.bare, tcmalloc=cell.tcmalloc)
+        if cell.last_layers:
+            return record  # the formula is of models whose layers all train
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
                            record["trainable_parameters"] if cell.rank else 0, config)
         record["flops_per_token"] = flops / sum(record["tokens"])
         return record
+
+
+def _adapter(cell: Cell) -> dict[str, Any] | None:
+    if cell.rank is None:
+        return None
+    found: dict[str, Any] = {"r": cell.rank, "lora_alpha": 2 * cell.rank}
+    if cell.last_layers:
+        layers = SHAPES[cell.shape].layers
+        found |= {"layers_to_transform": list(range(layers - cell.last_layers, layers)), "target_modules": LINEAR}
+    return found
 
 
 def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, str]]:
@@ -160,6 +176,8 @@ def summary_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name in ("first_step_s", "steps_bytes", "evaluation_loss", "peak_allocated_bytes", "peak_reserved_bytes"):
             if record.get(name) is not None:
                 found[name].append(record[name])
+        if record.get("step_seconds"):
+            found["training_s"].append(record["first_step_s"] + sum(record["step_seconds"][1:]))
         if record.get("evaluation_seconds"):
             found["evaluation_tokens_per_second"].append(record["evaluation_tokens"][-1]
                                                          / record["evaluation_seconds"][-1])
@@ -188,37 +206,6 @@ def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"{middle['step_p50_s']:.2f} / {middle['step_p95_s']:.2f} | {middle['padding_share']:.1%} | {share} | "
             f"{middle.get('peak_allocated_bytes', middle['steps_bytes']) / GIB:.2f} | {middle['first_step_s']:.1f} |")
     return "\n".join(lines) + "\n"
-
-
-def _twins(
-    cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]], **other: bool
-) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    """Each cell that was trained the other way too: its name, and what was found of both."""
-    for name, cell in cells.items():
-        twin = replace(cell, **other)
-        if twin != cell and str(twin) in summaries:
-            yield name, summaries[name], summaries[str(twin)]
-
-
-def overhead_of(
-    cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each cell that was trained without the loop too: the ratio of their rates, and the milliseconds that the loop
-    adds to the middle step. A small model shows those best, since its steps drown them least."""
-    rate, step, ratios, added = "tokens_per_second_of_middle_step", "step_p50_s", {}, {}
-    for name, found, bare in _twins(cells, summaries, bare=True):
-        ratios[f"{name}: loop over bare loop"] = found[rate]["median"] / bare[rate]["median"]
-        added[name] = 1000 * (found[step]["median"] - bare[step]["median"])
-    return ratios, added
-
-
-def allocators_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """How much faster tcmalloc makes each cell that was trained with it too, and how much more glibc holds."""
-    rate, held, ratios = "tokens_per_second_of_middle_step", "steps_bytes", {}
-    for name, found, other in _twins(cells, summaries, tcmalloc=True):
-        ratios[f"{name}: speed under tcmalloc over glibc"] = other[rate]["median"] / found[rate]["median"]
-        ratios[f"{name}: memory in steps under glibc over tcmalloc"] = found[held]["median"] / other[held]["median"]
-    return ratios
 
 
 def publish(asked: argparse.Namespace, outcome: Mapping[str, Any], table: str) -> int:
@@ -261,9 +248,10 @@ def main() -> int:
         records = gathered({name: lambda cell=cell: bench.measure(cell) for name, cell in cells.items()},
                            asked.repeats, device, bench.threads)
     summaries = {name: summary_of(found) for name, found in records.items()}
-    ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()}
+    ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()
+              if "of_ceiling" in found}
     compared, added = overhead_of(cells, summaries)
-    ratios |= compared | allocators_of(cells, summaries)
+    ratios |= compared | allocators_of(cells, summaries) | reuse_of(cells, summaries)
     outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
                "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},
                "ratios": ratios, "added_milliseconds": added, "summaries": summaries, "records": records}

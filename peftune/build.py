@@ -28,6 +28,7 @@ from peftune.loop.layout import choose_layout
 from peftune.loop.lock import FolderLock
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text, writing
+from peftune.loop.remember import remember
 from peftune.loop.resume import Start, find_start
 from peftune.loop.road import road_notes
 from peftune.loop.run import Every, Run
@@ -214,14 +215,14 @@ def _run(
     check_output_is_shared(world, folder / "manifest.json")
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
-        trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json"))
-        if world.is_main else ())
+        trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
                           layout if division else PADDED)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):
         RankBudget(model, optimizer, steps=run.steps, done=state.step - state.skipped_steps)
+    remember(run, config.model)
     if state.step == 0:
         with display.phase("untrained"):
             state = replace(state, baseline=measure_baseline(run))
@@ -263,7 +264,8 @@ def _assembled_run(
     steps = train.max_steps or max(1, round(train.num_epochs * plan.steps_per_epoch))
 
     def losses(live: nn.Module, batch: Batch) -> Tensor:
-        return task.losses(task.forward(live, batch, evaluator.reference), batch, targets)
+        with evaluator.known.of(split, batch):
+            return task.losses(task.forward(live, batch, evaluator.reference), batch, targets)
 
     def publish(live: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
         save_model(live, weights, evaluator.tokenizer, folder)

@@ -51,6 +51,9 @@ class ModelConfig(Section):
     """Rate of the model's own dropout. 0 makes a run independent of the device layout; null keeps the checkpoint's."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in backward instead of keeping them. auto: only when they would not fit."""
+    reuse_frozen_layers: bool = True
+    """Compute what the layers below the first trained one give for each example once, and read it from disk in later
+    epochs: with one process and dropout 0, where it is proven to change nothing."""
     compile: bool = False
     """Pass the model through torch.compile."""
     added_tokens: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from peftune.data.layouts import PADDED, Layout, lay_out
 from peftune.data.store import Readable
 from peftune.data.targets import Targets
 from peftune.loop.generate import generate_texts
+from peftune.loop.known_states import KnownStates
 from peftune.model.reference import Reference
 from peftune.parallel.host_memory import return_free_memory
 from peftune.parallel.stop import Stop, StopAgreed
@@ -44,6 +45,8 @@ class Evaluator:
     stop: Stop = field(default_factory=Stop)
     layout: Layout = PADDED
     """Another one where rows are divided. Generation does not divide them."""
+    known: KnownStates = field(default_factory=KnownStates)
+    """Batches of splits that it knows start behind the frozen layers."""
 
     def agree(self) -> None:
         """Before each batch. Raises StopAgreed on all ranks if one of them has been asked to stop."""
@@ -125,7 +128,7 @@ def _forward_records(
             continue
         batch = lay_out(examples, positions, layout=evaluator.layout, pad_id=evaluator.tokenizer.pad_token_id,
                         kind=evaluator.targets.kind, width=evaluator.targets.width, device=world.device)
-        with evaluator.autocast():
+        with evaluator.autocast(), evaluator.known.of(split, batch):
             outputs = task.forward(model, batch, evaluator.reference)
         if not positions:
             continue

@@ -184,13 +184,13 @@ def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         lengths = kwargs["cu_seq_lens_q"].diff().tolist()
     if lengths is None:
         return output
-    output.last_hidden_state = _in_rows(output.last_hidden_state[0], lengths)
+    output.last_hidden_state = in_rows(output.last_hidden_state[0], lengths)
     if output.get("pooler_output") is not None:
         output.pooler_output = body.pooler(output.last_hidden_state)
     return output
 
 
-def _in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+def in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
     """[T, D] -> [N, L, D], filled up with zeros. Its gradient is one selection; pad_sequence's copies all for each."""
     columns = torch.arange(max(lengths))
     real_NL = columns < torch.tensor(lengths)[:, None]

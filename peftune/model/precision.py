@@ -51,5 +51,7 @@ def autocast(config: ModelConfig, device: torch.device) -> Callable[[], Abstract
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in backward. Non-reentrant, so frozen embeddings need no gradient hook."""
+    """Recompute each layer's activations in backward. Non-reentrant, so frozen embeddings need no gradient hook, with
+    which transformers would compute gradients down to them through every frozen layer."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()

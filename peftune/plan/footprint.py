@@ -13,7 +13,7 @@ import numpy as np
 from peftune.model.assemble import Parameters
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division, divided
-from peftune.plan.layers import Bytes, on_the_line, traced_layers
+from peftune.plan.layers import Bytes, adapts_all_alike, on_the_line, traced_layers
 from peftune.plan.live import START
 from peftune.plan.trace import Road, Rows, Subject, TracedStep, opened, trace_evaluation, trace_generation, trace_step
 from peftune.plan.work import Candidate, Work
@@ -83,7 +83,7 @@ class Tracer:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._counts = traced_layers(subject.model_config)
+        self._counts = traced_layers(subject.model_config, alike=adapts_all_alike(subject.config.adapter))
         self.layers: int = subject.model_config.get_text_config().num_hidden_layers
         few, many = self._counts[0], self._counts[-1]
         self._share = (self.layers - few) / (many - few) if many > few else 0.0

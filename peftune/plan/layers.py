@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
+from peftune.config.schema import AdapterConfig
+
+BY_NUMBER = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layer_replication",
+             "feedforward_modules", "rank_pattern", "alpha_pattern")
+"""Fields of PEFT's configs that may name single layers."""
 Bytes = Mapping[str, float]
 """Bytes by cause."""
 
@@ -24,13 +30,23 @@ def of_layers(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return short
 
 
-def traced_layers(model_config: PreTrainedConfig) -> tuple[int, ...]:
+def adapts_all_alike(adapter: AdapterConfig | None) -> bool:
+    """Whether no layer is chosen by its number: not by `layers_to_transform`, nor by a name or pattern with digits."""
+    fields = {} if adapter is None else adapter.fields
+    chosen = (fields.get(name) for name in BY_NUMBER if fields.get(name) is not None)
+    return fields.get("layers_to_transform") is None and not re.search(r"\d", str([*chosen]))
+
+
+def traced_layers(model_config: PreTrainedConfig, *, alike: bool = True) -> tuple[int, ...]:
     """Numbers of layers to trace, from which the model's own follows on a straight line; itself where it is small.
 
-    Models whose kinds of layers alternate need whole periods between the two, and the same remainder.
+    Models whose kinds of layers alternate need whole periods between the two, and the same remainder. Where an adapter
+    does not treat all layers `alike`, the whole model is traced.
     """
     text = model_config.get_text_config()
     whole = text.num_hidden_layers
+    if not alike:
+        return (whole,)
     kinds = list(zip(*(value for value in vars(text).values() if isinstance(value, list) and len(value) == whole)))
     period = next((p for p in range(1, whole) if all(a == b for a, b in zip(kinds, kinds[p:]))), whole)
     small = 2 + (whole - 2) % period

@@ -105,6 +105,23 @@ def test_a_model_of_many_layers_lies_on_the_line_through_two_small_ones(family, 
     assert (line.flops, line.parameters) == (whole.flops, whole.parameters)
 
 
+@pytest.mark.parametrize("chosen", [
+    {"target_modules": ["q_proj"], "layers_to_transform": [4, 5]}, {"target_modules": ["layers.5.self_attn.q_proj"]},
+    {"target_modules": ["q_proj"], "rank_pattern": {"layers.5.self_attn.q_proj": 8}},
+], ids=lambda chosen: [*chosen][-1])
+def test_an_adapter_of_single_layers_is_traced_on_all_of_them(chosen):
+    subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=6), adapter={"r": 2, **chosen})
+    rows, road = Rows((200, 90), (200, 20), later=True), Road(False, packed=False, loss_rows=50)
+    whole = trace_step(subject, 6, rows, road)
+    line = Tracer(subject).line(Work((Candidate(rows, 400),), None, None), road)
+    assert max(sum(part.values()) for part in line.step.values()) == max(
+        sum(part.values()) for part in whole.peaks.values())
+    assert line.parameters == whole.parameters
+    of_a_layer = 64 * 2 * 2
+    assert whole.parameters.trainable == of_a_layer * {"layers_to_transform": 2, "target_modules": 1,
+                                                       "rank_pattern": 6 + 3}[[*chosen][-1]]
+
+
 @pytest.mark.parametrize(("name", "weights"), [
     ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496), ("qwen2.5-7b", 7_615_616_512)])
 def test_weights_are_counted_as_their_publishers_count_them(name, weights):

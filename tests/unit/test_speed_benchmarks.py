@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import throughput
+from benchmarks import throughput, twins
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
 from benchmarks.gpu import closure, requirements
 from benchmarks.peers import loss_parity, ratios_of
@@ -83,7 +83,7 @@ def test_what_the_loop_adds_is_its_middle_step_less_that_of_the_bare_loop():
     cells = {str(cell): cell for cell in (Cell(), Cell(bare=True), Cell(shape="1m"))}
     summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "step_p50_s": {"median": step}}
                  for name, rate, step in zip(cells, (99.0, 100.0, 5.0), (0.505, 0.5, 1.0), strict=True)}
-    assert throughput.overhead_of(cells, summaries) == (
+    assert twins.overhead_of(cells, summaries) == (
         {f"{Cell()}: loop over bare loop": 0.99}, {str(Cell()): pytest.approx(5)})
 
 
@@ -91,9 +91,18 @@ def test_allocators_are_compared_by_speed_and_memory_of_the_same_cell():
     cells = {str(cell): cell for cell in (Cell(), Cell(tcmalloc=True), Cell(rank=64))}
     summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "steps_bytes": {"median": held}}
                  for name, rate, held in zip(cells, (100.0, 110.0, 5.0), (30, 20, 1), strict=True)}
-    assert throughput.allocators_of(cells, summaries) == pytest.approx({
+    assert twins.allocators_of(cells, summaries) == pytest.approx({
         f"{Cell()}: speed under tcmalloc over glibc": 1.1,
         f"{Cell()}: memory in steps under glibc over tcmalloc": 1.5})
+
+
+def test_known_layers_are_compared_by_steps_and_by_all_that_computing_them_once_takes():
+    last = Cell(last_layers=1, epochs=3)
+    cells = {str(cell): cell for cell in (last, Cell(last_layers=1, epochs=3, reuse=False), Cell())}
+    summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "training_s": {"median": seconds}}
+                 for name, rate, seconds in zip(cells, (200.0, 100.0, 5.0), (40, 60, 1), strict=True)}
+    assert twins.reuse_of(cells, summaries) == pytest.approx({
+        f"{last}: speed of a step": 2.0, f"{last}: speed from the launch to the last step": 1.5})
 
 
 def test_peers_are_compared_by_medians_and_losses_with_ours():

@@ -1,0 +1,129 @@
+"""Compute what frozen layers give for each example once, before the first step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from peftune.config.schema import ModelConfig
+from peftune.data.batches import evaluation_batches
+from peftune.data.examples import Batch
+from peftune.data.layouts import lay_out
+from peftune.data.store import Split
+from peftune.errors import in_a_line
+from peftune.loop.evaluate import BUDGET_TOKENS
+from peftune.loop.known_states import StateFile
+from peftune.loop.run import Run
+from peftune.model.frozen_layers import FrozenLayers, frozen_beginning
+from peftune.model.outputs import logits_of
+from peftune.model.packing import RELATIVE_TOLERANCE
+from peftune.model.precision import DTYPES
+
+LEAST_EPOCHS = 1.5
+"""Of a run that saves more by this than it costs."""
+SHARE_OF_DISK = 0.5
+"""What the files may take of what is free where the run folder lies."""
+KEPT_SPLITS = ("train", "validation")
+"""Those that are read again and again."""
+UNPROVEN = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What a model's own code raises where its layers take other things than hidden states."""
+MIB = 2**20
+
+
+def remember(run: Run, config: ModelConfig) -> None:
+    """Let the run read what its frozen layers give, where that never changes and it pays.
+
+    The states are those of an evaluation's batches, whatever the step they are read in: evaluations stay as they were
+    bit for bit, losses up to rounding, and a run that goes on after a stop knows what the unbroken one knew.
+    """
+    layers, of = frozen_beginning(run.strategy.unwrap(run.model))
+    if not layers or not config.reuse_frozen_layers or run.steps < LEAST_EPOCHS * run.plan.steps_per_epoch:
+        return
+    with run.journal.phase("frozen") as notes:
+        why = _unsuited(run, config) or _remembered(run, FrozenLayers(layers), RELATIVE_TOLERANCE[DTYPES[config.dtype]])
+        ways = f"computed in each step: {why}" if why else (
+            f"computed once for each example, {run.evaluator.known.bytes / MIB:,.1f} MiB on disk until the run ends")
+        notes.append(f"{len(layers)} of {of} layers are frozen, and {ways}")
+
+
+def _unsuited(run: Run, config: ModelConfig) -> str | None:
+    if config.dropout != 0:
+        return "model.dropout is not 0"
+    if config.compile:
+        return "model.compile"
+    return "several processes deal examples anew in each epoch" if run.strategy.world.ranks > 1 else None
+
+
+def _remembered(run: Run, layers: FrozenLayers, tolerance: float) -> str | None:
+    """None, or why not."""
+    run.strategy.world.progress.at("computing the frozen layers")
+    model = run.strategy.unwrap(run.model)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), run.autocast():
+            return _filled(run, layers, [split for name, split in run.data.splits.items() if name in KEPT_SPLITS],
+                           tolerance)
+    except UNPROVEN as error:
+        return in_a_line(error)
+    except OSError as error:
+        return f"{run.folder}: {error.strerror}"
+    finally:
+        model.train(was_training)
+
+
+def _filled(run: Run, layers: FrozenLayers, splits: Sequence[Split], tolerance: float) -> str | None:
+    """Prove on one batch that nothing else depends on the layers, then keep what they give for all."""
+    model, files = run.strategy.unwrap(run.model), list[tuple[Split, StateFile]]()
+    for split in splits:
+        file: StateFile | None = None
+        groups = evaluation_batches(split.padded_lengths.tolist(), rank=0, ranks=1, budget_tokens=BUDGET_TOKENS)
+        for number, positions in enumerate(groups, start=1):
+            batch = _batch(run, split, positions)
+            hidden_TD = layers.taken(partial(logits_of, model, batch.inputs), batch.lengths)
+            if hidden_TD is None:
+                return "they give more than hidden states, or weights that train come before them"
+            if file is None:
+                if not files and (why := _fault(run, layers, batch, hidden_TD, tolerance) or _lack(
+                        run, splits, hidden_TD)):
+                    return why
+                file = StateFile(run.folder, split.lengths, hidden_TD)
+                files.append((split, file))
+            file.write(positions, hidden_TD)
+            run.evaluator.progress("frozen layers", number, len(groups))
+    run.evaluator.known.keep(layers, files)
+    return None
+
+
+def _batch(run: Run, split: Split, positions: Sequence[int]) -> Batch:
+    targets = run.data.targets
+    return lay_out([split[i] for i in positions], positions, kind=targets.kind, width=targets.width,
+                   pad_id=run.evaluator.tokenizer.pad_token_id, device=run.strategy.world.device)
+
+
+def _fault(run: Run, layers: FrozenLayers, batch: Batch, hidden_TD: Tensor, tolerance: float) -> str | None:
+    """What differs where the model starts from these hidden states."""
+    task, model = run.evaluator.task, run.strategy.unwrap(run.model)
+
+    def losses() -> Tensor:
+        return task.losses(task.forward(model, batch, run.evaluator.reference), batch, run.data.targets)
+
+    plain = losses()
+    with layers.given(hidden_TD, batch.lengths):
+        deviation = (losses() - plain).abs().max().item()
+    if not deviation <= tolerance * plain.abs().max().item():
+        return f"losses from their results alone differ by {deviation:.3g}"
+    return None
+
+
+def _lack(run: Run, splits: Sequence[Split], hidden_TD: Tensor) -> str | None:
+    """Too little room on the disk."""
+    needed = sum(int(split.lengths.sum()) for split in splits) * hidden_TD[0].nbytes
+    free = shutil.disk_usage(run.folder).free
+    if needed <= SHARE_OF_DISK * free:
+        return None
+    return f"{needed / MIB:,.0f} MiB, where {free / MIB:,.0f} MiB are free"
