@@ -32,16 +32,17 @@ from peftune.loop.optimizer import build_optimizer
 from peftune.loop.run import Run
 from peftune.loop.step import train_step
 from peftune.model import short_attention
-from peftune.model.lean import LeanLoraLinear, LeanRMSNorm, make_lean
+from peftune.model.lean import LeanGatedMLP, LeanLoraLinear, LeanRMSNorm, make_lean
 from peftune.observe.manifest import environment
 from peftune.plan.live import LiveBytes
 
 ATTENTION = "attention"
 SHORT = short_attention.SHORT
 VARIANTS: Mapping[str, tuple[type[nn.Module] | str, ...]] = {
-    "plain": (), "norms": (LeanRMSNorm,), "LoRA layers": (LeanLoraLinear,), "short attention": (ATTENTION,),
-    "all": (LeanRMSNorm, LeanLoraLinear, ATTENTION)}
-"""What is lean."""
+    "plain": (), "norms": (LeanRMSNorm,), "LoRA layers": (LeanLoraLinear,),
+    "LoRA layers, gated blocks": (LeanLoraLinear, LeanGatedMLP), "short attention": (ATTENTION,),
+    "all": (LeanRMSNorm, LeanLoraLinear, LeanGatedMLP, ATTENTION)}
+"""What is lean. A gated block needs a lean LoRA layer."""
 WARM_UP, STEPS = 1, 4
 MIB = 2**20
 Classes = dict[nn.Module, type[nn.Module]]

@@ -24,7 +24,8 @@ PUBLIC_KEYS = """
 task output_dir seed resume model model.name_or_path model.revision model.dtype model.pure_bf16 model.quantization
 model.attention model.added_tokens model.added_special_tokens model.dropout model.gradient_checkpointing model.compile
 model.reuse_frozen_layers model.trust_remote_code adapter adapter.method adapter.init_from adapter.stack_on data
-data.train data.validation data.test data.format data.columns data.labels data.problem_type data.max_length data.on_bad_row data.doc_stride
+data.train data.validation data.test data.format data.columns data.labels data.problem_type data.max_length
+data.on_bad_row data.doc_stride
 data.subtokens data.too_long data.layout data.train_on data.chat_template train train.batch_size
 train.tokens_per_micro_batch train.num_epochs train.max_steps train.learning_rate train.lora_plus_ratio
 train.lr_scheduler train.warmup_ratio train.optimizer train.weight_decay train.max_grad_norm train.max_skipped_steps

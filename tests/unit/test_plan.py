@@ -70,7 +70,7 @@ def test_the_planned_peak_of_a_step_is_what_its_tensors_take(settings, changes, 
         pytest.importorskip("bitsandbytes")
     given = request.getfixturevalue(settings)
     given = {**given, "evaluation": {"max_new_tokens": 0} if settings == "converse" else {},
-             "train": {"batch_size": 1000, "max_steps": 3, "tokens_per_micro_batch": 400}}  # each step sees all rows
+             "train": {"batch_size": 1000, "max_steps": 6, "tokens_per_micro_batch": 400}}  # each step sees all rows
     with watched_steps(monkeypatch) as found:
         folder = train(given, *changes)
     planned = json.loads((folder / "manifest.json").read_text())["memory"]
