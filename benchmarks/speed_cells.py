@@ -62,7 +62,7 @@ def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequ
             Cell(shape=large, recompute=True, **{**full, "micro_batch_tokens": 2 * tokens}))
 
 
-_LAST = Cell(last_layers=3, epochs=3, rows=96)
+_LAST = Cell(last_layers=3, epochs=5, rows=96)
 SUITES: Mapping[str, Sequence[Cell]] = {
     "quick": (Cell(), Cell(rank=None)),
     "shapes": (Cell(), Cell(shape="150m", rows=80), Cell(shape="500m", rows=64)),

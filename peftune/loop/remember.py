@@ -23,7 +23,8 @@ from peftune.model.outputs import logits_of
 from peftune.model.packing import RELATIVE_TOLERANCE
 from peftune.model.precision import DTYPES
 
-LEAST_EPOCHS = 1.5
+PROVEN_EXAMPLES = 4
+LEAST_EPOCHS = 2
 """Of a run that saves more by this than it costs."""
 SHARE_OF_DISK = 0.5
 """What the files may take of what is free where the run folder lies."""
@@ -77,22 +78,23 @@ def _remembered(run: Run, layers: FrozenLayers, tolerance: float) -> str | None:
 
 
 def _filled(run: Run, layers: FrozenLayers, splits: Sequence[Split], tolerance: float) -> str | None:
-    """Prove on one batch that nothing else depends on the layers, then keep what they give for all."""
-    model, files = run.strategy.unwrap(run.model), list[tuple[Split, StateFile]]()
-    for split in splits:
-        file: StateFile | None = None
+    """Prove on a few examples that nothing else depends on the layers, then keep what they give for all."""
+    def hidden_of(batch: Batch) -> Tensor | None:
+        return layers.taken(partial(logits_of, run.strategy.unwrap(run.model), batch.inputs), batch.lengths)
+
+    few = _batch(run, splits[0], range(min(PROVEN_EXAMPLES, len(splits[0]))))
+    sample_TD = hidden_of(few)
+    if sample_TD is None:
+        return "they give more than hidden states, or weights that train come before them"
+    if why := _fault(run, layers, few, sample_TD, tolerance) or _lack(run, splits, sample_TD):
+        return why
+    files = [(split, StateFile(run.folder, split.lengths, sample_TD)) for split in splits]
+    for split, file in files:
         groups = evaluation_batches(split.padded_lengths.tolist(), rank=0, ranks=1, budget_tokens=BUDGET_TOKENS)
         for number, positions in enumerate(groups, start=1):
             batch = _batch(run, split, positions)
-            hidden_TD = layers.taken(partial(logits_of, model, batch.inputs), batch.lengths)
-            if hidden_TD is None:
-                return "they give more than hidden states, or weights that train come before them"
-            if file is None:
-                if not files and (why := _fault(run, layers, batch, hidden_TD, tolerance) or _lack(
-                        run, splits, hidden_TD)):
-                    return why
-                file = StateFile(run.folder, split.lengths, hidden_TD)
-                files.append((split, file))
+            hidden_TD = hidden_of(batch)
+            assert hidden_TD is not None, "as of the few"
             file.write(positions, hidden_TD)
             run.evaluator.progress("frozen layers", number, len(groups))
     run.evaluator.known.keep(layers, files)

@@ -21,12 +21,12 @@ ANEW = "1 of 2 layers are frozen, and computed in each step: "
 
 @pytest.fixture
 def last_layer(request):
-    """Settings of a run of two epochs and more that trains the second of two layers."""
+    """Settings of a run of two epochs or more that trains the second of two layers."""
     def of(task: str):
         names = ["q_proj", "up_proj"] if task in DECODERS else ["query", "dense"]
         adapter = {"method": "lora", "r": 4, "layers_to_transform": [1], "target_modules": names}
         settings = {**request.getfixturevalue(task), "adapter": adapter}
-        return {**settings, "train": {**settings["train"], "max_steps": 12}}
+        return {**settings, "train": {**settings["train"], "max_steps": 20 if task == "answer" else 12}}
 
     return of
 
