@@ -30,7 +30,7 @@ from peftune.parallel.host_memory import PRELOAD, preload
 from peftune.plan.choose import LIMIT
 from tests import tiny
 
-STEPS, BATCH = 5, 32
+STEPS, BATCH = 8, 32
 """The third step is followed byte by byte, the later ones are measured."""
 LOW, HIGH = 0.85, 0.97
 """Share of the budget that a run is to fill."""
