@@ -236,7 +236,8 @@ def plans(names: Sequence[str]) -> str:
     """Markdown: large models on few and many GPUs, and the least that their states must take."""
     text = [INTRODUCTION]
     for name, (device, count, strategy) in itertools.product(names, DEVICES):
-        words = [str(HERE / "models" / "plan.yaml"), f"model.name_or_path={HERE / 'models' / name}.json"]
+        models = os.path.relpath(HERE / "models")  # a short name: lines are broken before it is taken off
+        words = [f"{models}/plan.yaml", f"model.name_or_path={models}/{name}.json"]
         found, ways, note = answered(words, device, count, strategy)
         total, trained = found.found.parameters.total, found.found.parameters.trainable
         least = (2 * (total - trained) + 16 * trained) / count
