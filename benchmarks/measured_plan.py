@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,22 @@ class Measured:
 
     def __init__(self) -> None:
         self.baseline, self.tensors, self.steps = 0, 0, 0
-        self.trimmed = allocator() == "glibc, mapping"
+        self.new_phase = partial(new_phase, trimmed=allocator() == "glibc, mapping")
         self.resident: dict[str, int] = {}
 
     def begin(self) -> None:
         """What is there now is the baseline."""
-        new_phase(trimmed=self.trimmed)
+        self.new_phase()
         self.baseline = resident("VmRSS")
 
     def phase(self, name: str) -> None:
         """An instant ends here."""
-        self.resident[name] = max(self.resident.get(name, 0), new_phase(trimmed=self.trimmed) - self.baseline)
+        self.resident[name] = max(self.resident.get(name, 0), self.new_phase() - self.baseline)
 
     def within(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """The same work, measured as an instant."""
         def measured(*given: Any, **named: Any) -> Any:
-            new_phase(trimmed=self.trimmed)
+            self.new_phase()
             result = work(*given, **named)
             self.phase(name)
             return result
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> int:
 
     def step(model: Any, work: Any, optimizer: Any, strategy: Any, **named: Any) -> Any:
         found.steps += 1
-        new_phase(trimmed=found.trimmed)
+        found.new_phase()
         if found.steps == WATCHED_STEP and strategy.name not in UNSEEN:
             live = LiveBytes()
             live.hold(model.parameters(), "weights")

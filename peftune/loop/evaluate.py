@@ -48,6 +48,11 @@ class Evaluator:
     known: KnownStates = field(default_factory=KnownStates)
     """Batches of splits that it knows start behind the frozen layers."""
 
+    def batch(self, examples: Sequence[Example], positions: Sequence[int]) -> Batch:
+        """Examples of a split as an evaluation lays them out."""
+        return lay_out(examples, positions, layout=self.layout, pad_id=self.tokenizer.pad_token_id,
+                       kind=self.targets.kind, width=self.targets.width, device=self.world.device)
+
     def agree(self) -> None:
         """Before each batch. Raises StopAgreed on all ranks if one of them has been asked to stop."""
         if self.world.any(self.stop.asked()):
@@ -126,8 +131,7 @@ def _forward_records(
         if task.generates and not scored:
             records += [_record(i, example) for i, example in zip(positions, examples, strict=True)]
             continue
-        batch = lay_out(examples, positions, layout=evaluator.layout, pad_id=evaluator.tokenizer.pad_token_id,
-                        kind=evaluator.targets.kind, width=evaluator.targets.width, device=world.device)
+        batch = evaluator.batch(examples, positions)
         with evaluator.autocast(), evaluator.known.of(split, batch):
             outputs = task.forward(model, batch, evaluator.reference)
         if not positions:

@@ -12,7 +12,6 @@ from torch import Tensor
 from peftune.config.schema import ModelConfig
 from peftune.data.batches import evaluation_batches
 from peftune.data.examples import Batch
-from peftune.data.layouts import lay_out
 from peftune.data.store import Split
 from peftune.errors import in_a_line
 from peftune.loop.evaluate import BUDGET_TOKENS
@@ -22,6 +21,7 @@ from peftune.model.frozen_layers import FrozenLayers, frozen_beginning
 from peftune.model.outputs import logits_of
 from peftune.model.packing import RELATIVE_TOLERANCE
 from peftune.model.precision import DTYPES
+from peftune.model.proof import UNPROVEN
 
 PROVEN_EXAMPLES = 4
 LEAST_EPOCHS = 2
@@ -30,8 +30,6 @@ SHARE_OF_DISK = 0.5
 """What the files may take of what is free where the run folder lies."""
 KEPT_SPLITS = ("train", "validation")
 """Those that are read again and again."""
-UNPROVEN = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
-"""What a model's own code raises where its layers take other things than hidden states."""
 MIB = 2**20
 
 
@@ -69,8 +67,6 @@ def _remembered(run: Run, layers: FrozenLayers, tolerance: float) -> str | None:
         with torch.no_grad(), run.autocast():
             return _filled(run, layers, [split for name, split in run.data.splits.items() if name in KEPT_SPLITS],
                            tolerance)
-    except UNPROVEN as error:
-        return in_a_line(error)
     except OSError as error:
         return f"{run.folder}: {error.strerror}"
     finally:
@@ -79,21 +75,21 @@ def _remembered(run: Run, layers: FrozenLayers, tolerance: float) -> str | None:
 
 def _filled(run: Run, layers: FrozenLayers, splits: Sequence[Split], tolerance: float) -> str | None:
     """Prove on a few examples that nothing else depends on the layers, then keep what they give for all."""
-    def hidden_of(batch: Batch) -> Tensor | None:
-        return layers.taken(partial(logits_of, run.strategy.unwrap(run.model), batch.inputs), batch.lengths)
-
     few = _batch(run, splits[0], range(min(PROVEN_EXAMPLES, len(splits[0]))))
-    sample_TD = hidden_of(few)
-    if sample_TD is None:
-        return "they give more than hidden states, or weights that train come before them"
-    if why := _fault(run, layers, few, sample_TD, tolerance) or _lack(run, splits, sample_TD):
+    try:
+        sample_TD = _hidden(run, layers, few)
+        if sample_TD is None:
+            return "they give more than hidden states, or weights that train come before them"
+        why = _fault(run, layers, few, sample_TD, tolerance) or _lack(run, splits, sample_TD)
+    except UNPROVEN as error:
+        return in_a_line(error)
+    if why is not None:
         return why
     files = [(split, StateFile(run.folder, split.lengths, sample_TD)) for split in splits]
     for split, file in files:
         groups = evaluation_batches(split.padded_lengths.tolist(), rank=0, ranks=1, budget_tokens=BUDGET_TOKENS)
         for number, positions in enumerate(groups, start=1):
-            batch = _batch(run, split, positions)
-            hidden_TD = hidden_of(batch)
+            hidden_TD = _hidden(run, layers, _batch(run, split, positions))
             assert hidden_TD is not None, "as of the few"
             file.write(positions, hidden_TD)
             run.evaluator.progress("frozen layers", number, len(groups))
@@ -102,9 +98,11 @@ def _filled(run: Run, layers: FrozenLayers, splits: Sequence[Split], tolerance: 
 
 
 def _batch(run: Run, split: Split, positions: Sequence[int]) -> Batch:
-    targets = run.data.targets
-    return lay_out([split[i] for i in positions], positions, kind=targets.kind, width=targets.width,
-                   pad_id=run.evaluator.tokenizer.pad_token_id, device=run.strategy.world.device)
+    return run.evaluator.batch([split[i] for i in positions], positions)
+
+
+def _hidden(run: Run, layers: FrozenLayers, batch: Batch) -> Tensor | None:
+    return layers.taken(partial(logits_of, run.strategy.unwrap(run.model), batch.inputs), batch.lengths)
 
 
 def _fault(run: Run, layers: FrozenLayers, batch: Batch, hidden_TD: Tensor, tolerance: float) -> str | None:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+UNPROVEN = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What a model's own code raises that cannot be run in the way that is to be proven."""
+
 
 def random_sequences(lengths: Sequence[int], *, vocabulary: int, padding: int) -> list[list[int]]:
     """Ids below `vocabulary`, the same each time; never `padding`, since some models look for it."""

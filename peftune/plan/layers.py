@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 from peftune.config.schema import AdapterConfig
 
-BY_NUMBER = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layer_replication",
-             "feedforward_modules", "rank_pattern", "alpha_pattern")
+BY_NUMBER = ("layers_to_transform", "target_modules", "exclude_modules", "modules_to_save", "target_parameters",
+             "layer_replication", "feedforward_modules", "rank_pattern", "alpha_pattern")
 """Fields of PEFT's configs that may name single layers."""
 Bytes = Mapping[str, float]
 """Bytes by cause."""
@@ -31,10 +31,9 @@ def of_layers(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def adapts_all_alike(adapter: AdapterConfig | None) -> bool:
-    """Whether no layer is chosen by its number: not by `layers_to_transform`, nor by a name or pattern with digits."""
+    """Whether no layer is chosen by its number, by itself or in a name or pattern."""
     fields = {} if adapter is None else adapter.fields
-    chosen = (fields.get(name) for name in BY_NUMBER if fields.get(name) is not None)
-    return fields.get("layers_to_transform") is None and not re.search(r"\d", str([*chosen]))
+    return not re.search(r"\d", str([fields.get(name) for name in BY_NUMBER]))
 
 
 def traced_layers(model_config: PreTrainedConfig, *, alike: bool = True) -> tuple[int, ...]:
