@@ -1,6 +1,6 @@
 """How fast the true loop trains: tokens a second, steps, memory, and the share of what the device can multiply.
 
-    peftune bench throughput [quick | shapes | scaling | overhead | allocator | frozen | gpu]
+    peftune bench throughput [quick | shapes | scaling | overhead | allocator | frozen | products | gpu]
                              [--rows instructions.jsonl] [--repeats 3] [--only CELL ...]
                              [--to results.json] [--table table.md] [--against results.json --at-least 0.9]
 
@@ -32,7 +32,8 @@ from benchmarks.arithmetic import WARM_UP, fallen, rates, spread
 from benchmarks.launches import launched
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
-from benchmarks.twins import allocators_of, overhead_of, reuse_of
+from benchmarks.twins import allocators_of, overhead_of, products_of, reuse_of
+from peftune.numerics.products import lacks_bfloat16, multiply_in_float32
 from peftune.observe.manifest import environment
 from peftune.parallel.host_memory import PRELOAD, preload
 
@@ -66,7 +67,7 @@ class Bench:
         return save_config(self.folder / f"{name}.yaml", {
             "task": "causal_lm", "output_dir": str(self.folder / name),
             "adapter": _adapter(cell),
-            "model": {"name_or_path": self._models[key], "gradient_checkpointing": cell.recompute,
+            "model": {"name_or_path": self._models[key], "dtype": cell.dtype, "gradient_checkpointing": cell.recompute,
                       "quantization": cell.quantization, "reuse_frozen_layers": cell.reuse},
             "data": {"train": save_rows(self.folder / f"{name}.jsonl", rows[VALIDATION_ROWS:]),
                      "validation": save_rows(self.folder / "validation.jsonl", rows[:VALIDATION_ROWS]),
@@ -81,7 +82,7 @@ class Bench:
         config = self.config(cell)
         run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
-                      bare=cell.bare, tcmalloc=cell.tcmalloc)
+                      bare=cell.bare, tcmalloc=cell.tcmalloc, native=cell.native)
         if cell.last_layers:
             return record  # the formula is of models whose layers all train
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
@@ -107,7 +108,8 @@ def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, st
 
 
 def ours(
-    config: Path, run: Path, *, processes: int, threads: int, bare: bool = False, tcmalloc: bool = False
+    config: Path, run: Path, *, processes: int, threads: int, bare: bool = False, tcmalloc: bool = False,
+    native: bool = False,
 ) -> dict[str, Any]:
     """Launch the loop with a config; the record of its steps.
 
@@ -118,9 +120,11 @@ def ours(
         threads: of each.
         bare: without the loop.
         tcmalloc: preloaded; else glibc hands out memory, as it does for peers.
+        native: with torch's own products of bfloat16 even where they are slow.
     """
     assert preload() or not tcmalloc, "tcmalloc is not installed: apt install libtcmalloc-minimal4"
     variables = {"BENCH_STARTED": str(time.time()), **({"BENCH_BARE": "1"} if bare else {}),
+                 **({"BENCH_NATIVE": "1"} if native else {}),
                  **(preload() if tcmalloc else {PRELOAD: ""})}
     done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"], script=TIMED,
                     threads=threads, environment=variables)
@@ -136,8 +140,11 @@ def ours(
 
 
 def ceiling(device: torch.device, threads: int) -> float:
-    """Operations a second of products of square bfloat16 matrices: the best of several sizes and repeats."""
+    """Operations a second of products of square bfloat16 matrices, as runs compute them: the best of several sizes and
+    repeats."""
     torch.set_num_threads(threads)
+    if device.type == "cpu" and lacks_bfloat16():
+        multiply_in_float32()
     found = []
     for size in CEILING_SIZES if device.type == "cpu" else (4096, 8192):
         left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -252,6 +259,7 @@ def main() -> int:
               if "of_ceiling" in found}
     compared, added = overhead_of(cells, summaries)
     ratios |= compared | allocators_of(cells, summaries) | reuse_of(cells, summaries)
+    ratios |= products_of(cells, summaries)
     outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
                "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},
                "ratios": ratios, "added_milliseconds": added, "summaries": summaries, "records": records}

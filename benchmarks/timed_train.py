@@ -7,7 +7,8 @@ within the steps (Linux's VmHWM, set back where the first one begins), and the s
 launcher's in the environment, to the end of the first step.
 
 BENCH_BARE=1 trains without the loop: forward, backward, clipping and optimizer of the same model on the same batches,
-laid out beforehand, and nothing else. What the loop takes on top of that is its overhead.
+laid out beforehand, and nothing else. What the loop takes on top of that is its overhead. BENCH_NATIVE=1 leaves
+products of bfloat16 to torch on every CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import peftune.loop.finish as ending
 import peftune.loop.fit as loop
 import peftune.loop.judge as judging
 import peftune.loop.run as running
+import peftune.model.precision as precision
 from benchmarks.measured_train import new_phase
 from peftune.config.load import load
 from peftune.data.examples import Batch
@@ -142,6 +144,8 @@ def main(arguments: list[str]) -> int:
         return stats
 
     running.lay_out, loop.train_step = lay_out, step
+    if os.environ.get("BENCH_NATIVE"):
+        precision.lacks_bfloat16 = lambda: False
     judging.evaluate = ending.evaluate = timing.timed("evaluation", ending.evaluate)
     loop.save = timing.timed("checkpoint", loop.save)
     with composition.build(config) as built:

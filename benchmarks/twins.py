@@ -10,7 +10,7 @@ from benchmarks.speed_cells import Cell
 
 
 def _twins(
-    cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]], **other: bool
+    cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]], **other: Any
 ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """Each cell that was trained the other way too: its name, and what was found of both."""
     for name, cell in cells.items():
@@ -47,4 +47,15 @@ def reuse_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any
     for name, found, anew in _twins(cells, summaries, reuse=False):
         ratios[f"{name}: speed of a step"] = found[rate]["median"] / anew[rate]["median"]
         ratios[f"{name}: speed from the launch to the last step"] = anew[whole]["median"] / found[whole]["median"]
+    return ratios
+
+
+def products_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How fast and how large each cell is in bfloat16 over its twin in float32, and over torch's own products."""
+    rate, held, ratios = "tokens_per_second_of_middle_step", "steps_bytes", {}
+    for name, found, other in _twins(cells, summaries, dtype="float32"):
+        ratios[f"{name}: speed over float32"] = found[rate]["median"] / other[rate]["median"]
+        ratios[f"{name}: memory in steps over float32"] = found[held]["median"] / other[held]["median"]
+    for name, found, other in _twins(cells, summaries, native=True):
+        ratios[f"{name}: speed over torch's products"] = found[rate]["median"] / other[rate]["median"]
     return ratios

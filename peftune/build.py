@@ -40,7 +40,7 @@ from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import count, weight_notes
 from peftune.model.card import model_card
 from peftune.model.division import refuse_undividable
-from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, slow_products, uses_autocast
+from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
 from peftune.model.quantize import quantised_by
 from peftune.model.reference import frozen_copy
 from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
@@ -112,8 +112,6 @@ def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}"
                     + (f", each sequence on {division.ranks}" if division else ""))
-        if slow := slow_products(config.model, world.device):
-            display.warn(slow)
         lacking_memory = functools.partial(saying_what_takes_less, config, world, strategy.name)
         with lacking_memory():
             text, data = _data(config, world, display)

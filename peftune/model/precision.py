@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftune.config.schema import ModelConfig
+from peftune.numerics.products import lacks_bfloat16, multiply_in_float32
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -32,19 +32,12 @@ def uses_autocast(config: ModelConfig) -> bool:
     return config.dtype == "bfloat16" and not config.pure_bf16
 
 
-def slow_products(config: ModelConfig, device: torch.device) -> str | None:
-    """Why this device multiplies slowly in the config's dtype, if that is known."""
-    level = torch.backends.cpu.get_cpu_capability()
-    if config.dtype != "bfloat16" or device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    if level.startswith("AVX512"):  # most of these have bfloat16 instructions
-        return None
-    return (f"model.dtype=bfloat16: this CPU ({level}) has no bfloat16 instructions and multiplies several times "
-            "slower than in float32; model.dtype=float32 is faster, with twice the memory for frozen weights")
-
-
 def autocast(config: ModelConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing."""
+    """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing.
+
+    CPUs without instructions for bfloat16 multiply it in float32 from now on, in this process."""
+    if config.dtype == "bfloat16" and device.type == "cpu" and lacks_bfloat16():
+        multiply_in_float32()
     if not uses_autocast(config):
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

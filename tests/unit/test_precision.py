@@ -1,29 +1,19 @@
-"""In which type products are computed, and what is said about it."""
-
-from __future__ import annotations
-
-import platform
+"""How products are computed on a CPU without instructions for bfloat16."""
 
 import pytest
 import torch
 
+import peftune.model.precision as precision
 from peftune.config.schema import ModelConfig
-from peftune.model.precision import slow_products
-
-NATIVE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def said(dtype: str, device: str) -> str | None:
-    return slow_products(ModelConfig(name_or_path="any", dtype=dtype), torch.device(device))
-
-
-def test_float32_and_gpus_are_never_called_slow() -> None:
-    assert said("float32", "cpu") is None
-    assert said("bfloat16", "cuda") is None
-
-
-@pytest.mark.skipif(NATIVE or not X86, reason="this CPU may have bfloat16 instructions")
-def test_a_cpu_that_emulates_bfloat16_is_named_with_the_mend() -> None:
-    told = said("bfloat16", "cpu")
-    assert told is not None and torch.backends.cpu.get_cpu_capability() in told and "model.dtype=float32" in told
+@pytest.mark.parametrize("lacks, dtype, device, widened", [
+    (True, "bfloat16", "cpu", True), (True, "float32", "cpu", False), (True, "bfloat16", "cuda", False),
+    (False, "bfloat16", "cpu", False)])
+@pytest.mark.parametrize("pure", [True, False])
+def test_only_bfloat16_on_such_a_cpu_is_multiplied_in_float32(lacks, dtype, device, widened, pure, monkeypatch):
+    asked = []
+    monkeypatch.setattr(precision, "lacks_bfloat16", lambda: lacks)
+    monkeypatch.setattr(precision, "multiply_in_float32", lambda: asked.append(True))
+    precision.autocast(ModelConfig(name_or_path="any", dtype=dtype, pure_bf16=pure), torch.device(device))
+    assert bool(asked) == widened
