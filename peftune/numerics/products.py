@@ -81,8 +81,7 @@ class _Product:
         return self._fill(keys, a.new_empty(*a.shape[:-1], b.shape[-1]), a, b)
 
     def into(self, keys: Any, a: Tensor, b: Tensor, *, out: Tensor) -> Any:
-        fits = out.dtype is torch.bfloat16 and out.shape == (*a.shape[:-1], b.shape[-1])
-        return self._fill(keys, out, a, b) if fits else NotImplemented
+        return self.added_into(keys, out, a, b, beta=0, out=out)
 
     def added_to(self, keys: Any, added: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
         return self._fill(keys, a.new_empty(*a.shape[:-1], b.shape[-1]), a, b, added, beta, alpha)
