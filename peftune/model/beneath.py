@@ -90,7 +90,7 @@ def activate_all(model: PeftModel) -> None:
         _activate(model)
 
 
-def save_joined(model: PeftModel, weights: dict[str, Tensor], folder: Path, *, embeddings: bool | str) -> None:
+def save_joined(model: PeftModel, weights: dict[str, Tensor], folder: Path, *, embeddings: bool) -> None:
     """Write both adapters as one plain LoRA whose rank is the sum of theirs.
 
     Args:

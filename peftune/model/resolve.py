@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -22,7 +23,8 @@ PROBE_TIMEOUT_S = 10.0
 def resolve(config: ModelConfig) -> str:
     """A local folder (absolute) or the id of a hub repository that is cached or can be reached.
 
-    Asks the hub once, briefly: transformers itself would retry for the better part of a minute.
+    Asks the hub once, briefly: its client would retry for the better part of a minute, for each file. Where a cached
+    model's hub does not answer, it is switched off for this process, as HF_HUB_OFFLINE does.
 
     Raises:
         ModelError: neither a folder nor a repository.
@@ -42,7 +44,12 @@ def resolve(config: ModelConfig) -> str:
         cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
     except HFValidationError:
         raise _error(f"{name!r} is neither a folder here nor a valid hub id", _near(Path(name))) from None
-    return name if isinstance(cached, str) else _on_hub(name, config.revision)
+    if not isinstance(cached, str):
+        _find_on_hub(name, config.revision)
+    elif not constants.HF_HUB_OFFLINE and not _hub_answers(name, config.revision):
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for peft, and for datasets, which read it themselves
+    return name
 
 
 def _error(message: str, mend: str) -> ModelError:
@@ -70,12 +77,27 @@ def _in_package(name: str) -> str:
     return str(folder)
 
 
-def _on_hub(name: str, revision: str | None) -> str:
+def _hub_answers(name: str, revision: str | None) -> bool:
+    """Whatever it says of a model that is cached."""
+    try:
+        _ask_hub(name, revision)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # noqa: BLE001 as in `_find_on_hub`: no connection
+        return False
+    return True
+
+
+def _ask_hub(name: str, revision: str | None) -> None:
+    HfApi().model_info(name, revision=revision, timeout=PROBE_TIMEOUT_S)
+
+
+def _find_on_hub(name: str, revision: str | None) -> None:
     near = _near(Path(name))
     if constants.HF_HUB_OFFLINE:
         raise _error(f"{name} is no folder here, is not cached, and the hub is switched off (HF_HUB_OFFLINE)", near)
     try:
-        HfApi().model_info(name, revision=revision, timeout=PROBE_TIMEOUT_S)
+        _ask_hub(name, revision)
     except GatedRepoError:
         raise _error(f"{name} is gated", "ask for access on its page, then log in: hf auth login") from None
     except RepositoryNotFoundError:
@@ -85,7 +107,6 @@ def _on_hub(name: str, revision: str | None) -> str:
     except Exception as error:  # noqa: BLE001 the transport below the hub client has its own error types; all mean: no connection
         raise _error(f"{name} is no folder here and the hub cannot be reached ({error})",
                      f"check the connection, or give a local folder; {near}") from None
-    return name
 
 
 def load_model_config(config: ModelConfig, source: str) -> PreTrainedConfig:

@@ -19,6 +19,7 @@ from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.vocabulary import new_rows
+from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
@@ -34,9 +35,11 @@ CPU_AUTO_TOKENS = 4_096
 """More tokens at once do not make a CPU faster; they only cost memory."""
 SHARE = 0.92
 """Of the memory that can be had, what a plan may fill: the system's caches move by the rest."""
-BESIDE_TENSORS = {"float32": 64 * 2**20, "bfloat16": 224 * 2**20}
+BESIDE_TENSORS = {"float32": 80 * 2**20, "bfloat16": 224 * 2**20}
 """What a run on a CPU adds to its process beside tensors, in bytes by `model.dtype`: code that oneDNN makes for shapes,
 pages of libraries, Python's objects, the plan itself."""
+WIDENED = 32 * 2**20
+"""What float32's are more, in bytes, where bfloat16 is multiplied in float32: factors as they are widened."""
 LIMIT = "PEFTUNE_MEMORY_BYTES"
 """Environment variable: bytes that one process may take in all, for shared machines."""
 REFINEMENTS = 6
@@ -197,4 +200,5 @@ def room_bytes(device: torch.device, dtype: str) -> int:
     free = psutil.virtual_memory().available // here
     limit = os.environ.get(LIMIT)
     most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
-    return int(SHARE * most) - BESIDE_TENSORS[dtype]
+    beside = BESIDE_TENSORS["float32"] + WIDENED if dtype == "bfloat16" and lacks_bfloat16() else BESIDE_TENSORS[dtype]
+    return int(SHARE * most) - beside

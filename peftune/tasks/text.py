@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from peftune.config.schema import DataConfig, ModelConfig
@@ -32,6 +33,8 @@ class Text:
     template: str
     """Which chat template is in use, for a person; none where the task has no conversations."""
     encoder: BoundEncoder
+    hub_is_silent: bool = False
+    """Asked for a cached model, the hub did not answer."""
 
     def identity(self) -> dict[str, Any]:
         """What the tokens of a row depend on besides the data section: tokenizer, template, task, and our code."""
@@ -53,13 +56,14 @@ def open_text(task: Task, model: ModelConfig, data: DataConfig) -> Text:
         ModelError, MachineError: the model or its tokenizer cannot be had.
         ConfigError: no such chat template.
     """
+    was_off = is_offline_mode()
     source = resolve(model)
     config = load_model_config(model, source)
     tokenizer = load_tokenizer(model, source, generates=task.converses)
     template = choose_template(tokenizer, data.chat_template) if task.converses else "none"
     limit = longest_input(config, data.max_length)
     encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, data))
-    return Text(source, config, tokenizer, template, encoder)
+    return Text(source, config, tokenizer, template, encoder, hub_is_silent=is_offline_mode() and not was_off)
 
 
 def quiet_libraries() -> None:
@@ -82,6 +86,8 @@ def data_notes(data: Prepared, text: Text, config: DataConfig) -> list[str]:
     for name, counts in data.counts.items():
         if counts.examples != counts.kept:
             notes.append(f"{counts.examples:,} {name} examples")
+    if text.hub_is_silent:
+        notes.append("the hub does not answer: the model is the cached one")
     if text.encoder.text.max_length < config.max_length:
         notes.append(f"the model reads at most {text.encoder.text.max_length} tokens")
     return notes

@@ -54,12 +54,20 @@ def settings_of(tmp_path, name):
                          "output_dir": str(tmp_path / "run")}, tmp_path / "config")
 
 
-def test_a_model_is_found_by_its_name_downloaded_and_trained(model_folder, tmp_path):
+@pytest.fixture(scope="module")
+def downloaded(model_folder, tmp_path_factory):
+    """A run on the hub's model, the cache it left, and an address where no hub answers any more."""
+    folder = tmp_path_factory.mktemp("downloaded")
     with hub_of(model_folder) as hub:
-        done = python([TRAIN, settings_of(tmp_path, NAME)], hub, tmp_path / "home")
+        done = python([TRAIN, settings_of(folder, NAME)], hub, folder / "home")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert summary(tmp_path / "run")["steps"] == 2
-    known = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
+    return folder / "run", folder / "home", hub
+
+
+def test_a_model_is_found_by_its_name_downloaded_and_trained(downloaded):
+    run, _, _ = downloaded
+    assert summary(run)["steps"] == 2
+    known = json.loads((run / "final" / "adapter_config.json").read_text())
     assert known["base_model_name_or_path"] == NAME
 
 
@@ -82,9 +90,13 @@ def test_a_download_is_told_in_megabytes_as_it_comes(model_folder, tmp_path):
     assert not re.search(r"\d+%\|", done.stderr)  # no bar of the hub's own
 
 
-def test_a_model_that_lies_here_already_needs_no_hub(model_folder, tmp_path):
-    with hub_of(model_folder) as hub:
-        assert python([TRAIN, settings_of(tmp_path, NAME)], hub, tmp_path / "home").returncode == 0
-    (tmp_path / "again").mkdir()
-    done = python([TRAIN, settings_of(tmp_path / "again", NAME)], hub, tmp_path / "home", HF_HUB_OFFLINE="1")
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_a_model_that_lies_here_already_needs_no_hub(downloaded, tmp_path, switched_off):
+    run, home, silent = downloaded
+    done = python([TRAIN, settings_of(tmp_path, NAME)], silent, home, **{"HF_HUB_OFFLINE": "1"} if switched_off else {})
     assert done.returncode == 0, done.stderr[-2000:]
+    assert ("the hub does not answer: the model is the cached one" in done.stdout + done.stderr) != switched_off
+    assert "Retrying" not in done.stderr  # loading
+    assert "config file" not in done.stderr and "Unable to fetch" not in done.stderr  # saving
+    adapter = "final/adapter_model.safetensors"
+    assert (tmp_path / "run" / adapter).read_bytes() == (run / adapter).read_bytes()
