@@ -1,6 +1,6 @@
 """How much of a given memory do `auto` settings fill? Ten configs, each with a budget that 4,096 tokens would not fit.
 
-    peftune bench plan_budget [--allocator tcmalloc glibc] [--to results.json] [--table table.md]
+    peftune bench plan_budget [--allocator tcmalloc glibc] [--only 0 7] [--to results.json] [--table table.md]
 
 A budget is what PEFTUNE_MEMORY_BYTES says: bytes that the process may take in all, libraries among them. Measured is
 the highest resident memory of the whole run, from reading the data to the last evaluation and save: under tcmalloc,
@@ -35,6 +35,7 @@ STEPS, BATCH = 8, 32
 LOW, HIGH = 0.85, 0.97
 """Share of the budget that a run is to fill."""
 ALLOCATORS = ("tcmalloc", "glibc")
+RUN_LIMIT_S = 1800
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,15 @@ def config_of(bench: Bench, number: int) -> Path:
     return path
 
 
-def measured(bench: Bench, allocator: str) -> list[dict[str, Any]]:
-    """What each budget's run chose, predicted and took."""
+def measured(bench: Bench, allocator: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """What each of these budgets' runs chose, predicted and took."""
     os.environ.update({PRELOAD: ""} if allocator == "glibc" else {})  # a launch would preload tcmalloc otherwise
-    folders = [bench.folder / f"{allocator}-{number}" for number in range(len(BUDGETS))]
+    folders = {number: bench.folder / f"{allocator}-{number}" for number in numbers}
     runs = [Run([str(config_of(bench, number)), f"output_dir={folder}"], script=MEASURED,
-                environment={LIMIT: str(BUDGETS[number].mib * MIB)}) for number, folder in enumerate(folders)]
+                environment={LIMIT: str(BUDGETS[number].mib * MIB)}) for number, folder in folders.items()]
     found = []
-    for number, ended in enumerate(launched_together("single", 1, runs, bench.folder / allocator, limit_s=600)):
+    together = launched_together("single", 1, runs, bench.folder / allocator, limit_s=RUN_LIMIT_S)
+    for number, ended in zip(numbers, together, strict=True):
         file = folders[number] / "plan-0.json"
         taken = json.loads(file.read_text()) if ended.returncode == 0 else {"why": ended.stderr[-2000:]}
         found.append({"allocator": allocator, **asdict(BUDGETS[number]), "found": taken})
@@ -131,6 +133,8 @@ def main() -> int:
     """Run all budgets, and say whether any run failed or left the band."""
     parser = argparse.ArgumentParser(prog="peftune bench plan_budget", description=__doc__.splitlines()[0])
     parser.add_argument("--allocator", nargs="*", choices=ALLOCATORS, default=list(ALLOCATORS))
+    parser.add_argument("--only", nargs="*", type=int, choices=range(len(BUDGETS)), default=list(range(len(BUDGETS))),
+                        metavar="NUMBER", help="of budgets, as they stand in the table from 0 on")
     parser.add_argument("--to", type=Path)
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
@@ -140,7 +144,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch))
-        results = [result for allocator in asked.allocator for result in measured(bench, allocator)]
+        results = [result for allocator in asked.allocator for result in measured(bench, allocator, asked.only)]
     write(asked.table, table_of(results))
     if asked.to:
         write(asked.to, json.dumps({**environment(torch.device("cpu")), "steps": STEPS, "batch_size": BATCH,
