@@ -33,7 +33,7 @@ from benchmarks.launches import launched
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
 from benchmarks.twins import allocators_of, overhead_of, products_of, reuse_of
-from peftune.numerics.products import lacks_bfloat16, multiply_in_float32
+from peftune.model.precision import choose_products
 from peftune.observe.manifest import environment
 from peftune.parallel.host_memory import PRELOAD, preload
 
@@ -143,8 +143,7 @@ def ceiling(device: torch.device, threads: int) -> float:
     """Operations a second of products of square bfloat16 matrices, as runs compute them: the best of several sizes and
     repeats."""
     torch.set_num_threads(threads)
-    if device.type == "cpu" and lacks_bfloat16():
-        multiply_in_float32()
+    choose_products("bfloat16", device)
     found = []
     for size in CEILING_SIZES if device.type == "cpu" else (4096, 8192):
         left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))

@@ -32,12 +32,16 @@ def uses_autocast(config: ModelConfig) -> bool:
     return config.dtype == "bfloat16" and not config.pure_bf16
 
 
-def autocast(config: ModelConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing.
-
-    CPUs without instructions for bfloat16 multiply it in float32 from now on, in this process."""
-    if config.dtype == "bfloat16" and device.type == "cpu" and lacks_bfloat16():
+def choose_products(dtype: str, device: torch.device) -> None:
+    """CPUs without instructions for bfloat16 multiply it in float32 from now on, in this process."""
+    if dtype == "bfloat16" and device.type == "cpu" and lacks_bfloat16():
         multiply_in_float32()
+
+
+def autocast(config: ModelConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing. They are taken
+    as `choose_products` says."""
+    choose_products(config.dtype, device)
     if not uses_autocast(config):
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

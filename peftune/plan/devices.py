@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from peftune.errors import ConfigError, Fault
-from peftune.model.precision import DTYPES
+from peftune.model.precision import DTYPES, choose_products
 from peftune.parallel.host_memory import USUAL_SLACK, allocator, preload
 
 GIB = 2**30
@@ -91,6 +91,7 @@ def device_here(dtype: str) -> Device:
 def cpu_rate(dtype: str) -> float:
     """Operations a second of a product of two matrices of 1024 x 1024 values, the faster of three."""
     left = torch.ones(1024, 1024, dtype=DTYPES[dtype])
+    choose_products(dtype, left.device)  # as a run does
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
