@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftune.config.schema import AdapterConfig, ModelConfig
 from peftune.model.assemble import assemble
+from peftune.model.hollow_tensor import HollowTensor
 from peftune.model.load import Loaded
 from peftune.model.quantize import quantise_hollow, quantised_tensors
 from peftune.model.vocabulary import NO_ROWS, NewRows
@@ -53,14 +53,13 @@ def hollow_model(
 
 def _lie_on_cpu(model: nn.Module) -> None:
     """Give every tensor the CPU as its device, so that operators choose the kernels that they choose there."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     done: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too: a number of one that is gone would be given again
 
     def moved(tensor: Tensor) -> Tensor:
         if id(tensor) not in done:
-            fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
-            done[id(tensor)] = tensor, (nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                                        if isinstance(tensor, nn.Parameter) else fake)
+            hollow = HollowTensor(tensor.detach().to("meta"))
+            done[id(tensor)] = tensor, (nn.Parameter(hollow, requires_grad=tensor.requires_grad)
+                                        if isinstance(tensor, nn.Parameter) else hollow)
         return done[id(tensor)][1]
 
     for module in model.modules():

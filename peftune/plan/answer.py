@@ -19,7 +19,7 @@ from peftune.plan.choose import SHARE, UNTRACEABLE, MemoryChoice, choose_memory,
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division
 from peftune.plan.footprint import Footprint, Tracer
-from peftune.plan.trace import Subject
+from peftune.plan.models import Subject
 from peftune.plan.work import Lengths, lengths_of, lengths_without_data
 from peftune.tasks import TASKS
 from peftune.tasks.text import open_text

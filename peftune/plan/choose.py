@@ -26,7 +26,7 @@ from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division
 from peftune.plan.footprint import Footprint, Tracer, footprint
-from peftune.plan.trace import Road, Subject
+from peftune.plan.models import Road, Subject
 from peftune.plan.work import Lengths, lengths_of, packs, work_of
 from peftune.tasks.text import Text
 

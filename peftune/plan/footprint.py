@@ -15,7 +15,8 @@ from peftune.plan.devices import Device
 from peftune.plan.divide import Division, divided
 from peftune.plan.layers import Bytes, adapts_all_alike, on_the_line, traced_layers
 from peftune.plan.live import START
-from peftune.plan.trace import Road, Rows, Subject, TracedStep, opened, trace_evaluation, trace_generation, trace_step
+from peftune.plan.models import Models, Road, Subject
+from peftune.plan.trace import Rows, TracedStep, trace_evaluation, trace_generation, trace_step
 from peftune.plan.work import Candidate, Work
 
 CAUSES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits_and_loss", "temporaries",
@@ -82,7 +83,7 @@ class Tracer:
     """
 
     def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+        self.subject, self._models = subject, Models(subject)
         self._counts = traced_layers(subject.model_config, alike=adapts_all_alike(subject.config.adapter))
         self.layers: int = subject.model_config.get_text_config().num_hidden_layers
         few, many = self._counts[0], self._counts[-1]
@@ -98,9 +99,7 @@ class Tracer:
 
     def _states(self) -> tuple[Bytes, Bytes]:
         def held_by(count: int) -> Bytes:
-            model, live, _ = opened(self.subject, count, None)
-            assert model is not None, "alive while it is counted"
-            return live.held()
+            return self._models.opened(count).live.held()
 
         first, second = self._traced("states", held_by)
         return first, second
@@ -117,11 +116,11 @@ class Tracer:
         others: dict[str, Bytes] = {}
         if (rows := work.evaluated) is not None:
             others["evaluation"] = on_the_line(*self._traced(
-                "evaluation", lambda count: trace_evaluation(self.subject, count, rows, road), rows,
+                "evaluation", lambda count: trace_evaluation(self._models, count, rows, road), rows,
                 road.loss_rows, road.sharing), self._share)
         if (generated := work.generated) is not None:
             others["generation"] = on_the_line(*self._traced(
-                "generation", lambda count: trace_generation(self.subject, count, *generated), generated), self._share)
+                "generation", lambda count: trace_generation(self._models, count, *generated), generated), self._share)
         longest = work.candidates[0].rows
         timed = self._step(longest, road)
         return Line(highest.peaks, others, timed.flops, timed.parameters, longest.tokens, self.layers,
@@ -152,7 +151,7 @@ class Tracer:
         return max([*steps.values(), self._step(likely.rows, road)], key=_peak_of)
 
     def _step(self, rows: Rows, road: Road) -> TracedStep:
-        first, second = self._traced("step", lambda count: trace_step(self.subject, count, rows, road), rows, road)
+        first, second = self._traced("step", lambda count: trace_step(self._models, count, rows, road), rows, road)
         peaks = {label: on_the_line(first.peaks[label], second.peaks[label], self._share)
                  for label in second.peaks if label in first.peaks and label != START}
         parameters = Parameters(self._between(first.parameters.total, second.parameters.total),

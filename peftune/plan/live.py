@@ -14,17 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from peftune.model.hollow_tensor import storage_of
+
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-ASKED_DEVICE = torch.ops.prim.device.default
-"""Allocates nothing, and comes twice for each operator on tensors without values."""
 
 START = "start"
 """The label of instants until another is set."""
@@ -79,14 +77,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is ASKED_DEVICE:
-            return func(*args)
         if DTensor in types:
             return NotImplemented  # the operators that it is made of come here next
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], _as_positions(args[1]), *args[2:])
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 1.0  # a loss, or whether a gradient is finite: whatever is asked of no value
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -100,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
     def _follow(self, tensor: Tensor, cause: str) -> None:
         key = _key(tensor)
         if key not in self._storages:
-            held = tensor.untyped_storage()
+            held = storage_of(tensor)
             self._storages[key] = Storage(held.nbytes(), cause)
             self.live_bytes += held.nbytes()
             weakref.finalize(held, self._forget, key)
@@ -119,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_of(tensor)._cdata
 
 
 def _as_positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -13,46 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from peftune.config.schema import AdapterConfig, ModelConfig, RunConfig
 from peftune.data.examples import Batch, Example
 from peftune.data.layouts import PADDED, Layout, lay_out
-from peftune.data.targets import Targets
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.step import StepWork, train_step
 from peftune.model.assemble import Parameters, count
-from peftune.model.hollow import hollow_model
-from peftune.model.lean import make_lean
-from peftune.model.load import first_position
-from peftune.model.next_token import end_in_losses, take_road
-from peftune.model.packing import use_packing
-from peftune.model.precision import autocast, enable_gradient_checkpointing
-from peftune.model.quantize import quantised_tensors
-from peftune.model.reference import Reference, reference_of
-from peftune.model.vocabulary import NO_ROWS, NewRows
+from peftune.model.precision import autocast
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.single import Single
 from peftune.parallel.world import World
-from peftune.plan.layers import Bytes, of_layers
+from peftune.plan.layers import Bytes
 from peftune.plan.live import LiveBytes
-from peftune.tasks.task import Task
+from peftune.plan.models import Models, Opened, Road, Subject
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU, None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What is planned: a run's config, and what is known of its model and task before weights are loaded."""
-
-    config: RunConfig
-    source: str
-    model_config: PreTrainedConfig
-    """Adjusted as for training (`adjust_config`)."""
-    task: Task
-    targets: Targets
-    rows: NewRows = NO_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,42 +47,6 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Road:
-    """How a run computes, which its settings decide, and its devices and strategy."""
-
-    recompute: bool
-    """Activations are recomputed in backward."""
-    packed: bool
-    """Micro-batches are packed, if the model can take them."""
-    loss_rows: int | None
-    """Tokens whose logits exist at once, see `EndsInLosses.rows`."""
-    sharing: int = 1
-    """Ranks that share each row."""
-    by_module: bool = False
-    """Weights are gathered module by module, see `BY_MODULE`."""
-
-
-@dataclass(frozen=True, slots=True)
-class LastPart:
-    """A `Division` of one process: the part with the most supervised tokens, and others that answer with its own."""
-
-    ranks: int
-
-    @property
-    def place(self) -> int:
-        """The last one."""
-        return self.ranks - 1
-
-    def exchange(self, parts: Tensor) -> Tensor:
-        """What is sent, laid end to end, and as much again that is received; in backward too."""
-        return parts.contiguous() * 1
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """As large as the sum over ranks."""
-        return tensor.clone()
-
-
-@dataclass(frozen=True, slots=True)
 class TracedStep:
     """What the trace of a step found."""
 
@@ -117,104 +57,60 @@ class TracedStep:
     parameters: Parameters
 
 
-def trace_step(subject: Subject, layers: int, rows: Rows, road: Road) -> TracedStep:
+def trace_step(models: Models, layers: int, rows: Rows, road: Road) -> TracedStep:
     """Follow one step of a model of `layers` layers.
 
     Args:
-        subject: what is planned.
+        models: of what is planned.
         layers: of the model, instead of its own number.
         rows: a micro-batch of the step.
         road: how the run computes.
     """
+    opened, subject = models.opened(layers, road), models.subject
     task = subject.task
-    model, live, reference = opened(subject, layers, road)
-    layout = _layout(model, subject.model_config, task, road) if road.packed else PADDED
-    if road.recompute:
-        enable_gradient_checkpointing(model)
 
     def losses(live_model: nn.Module, batch: Batch) -> Tensor:
-        return task.losses(task.forward(live_model, batch, reference), batch, subject.targets)
+        return task.losses(task.forward(live_model, batch, opened.reference), batch, subject.targets)
 
-    peaks = _step(live, subject, model, layers, losses, batch_of(subject, rows, layout), later=rows.later)
-    return TracedStep(peaks, live.flops, count(model))
+    peaks = _step(opened, subject, layers, losses, batch_of(subject, rows, opened.layout), later=rows.later)
+    return TracedStep(peaks, opened.live.flops, count(opened.model))
 
 
-def trace_evaluation(subject: Subject, layers: int, rows: Rows, road: Road) -> Bytes:
+def trace_evaluation(models: Models, layers: int, rows: Rows, road: Road) -> Bytes:
     """The peak of an evaluation batch, which is padded unless ranks share its rows."""
-    model, live, reference = opened(subject, layers, road)
+    opened, subject = models.opened(layers, road), models.subject
     task = subject.task
-    layout = PADDED if road.sharing == 1 else _layout(model, subject.model_config, task, road)
-    batch = batch_of(subject, rows, layout)
+    batch = batch_of(subject, rows, PADDED if road.sharing == 1 else opened.layout)
 
     def work() -> Tensor:
-        outputs = task.forward(model, batch, reference)
+        outputs = task.forward(opened.model, batch, opened.reference)
         return task.losses(outputs, batch, subject.targets)
 
     with torch.no_grad(), autocast(subject.config.model, CPU)():
-        return _peak(live, model, work)
+        return _peak(opened, work)
 
 
-def trace_generation(subject: Subject, layers: int, rows: int, tokens: int) -> Bytes:
+def trace_generation(models: Models, layers: int, rows: int, tokens: int) -> Bytes:
     """The peak of generating. All tokens at once instead of one after another: the cache is as large at the end, and
     one layer's is copied when it grows."""
-    model, live, _ = opened(subject, layers, None)
+    opened = models.opened(layers)
     ids = torch.ones(rows, tokens, dtype=torch.int64)
 
     def work() -> Any:
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+        output = opened.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         return cache, [torch.cat([layer.keys, layer.values]) for layer in cache.layers[:1]]
 
-    with torch.no_grad(), autocast(subject.config.model, CPU)():
-        return _peak(live, model, work)
-
-
-def opened(subject: Subject, layers: int, road: Road | None) -> tuple[Any, LiveBytes, Reference | None]:
-    """The model, what is followed of it, and the untrained one that the loss compares with, if it does.
-    `road`: None where no loss is computed."""
-    config, task = subject.config, subject.task
-
-    def hollow(model: ModelConfig, adapter: AdapterConfig | None) -> Any:
-        made = hollow_model(model, adapter, subject.source, of_layers(subject.model_config, layers), task.auto_class,
-                            task=config.task, new_head=task.new_head, rows=subject.rows)
-        if task.next_token and road is not None:
-            end_in_losses(made)
-            take_road(made, road.loss_rows)
-        if not model.compile:
-            make_lean(made, by_module=road is not None and road.by_module)
-        return made
-
-    model = hollow(config.model, config.adapter)
-    live = LiveBytes()
-    _hold_model(live, model, adapted=config.adapter is not None)
-    if not task.needs_reference or road is None:
-        return model, live, None
-    if config.adapter is not None:
-        return model, live, reference_of(model)
-    frozen = hollow(config.model.model_copy(update={"pure_bf16": True}), None)  # as `frozen_copy`, in model.dtype
-    live.hold(frozen.requires_grad_(False).parameters(), "weights")
-    return model, live, reference_of(frozen.eval())
-
-
-def _layout(model: Any, model_config: PreTrainedConfig, task: Task, road: Road) -> Layout:
-    first = first_position(model_config)
-    kind = use_packing(model, pooled=task.pooled, first_position=first)
-    return PADDED if kind is None else Layout(kind, first, LastPart(road.sharing) if road.sharing > 1 else None)
-
-
-def _hold_model(live: LiveBytes, model: nn.Module, *, adapted: bool) -> None:
-    for parameter in model.parameters():
-        live.hold([parameter], "adapters" if adapted and parameter.requires_grad else "weights")
-    live.hold(model.buffers(), "weights")
-    for module in model.modules():
-        live.hold((tensor for _, _, tensor in quantised_tensors(module)), "weights")
+    with torch.no_grad(), autocast(models.subject.config.model, CPU)():
+        return _peak(opened, work)
 
 
 def _step(
-    live: LiveBytes, subject: Subject, model: nn.Module, layers: int, losses: Any, batch: Batch, *, later: bool
+    opened: Opened, subject: Subject, layers: int, losses: Any, batch: Batch, *, later: bool
 ) -> dict[str, Bytes]:
     """Peaks within a step that is not the first one: the optimizer has its state, and an earlier micro-batch of the
     same step has left its gradients, if there is one."""
+    model, live = opened.model, opened.live
     strategy, config = Single(ALONE), subject.config
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(model.train(), config.train)
@@ -245,6 +141,8 @@ def _step(
                    max_grad_norm=config.train.max_grad_norm, inspect=inspect)
     for handle in handles:
         handle.remove()
+    for parameter in trainable:
+        parameter.grad = None
     return {label: peak.by_cause() for label, peak in live.peaks.items()}
 
 
@@ -277,8 +175,9 @@ def _mark_layers(live: LiveBytes, model: nn.Module, count: int) -> list[Any]:
         layer.register_forward_pre_hook(partial(enter, index)), layer.register_forward_hook(partial(leave, index)))]
 
 
-def _peak(live: LiveBytes, model: nn.Module, work: Any) -> Bytes:
-    model.eval()
+def _peak(opened: Opened, work: Any) -> Bytes:
+    opened.model.eval()
+    live = opened.live
     live.cause = "activations"
     with live:
         held = work()  # alive until the peak is read

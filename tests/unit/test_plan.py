@@ -22,7 +22,8 @@ from peftune.plan.divide import Division
 from peftune.plan.footprint import Tracer
 from peftune.plan.layers import traced_layers
 from peftune.plan.live import LiveBytes
-from peftune.plan.trace import Road, Rows, Subject, trace_step
+from peftune.plan.models import Models, Road, Subject
+from peftune.plan.trace import Rows, trace_step
 from peftune.plan.work import Candidate, Work, lengths_without_data
 from peftune.tasks import TASKS
 from tests.conftest import ROOT, summary
@@ -97,7 +98,7 @@ def test_a_model_of_many_layers_lies_on_the_line_through_two_small_ones(family, 
     counts = traced_layers(subject.model_config)
     rows = Rows((200, 90), (200, 20) if task != "sequence_classification" else (1, 1), later=True)
     road = Road(recompute, packed=False, loss_rows=50)
-    whole = trace_step(subject, layers, rows, road)
+    whole = trace_step(Models(subject), layers, rows, road)
     line = Tracer(subject).line(Work((Candidate(rows, 400),), None, None), road)
     assert max(counts) < layers
     assert max(sum(part.values()) for part in line.step.values()) == max(
@@ -112,7 +113,7 @@ def test_a_model_of_many_layers_lies_on_the_line_through_two_small_ones(family, 
 def test_an_adapter_of_single_layers_is_traced_on_all_of_them(chosen):
     subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=6), adapter={"r": 2, **chosen})
     rows, road = Rows((200, 90), (200, 20), later=True), Road(False, packed=False, loss_rows=50)
-    whole = trace_step(subject, 6, rows, road)
+    whole = trace_step(Models(subject), 6, rows, road)
     line = Tracer(subject).line(Work((Candidate(rows, 400),), None, None), road)
     assert max(sum(part.values()) for part in line.step.values()) == max(
         sum(part.values()) for part in whole.peaks.values())
