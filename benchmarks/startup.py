@@ -1,4 +1,4 @@
-"""How long a person waits: for help, for the answer to a config fault, for the first training step.
+"""How long a person waits: for help, for the answer to a config fault, for a plan, for the first training step.
 
     python benchmarks/startup.py [--runs 10] [--to benchmarks/results/<device>/startup.json]
 
@@ -37,6 +37,10 @@ def main() -> None:
         results = {
             "help_s": spread(lambda: wall_s("-m", "peftune.cli", "--help"), arguments.runs),
             "check_config_fault_s": spread(lambda: wall_s("-m", "peftune.cli", "check", str(faulty)), arguments.runs),
+            "imports_of_plan_s": spread(lambda: wall_s("-c", "import peftune.plan.planning"), arguments.runs),
+            "plan_of_8b_that_fits_s": spread(plan_s, arguments.runs),
+            "plan_of_70b_that_does_not_s": spread(lambda: plan_s(
+                "model.name_or_path=benchmarks/models/llama-3.1-70b.json", "--devices", "8"), arguments.runs),
             "first_step_of_quickstart_s": spread(lambda: first_step_s(Path(folder)), max(3, arguments.runs // 3)),
         }
     outcome = {**environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "results": results}
@@ -59,6 +63,11 @@ def wall_s(*words: str) -> float:
     started = time.perf_counter()
     subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=False)
     return time.perf_counter() - started
+
+
+def plan_s(*words: str) -> float:
+    """Seconds that `peftune plan` takes for LoRA on GPUs of 80 GB, from a model's shape alone."""
+    return wall_s("-m", "peftune.cli", "plan", "benchmarks/models/plan.yaml", "--device", "h100-80gb", *words)
 
 
 def first_step_s(folder: Path) -> float:

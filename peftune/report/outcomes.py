@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from seqeval.metrics.sequence_labeling import get_entities
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from peftune.numerics import squad
 from peftune.report.run_folder import Finished
@@ -106,6 +104,8 @@ def _loss(record: Record) -> float:
 def _class_details(
     run: Finished, records: Sequence[Record], metrics: Mapping[str, Any]
 ) -> tuple[Matrix | None, list[Table]]:
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # most of a second, as for tasks
+
     problem, names = run.targets.problem, list(run.targets.names)
     if problem == "regression":
         return None, []
@@ -137,6 +137,8 @@ def _class_table(names: Sequence[str], scores: Sequence[Iterable[float]]) -> Tab
 def _entity_details(
     run: Finished, records: Sequence[Record], metrics: Mapping[str, Any]
 ) -> tuple[Matrix | None, list[Table]]:
+    from seqeval.metrics.sequence_labeling import get_entities  # with scikit-learn
+
     wanted = Counter(kind for record in records for kind, *_ in get_entities(record["reference"]))
     found = Counter(kind for record in records for kind, *_ in get_entities(record["prediction"]))
     kinds = sorted((name.removeprefix("f1/") for name in metrics if name.startswith("f1/")),
@@ -177,6 +179,8 @@ def _said(label: Any) -> str:
 
 
 def _entity_parts(record: Record) -> list[tuple[str, str]]:
+    from seqeval.metrics.sequence_labeling import get_entities
+
     def entities(tags: Sequence[str]) -> str:
         return "; ".join(f"{' '.join(record['tokens'][first:last + 1])} ({kind})"
                          for kind, first, last in get_entities(list(tags))) or "none"

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from peftune.model.load import load_weights
 from peftune.model.precision import enable_gradient_checkpointing
 from peftune.model.quantize import dequantise, dequantised_weight, quantization_of
 from peftune.model.save import load_trained
-from tests.conftest import metric_rows, summary, write_config
+from tests.conftest import ROOT, metric_rows, summary, write_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
 
@@ -29,6 +31,24 @@ TOLERANCE = 1e-5
 """Relative, of each step's loss from the run on the dequantised weights: both multiply the same float32 values, and
 may sum them in another order; AdamW carries that on."""
 CPU = torch.device("cpu")
+
+
+def test_imports_leave_torchs_compiler_alone_and_it_works_afterwards():
+    code = """
+import os, sys
+import peftune.build
+assert "bitsandbytes" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert "TORCHDYNAMO_DISABLE" not in os.environ
+import torch
+compiled = []
+def backend(graph, inputs):
+    compiled.append(graph)
+    return graph.forward
+assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)).tolist() == [2, 2]
+assert compiled
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def loaded(path, kind, auto_class=AutoModelForCausalLM, dtype=torch.float32, new_head=False):
