@@ -99,7 +99,7 @@ def _gives(func: Any) -> Literal["new", "changed", "views"]:
         tensors = all(str(given.type) in ("Tensor", "List[Tensor]") for given in schema.returns)
         return "new" if tensors and not any(shared) else "views"
     in_place = schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
-    return "changed" if in_place and len(shared) <= 1 else "views"
+    return "changed" if in_place and len(shared) <= 1 and all(shared) else "views"
 
 
 @functools.lru_cache(REMEMBERED, typed=True)
