@@ -11,7 +11,7 @@ from peftune.config.schema import TrainConfig
 from peftune.tasks import TASKS
 from tests.conftest import ROOT, free_port, metric_rows, summary, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROUNDED = {"loss", "perplexity", "margin", "chosen_reward", "rejected_reward"}
 """Metrics that are sums of floats; all others count."""

@@ -21,7 +21,7 @@ from peftune.parallel.names import STRATEGIES
 from tests.conftest import ROOT, metric_rows, summary
 from tests.distributed.conftest import CHAIN, NEEDS_BITSANDBYTES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
 

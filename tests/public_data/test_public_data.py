@@ -52,7 +52,7 @@ def test_a_small_decoder_falls_well_below_the_unigram_entropy_of_the_completions
         "model": {"name_or_path": model, "dtype": "float32"},
         "data": {"train": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl"),
                  "max_length": 256},
-        "train": {"num_epochs": 3, "batch_size": 16, "learning_rate": 2e-3}, "evaluation": {"max_new_tokens": 0},
+        "train": {"num_epochs": 1.5, "batch_size": 16, "learning_rate": 3e-3}, "evaluation": {"max_new_tokens": 0},
         "log": {"trackers": []},
     }, tmp_path)
     done = launch(config, timeout=900)
