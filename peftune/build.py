@@ -178,6 +178,7 @@ def _run(
 ) -> tuple[Run, TrainState]:
     task, targets = text.encoder.task, data.targets
     world.progress.at("loading the model")
+    task.import_scoring()
     with display.phase("model") as notes:
         memory = world.on_main(lambda: memory_of_run(config, text, data, strategy, division.ranks if division else 1))
         model, loaded = model_for_training(config, text, data, strategy, display.progress)

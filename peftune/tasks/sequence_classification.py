@@ -220,4 +220,5 @@ SEQUENCE_CLASSIFICATION = Task(
     majority=majority,
     pooled=True,
     surveyed_as="classification",
+    scored_by=("sklearn.metrics",),
 )

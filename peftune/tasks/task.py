@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ class Task:
     """A row without a target is scored too: it cannot be learned from, but its prediction counts."""
     surveyed_as: Literal["classification", "ner", "squad", "preference", "generation"]
     """How `data/survey.py` looks at its rows."""
+    scored_by: tuple[str, ...] = ()
+    """Modules of libraries that `metrics` imports where it needs them: not every command scores."""
+
+    def import_scoring(self) -> None:
+        """Import what scores, before a run plans what memory is left for its steps."""
+        for name in self.scored_by:
+            importlib.import_module(name)
 
 
 @dataclass(frozen=True, slots=True)

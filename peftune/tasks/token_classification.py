@@ -236,4 +236,5 @@ TOKEN_CLASSIFICATION = Task(
     majority=majority,
     scores_every_row=True,
     surveyed_as="ner",
+    scored_by=("seqeval.metrics",),
 )

@@ -1,5 +1,8 @@
 """Labels to targets, logits to records, records to metrics."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -14,10 +17,39 @@ from peftune.errors import DataError
 from peftune.tasks.causal_lm import metrics as text_metrics
 from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
 from peftune.tasks.task import TextEncoder, better, with_intervals
+from tests.conftest import ROOT
 
 
 def rows(labels):
     return [Row({"text": "a", "text_pair": None, "label": label}, "f", n, str(n)) for n, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(("task", "targets", "record"), [
+    ("sequence_classification.SEQUENCE_CLASSIFICATION", Targets("single_label", ("a", "b"), "class"),
+     {"prediction": "a", "reference": "b"}),
+    ("sequence_classification.SEQUENCE_CLASSIFICATION", Targets("regression", (), "class"),
+     {"prediction": 0.5, "reference": 1.0}),
+    ("token_classification.TOKEN_CLASSIFICATION", Targets("bio", ("O", "B-x", "I-x")),
+     {"prediction": ["B-x"], "reference": ["O"]}),
+], ids=["classes", "numbers", "entities"])
+def test_scoring_loads_no_library_after_a_run_has_planned_its_memory(task, targets, record):
+    module, name = task.split(".")
+    records = [{**record, "loss_sum": 1.0, "num_targets": 1}] * 3
+    code = f"""
+import sys
+from peftune.data.targets import Targets
+from peftune.tasks.{module} import {name} as task
+def libraries():
+    return {{name.partition(".")[0] for name in sys.modules}}
+assert not {{"sklearn", "seqeval"}} & libraries(), "commands that do not score wait for them"
+task.import_scoring()
+before = libraries()
+task.metrics({records!r}, {targets!r}, True)
+print(sorted(libraries() - before))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(("labels", "problem", "names"), [
