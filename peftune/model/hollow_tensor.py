@@ -62,12 +62,12 @@ class HollowTensor(Tensor):
         """What the operator gives.
 
         Raises:
-            RuntimeError, NotImplementedError: that depends on values.
+            RuntimeError: that depends on values.
         """
         named = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return ASKED_OF_NO_VALUE
-        if (gives := _gives(func)) != "views":
+        if (gives := _gives(func)) != "other":
             forms = _forms_given(func, tuple(named), *map(_form, args), *map(_form, named.values()))
             if gives == "changed":
                 return args[0] if func._schema.returns else None
@@ -91,15 +91,15 @@ class Form(NamedTuple):
 
 
 @functools.cache
-def _gives(func: Any) -> Literal["new", "changed", "views"]:
+def _gives(func: Any) -> Literal["new", "changed", "other"]:
     """By its own word: only tensors that share no memory with its arguments, its first argument with other values (or,
     if that is a list, nothing), or anything else."""
     schema, shared = func._schema, [given.alias_info for given in func._schema.returns]
     if not schema.is_mutable:
         tensors = all(str(given.type) in ("Tensor", "List[Tensor]") for given in schema.returns)
-        return "new" if tensors and not any(shared) else "views"
+        return "new" if tensors and not any(shared) else "other"
     in_place = schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
-    return "changed" if in_place and len(shared) <= 1 and all(shared) else "views"
+    return "changed" if in_place and len(shared) <= 1 and all(shared) else "other"
 
 
 @functools.lru_cache(REMEMBERED, typed=True)

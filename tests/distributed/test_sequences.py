@@ -12,7 +12,7 @@ from benchmarks.parity import LAYOUTS, TOLERANCES, Bench, Cell
 from tests.conftest import free_port, metric_rows, summary
 from tests.distributed.exchanging import RANKS, attend_and_compare
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PADDED = "padded, one micro-batch"
 assert PADDED in LAYOUTS
