@@ -52,3 +52,10 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     which transformers would compute gradients down to them through every frozen layer."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
+
+
+def disable_gradient_checkpointing(model: nn.Module) -> None:
+    """Keep each layer's activations again, if they were recomputed."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False

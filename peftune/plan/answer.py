@@ -18,7 +18,7 @@ from peftune.model.vocabulary import NO_ROWS, NewRows
 from peftune.plan.choose import SHARE, UNTRACEABLE, MemoryChoice, choose_memory, subject_of
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division
-from peftune.plan.footprint import Footprint, Tracer
+from peftune.plan.footprint import CAUSES, Footprint, Tracer
 from peftune.plan.models import Subject
 from peftune.plan.work import Lengths, lengths_of, lengths_without_data
 from peftune.tasks import TASKS
@@ -254,4 +254,4 @@ def as_json(found: Answer, ways: list[Mend], note: str) -> dict[str, Any]:
 
 
 def _rounded(causes: Mapping[str, float]) -> dict[str, int]:
-    return {cause: round(size) for cause, size in causes.items() if size >= 1}
+    return {cause: round(causes[cause]) for cause in CAUSES if causes.get(cause, 0.0) >= 1}

@@ -120,17 +120,11 @@ def choose_memory(
     def size_of(tokens: int, *, recompute: bool) -> int:
         return step_bytes(measure(tokens, recompute=recompute))
 
-    too_large = tracer.states_bytes(division) > room_bytes
-    if not too_large and size_of(top, recompute=roads[0]) <= room_bytes:
-        return MemoryChoice(top, roads[0], measure(top, recompute=roads[0]))
-    if too_large or size_of(low, recompute=roads[-1]) > room_bytes:
-        return MemoryChoice(low, roads[-1], measure(low, recompute=roads[-1]))
-    for recompute in roads:
+    for recompute in roads if tracer.states_bytes(division) <= room_bytes else ():
         tokens = largest_that_fits(functools.partial(size_of, recompute=recompute), low, top, room_bytes)
         if tokens is not None:
-            break
-    assert tokens is not None, "the least of all fits"
-    return MemoryChoice(tokens, recompute, measure(tokens, recompute=recompute))
+            return MemoryChoice(tokens, recompute, measure(tokens, recompute=recompute))
+    return MemoryChoice(low, roads[-1], measure(low, recompute=roads[-1]))
 
 
 def footprint_at(

@@ -16,7 +16,7 @@ from peftune.model.lean import make_lean
 from peftune.model.load import first_position
 from peftune.model.next_token import end_in_losses, take_road
 from peftune.model.packing import use_packing
-from peftune.model.precision import enable_gradient_checkpointing
+from peftune.model.precision import disable_gradient_checkpointing, enable_gradient_checkpointing
 from peftune.model.quantize import quantised_tensors
 from peftune.model.reference import Reference, reference_of
 from peftune.model.vocabulary import NO_ROWS, NewRows
@@ -88,8 +88,8 @@ class Opened:
 
 
 class Models:
-    """The models of a subject, by number of layers and road. To build one takes a third as long as to trace a step, so
-    that each is kept for the next trace; a trace leaves no gradients and no hooks behind."""
+    """The models of a subject, by number of layers and road. To build one takes as long as to trace a step, so that
+    each is kept for the next trace; a trace leaves no gradients and no hooks behind."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -97,7 +97,7 @@ class Models:
 
     def opened(self, layers: int, road: Road | None = None) -> Opened:
         """A model of `layers` layers instead of its own number; without a `road` it computes no loss."""
-        kind = layers, road and replace(road, loss_rows=None)
+        kind = layers, road and replace(road, loss_rows=None, recompute=False)
         if kind not in self._made:
             self._made[kind] = self._prepared(layers, road)
         model, layout, frozen = self._made[kind]
@@ -107,6 +107,10 @@ class Models:
             live.hold(frozen.parameters(), "weights")
         if road is None:
             return Opened(model, layout, None, live)
+        if road.recompute:
+            enable_gradient_checkpointing(model)
+        else:
+            disable_gradient_checkpointing(model)
         if subject.task.next_token:
             take_road(model, road.loss_rows)
         reference = reference_of(model if frozen is None else frozen) if subject.task.needs_reference else None
@@ -118,8 +122,6 @@ class Models:
         if road is None:
             return model, PADDED, None
         layout = _layout(model, self.subject, road) if road.packed else PADDED
-        if road.recompute:
-            enable_gradient_checkpointing(model)
         if not self.subject.task.needs_reference or config.adapter is not None:
             return model, layout, None
         in_its_type = config.model.model_copy(update={"pure_bf16": True})  # as `frozen_copy`, in model.dtype

@@ -19,7 +19,7 @@ from peftune.plan.answer import WITHOUT_DATA
 from peftune.plan.choose import LIMIT, choose_memory, footprint_at, largest_that_fits, step_bytes
 from peftune.plan.devices import GPUS, Device
 from peftune.plan.divide import Division
-from peftune.plan.footprint import Tracer
+from peftune.plan.footprint import CAUSES, Tracer
 from peftune.plan.layers import traced_layers
 from peftune.plan.live import LiveBytes
 from peftune.plan.models import Models, Road, Subject
@@ -208,6 +208,7 @@ def test_a_plan_that_does_not_fit_exits_3_and_names_what_does(big, capsys):
                  "model.gradient_checkpointing=false"]) == 3
     plan = json.loads(capsys.readouterr().out)
     assert {"fits", "peak_bytes", "peak_instant", "by_cause", "parameters"} <= plan.keys()
+    assert list(plan["by_cause"]) == [cause for cause in CAUSES if cause in plan["by_cause"]]
     assert not plan["fits"] and plan["peak_bytes"] == pytest.approx(sum(plan["by_cause"].values()), abs=20)
     assert plan["by_cause"]["weights"] == pytest.approx(2 * 8_030_261_248, rel=1e-4)
     assert plan["mends"] and all(way["peak_bytes"] < 23.5 * 2**30 for way in plan["mends"])
