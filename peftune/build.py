@@ -180,7 +180,7 @@ def _run(
     world.progress.at("loading the model")
     task.import_scoring()
     with display.phase("model") as notes:
-        memory = world.on_main(lambda: memory_of_run(config, text, data, strategy, division.ranks if division else 1))
+        memory = memory_of_run(config, text, data, strategy, division.ranks if division else 1)
         model, loaded = model_for_training(config, text, data, strategy, display.progress)
         counts = count(model)
         if memory.gradient_checkpointing:
@@ -197,7 +197,7 @@ def _run(
         roads = road_notes(config.model, model, text.config, world=world, divided=strategy.lockstep
                            ) if task.next_token else []
         reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
-        notes += weight_notes(loaded, counts) + roads
+        notes += weight_notes(loaded, counts, config.model.dtype) + roads
         notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
                      + (", activations recomputed" if memory.gradient_checkpointing else ""))
         notes.append(memory_note(memory))

@@ -116,9 +116,9 @@ class ExportError(PeftuneError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is used up. By name and text: torch is not imported here."""
-    words = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed")
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or any(said in str(error) for said in words))
+            or any(said in str(error).lower() for said in words))
 
 
 def in_a_line(error: BaseException) -> str:

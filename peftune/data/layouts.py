@@ -208,4 +208,7 @@ def _example_targets(examples: Sequence[Example], kind: TargetKind, width: int) 
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":  # from other memory, the copy would wait for all that the GPU is still to do
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -13,7 +13,6 @@ from peftune.config.schema import ModelConfig
 from peftune.data.batches import evaluation_batches
 from peftune.data.examples import Batch
 from peftune.data.store import Split
-from peftune.errors import in_a_line
 from peftune.loop.evaluate import BUDGET_TOKENS
 from peftune.loop.known_states import StateFile
 from peftune.loop.run import Run
@@ -21,7 +20,7 @@ from peftune.model.frozen_layers import FrozenLayers, frozen_beginning
 from peftune.model.outputs import logits_of
 from peftune.model.packing import RELATIVE_TOLERANCE
 from peftune.model.precision import DTYPES
-from peftune.model.proof import UNPROVEN
+from peftune.model.proof import UNPROVEN, why_unproven
 
 PROVEN_EXAMPLES = 4
 LEAST_EPOCHS = 2
@@ -82,7 +81,7 @@ def _filled(run: Run, layers: FrozenLayers, splits: Sequence[Split], tolerance: 
             return "they give more than hidden states, or weights that train come before them"
         why = _fault(run, layers, few, sample_TD, tolerance) or _lack(run, splits, sample_TD)
     except UNPROVEN as error:
-        return in_a_line(error)
+        return why_unproven(error)
     if why is not None:
         return why
     files = [(split, StateFile(run.folder, split.lengths, sample_TD)) for split in splits]

@@ -155,7 +155,8 @@ class Saver:
         if self._asynchronous != "auto":
             return self._asynchronous
         size = sum(piece.values.numel() * piece.values.element_size() for piece in pieces)
-        small, tight = size < BACKGROUND_BYTES, 2 * size > psutil.virtual_memory().available
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of them copies as much
+        small, tight = size < BACKGROUND_BYTES, 2 * size * here > psutil.virtual_memory().available
         return self._strategy.world.any(not small) and not self._strategy.world.any(tight)
 
     def _publish(self, folder: Path, state: TrainState, random_states: Sequence[dict[str, Tensor]]) -> None:

@@ -15,8 +15,8 @@ from peftune.parallel.strategy import Strategy
 
 STEPS = 2
 """LoRA's B starts at zero, so A has a zero gradient in the first step: the second decides."""
-
-
+SUMMED_AT_ONCE = 2**22
+"""Values of a checksum: torch widens them to eight bytes each before it adds them."""
 LOOKED_AT = 100
 """Examples whose targets are looked at before training."""
 
@@ -138,7 +138,7 @@ def _checksum(tensor: Tensor) -> int:
     data = tensor.detach().contiguous()
     whole = data.view(torch.int32 if data.element_size() == 4 else torch.int16 if data.element_size() == 2 else
                       torch.uint8)
-    return int(whole.sum(dtype=torch.int64))
+    return sum(int(part.sum(dtype=torch.int64)) for part in whole.flatten().split(SUMMED_AT_ONCE))
 
 
 def _failed(message: str, names: list[str], mend: str) -> SelfCheckError:

@@ -19,7 +19,7 @@ from peftune.model.beneath import put_beneath
 from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath, reading_adapter
 from peftune.model.load import Loaded, load_weights
 from peftune.model.loftq import start_from_rounding, whole_weights
-from peftune.model.precision import keep_trainable_in_float32, weight_dtype
+from peftune.model.precision import emulates_bfloat16, keep_trainable_in_float32, weight_dtype
 from peftune.model.quantize import stored_kind, values_in
 from peftune.model.save import CPU, published_weights
 from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
@@ -132,9 +132,11 @@ def count(model: torch.nn.Module) -> Parameters:
     return Parameters(sum(map(values_in, parameters)), sum(values_in(p) for p in parameters if p.requires_grad))
 
 
-def weight_notes(loaded: Loaded, counts: Parameters) -> list[str]:
-    """What trains, how the rest is kept, and what is new, for a person."""
+def weight_notes(loaded: Loaded, counts: Parameters, dtype: str) -> list[str]:
+    """What trains, how the rest is kept, what is new, and whether `model.dtype` suits the device, for a person."""
     kind = stored_kind(loaded.model.config)
     kept = f", the others are kept in {kind}" if kind != "none" else ""
     notes = [f"{counts.trainable:,} of {counts.total:,} weights train{kept}"]
+    if dtype == "bfloat16" and emulates_bfloat16(loaded.model.device):
+        notes.append("this GPU has no products in bfloat16 and computes them slowly: model.dtype=float32")
     return [*notes, f"new: {', '.join(loaded.new_modules)}"] if loaded.new_modules else notes

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from peftune.errors import in_a_line
 from peftune.model.adapters import base_of
-from peftune.model.proof import UNPROVEN
+from peftune.model.proof import UNPROVEN, why_unproven
 from peftune.numerics.linear_loss import head_cross_entropy
 from peftune.numerics.losses import Predicted, predicted_tokens, sums_by_sequence, token_cross_entropy
 
@@ -142,7 +141,7 @@ def road_fault(
             take_road(model, 0 if whole else PROOF_TOKENS // 2)
             short = next_token_nats(model, inputs, asked)
     except UNPROVEN as error:
-        return in_a_line(error)
+        return why_unproven(error)
     finally:
         take_road(model, None)
         model.train(was_training)

@@ -5,10 +5,12 @@ Shape letters: H heads, T tokens, D head size, N sequences of equal length, L th
 
 from __future__ import annotations
 
+import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby
 from typing import Any, Literal
 
 import torch
@@ -18,11 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peftune.errors import in_a_line
 from peftune.model.adapters import base_of
 from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of
-from peftune.model.proof import random_sequences
+from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
 from peftune.model.short_attention import attend_short, longest_taken
 
 SEGMENTS = "sdpa_segments"
@@ -32,6 +33,8 @@ VARLEN = frozenset({"flash_attention_2", "flash_attention_3"})
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference between packed and separate logits, as a share of the largest logit: room for kernels that sum
 in another order. A wrong position or mask is far beyond it."""
+LOOKED_AT = 64
+"""Places of a sequence whose logits the proof of packing looks at."""
 
 
 def segment_attention(
@@ -228,12 +231,11 @@ def packing_fault(
     model.eval()
     try:
         with autocast():
-            packed, changed = (
-                _by_sequence(logits_of(model, lay_out([start, *rest], True)), lengths, pooled)
-                for start in (first, other))
-            separate = _by_sequence(logits_of(model, lay_out([first, *rest], False)), lengths, pooled, padded=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        return in_a_line(error)
+            packed = _some_logits(model, lay_out([first, *rest], True), lengths, pooled)
+            changed = _some_logits(model, lay_out([other, *rest], True), lengths, pooled)
+            separate = _some_logits(model, lay_out([first, *rest], False), lengths, pooled, padded=True)
+    except UNPROVEN as error:
+        return why_unproven(error)
     finally:
         model.train(was_training)
     if not all(torch.equal(a, b) for a, b in zip(packed[1:], changed[1:], strict=True)):
@@ -245,11 +247,22 @@ def packing_fault(
     return None
 
 
-def _by_sequence(
-    logits: Tensor, lengths: Sequence[int], pooled: bool, *, padded: bool = False
+def _some_logits(
+    model: nn.Module, inputs: Inputs, lengths: Sequence[int], pooled: bool, *, padded: bool = False
 ) -> list[Tensor]:
+    """By sequence: its logits at a few places from the first to the last, where the model can be asked for those alone.
+    All logits of a long row take more memory than a step."""
     if pooled:
-        return list(logits)
-    if padded:
-        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
-    return list(logits[0].split(list(lengths)))
+        return list(logits_of(model, inputs))
+    few = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+    begins = [0] * len(lengths) if padded else [0, *accumulate(lengths[:-1])]
+    places = [[begin + at for at in (_places(length) if few else range(length))]
+              for begin, length in zip(begins, lengths, strict=True)]
+    asked, device = sorted({*chain(*places)}), inputs["input_ids"].device
+    logits = logits_of(model, inputs | ({"logits_to_keep": torch.tensor(asked, device=device)} if few else {}))
+    rows = logits if padded else logits.expand(len(lengths), -1, -1)
+    return [row[[bisect_left(asked, place) for place in own]] for row, own in zip(rows, places, strict=True)]
+
+
+def _places(length: int) -> list[int]:
+    return sorted({at * (length - 1) // (LOOKED_AT - 1) for at in range(LOOKED_AT)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,11 @@ def choose_products(dtype: str, device: torch.device) -> None:
         multiply_in_float32()
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU is older than bfloat16 (before Ampere): torch computes it all the same, and slowly."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(config: ModelConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """A context for every forward pass: products in bfloat16 over float32 trainable weights, or nothing. They are taken
     as `choose_products` says."""
@@ -56,6 +62,6 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 def disable_gradient_checkpointing(model: nn.Module) -> None:
     """Keep each layer's activations again, if they were recomputed."""
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+    recomputing: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in recomputing:
+        module.gradient_checkpointing = False

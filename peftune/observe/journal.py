@@ -12,7 +12,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 
 from peftune.observe.display import Display
-from peftune.observe.meter import peak_memory_bytes
+from peftune.observe.meter import forget_peak, peak_memory_bytes
 
 
 class Progressed(Protocol):
@@ -35,6 +35,7 @@ class Journal:
         self, path: Path, *, device: torch.device, is_main: bool, display: Display, trackers: Sequence[GeneralTracker],
         keep_rows: int,
     ) -> None:
+        forget_peak(device)  # what it took to get here was no part of the run
         self._path, self._device, self._display, self._is_main = path, device, display, is_main
         self._trackers = list(trackers) if is_main else []
         self.rows, self._bytes = _keep_rows(path, keep_rows) if is_main else (0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,9 +89,19 @@ def restore_whole(
     live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state_dict["state"] = {i: states[id(p)] for i, p in enumerate(live) if states.get(id(p))}
     optimizer.load_state_dict(state_dict)
-    for state in optimizer.state.values():
-        if "state1" in state:
-            state["step"] = int(state["step"])  # bitsandbytes counts with a number, torch with a tensor
+    _as_bitsandbytes_keeps_it(optimizer)
+
+
+def _as_bitsandbytes_keeps_it(optimizer: Any) -> None:
+    """What its own loading leaves out: it counts steps with a number, and large states of its paged optimizers lie in
+    memory that CUDA moves."""
+    for parameter, state in optimizer.state.items():
+        if "state1" not in state:
+            continue
+        state["step"] = int(state["step"])
+        for key in ("state1", "state2") if optimizer.is_paged else ():
+            paged = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
+            state[key] = paged.copy_(state[key])
 
 
 STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "importance", "importance_uncertainty", "kept",

@@ -33,7 +33,7 @@ from peftune.errors import EXIT_OUR_FAULT, PeftuneError, Preempted, report_exit_
 from peftune.parallel.posts import Post, Verdict, born, lives, named, standstill, this_machine
 from peftune.parallel.progress import Activity, place_of_main_thread
 from peftune.parallel.stop import Stop
-from peftune.parallel.world import World, close_world, open_world
+from peftune.parallel.world import EXCHANGE_LIMIT, World, close_world, open_world
 
 BEAT_S = 1.0
 """Between two posts of a rank; an eighth of the time-out where that is less."""
@@ -69,7 +69,7 @@ class Watch:
         self._keys = [f"rank-{rank}" for rank in range(world.ranks)]
         self._active_s = time.monotonic()
         self._post()
-        world.barrier()  # each finds the others' first post
+        self._store.wait(self._keys, EXCHANGE_LIMIT)  # for the others' first posts; not in an exchange, which may hang
         for target, name in ((self._tell, "posts"), (self._judge, "watches")):
             threading.Thread(target=target, daemon=True, name=name).start()
 

@@ -49,12 +49,16 @@ class World:
                 dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of a tensor over all processes, on each of them."""
-        if self.ranks > 1:
-            tensor = tensor.clone()
-            with self.progress.exchange():
-                dist.all_reduce(tensor)
-        return tensor
+        """Sum of a tensor over all processes, on each of them and where the tensor lies: NCCL takes only what is on the
+        device, and offloaded weights are not."""
+        if self.ranks == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        with self.progress.exchange():
+            dist.all_reduce(total)
+            if total.is_cuda:  # else whoever reads the sum waits for it, and is not seen to wait for the others
+                torch.cuda.current_stream(total.device).synchronize()
+        return total.to(tensor.device)
 
     def any(self, mine: bool) -> bool:
         """Whether it is so on at least one process."""
@@ -141,14 +145,24 @@ def open_world() -> World:
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise _wrong_world("accelerate launch was asked for several processes and started one plain process")
     use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    if not use_cpu:
+        _suit_changing_shapes()
     _join_after_restart(use_cpu)
     state = PartialState(cpu=use_cpu, timeout=EXCHANGE_LIMIT)
     if state.num_processes != asked:
         raise _wrong_world(f"{asked} processes were asked for, {state.num_processes} run together")
+    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if use_cpu:
-        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_few_products()
     return World(state.process_index, state.num_processes, state.local_process_index, state.device, state.backend)
+
+
+def _suit_changing_shapes() -> None:
+    """Micro-batches seldom have a shape twice: blocks of GPU memory that can grow fit the next one too, and cuDNN's
+    attention, which torch takes first on Hopper, would build a plan for each."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read at the first allocation
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _join_after_restart(use_cpu: bool) -> None:
@@ -170,7 +184,8 @@ def _share_cores(processes: int) -> None:
     """Give each process on this machine its part of the cores.
 
     accelerate and torchrun set one thread a process unless they are told otherwise, which halves the speed of a
-    CPU run on two cores. Any other number is somebody's wish and stays.
+    CPU run on two cores; on GPUs too, the optimizer of offloaded weights computes there. Any other number is somebody's
+    wish and stays.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":

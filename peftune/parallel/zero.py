@@ -195,6 +195,7 @@ class Zero:
         # every rank reads them all, so that all of them or none find one missing
         self.scatter(model, {name: saved_weight(name, self._shape(parameter), read)
                              for name, parameter in trained(model).items()})
+        base = self._engine.optimizer.optimizer
         for name, parameter in trained(model).items():
             share = self._share(parameter)
             for key in STATE_NAMES if share is not None else ():
@@ -203,7 +204,7 @@ class Zero:
                     continue
                 state = self._base_state(share)
                 if tuple(value.shape) != share.shape:
-                    state[key] = value  # the step count
+                    state[key] = step_count(value, share.flat, fused=bool(base.defaults.get("fused")))
                 else:
                     if key not in state:
                         state[key] = torch.zeros_like(share.flat)
@@ -231,6 +232,12 @@ class Zero:
         return Share(optimizer.single_partition_of_fp32_groups[link.param_group_index],
                       link.hp_fragment_address.start, link.hp_fragment_address.numel,
                       link.lp_fragment_address.start, tuple(parameter.shape))
+
+
+def step_count(value: Tensor, flat: Tensor, *, fused: bool) -> Tensor:
+    """A saved count of steps where torch's AdamW looks for it: its fused kernel reads the weights' own device, and does
+    not ask whether the count lies there."""
+    return value.to(flat.device, torch.float32) if fused else value
 
 
 def import_deepspeed(world: World) -> Any:

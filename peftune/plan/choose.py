@@ -23,7 +23,7 @@ from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
-from peftune.plan.devices import Device
+from peftune.plan.devices import GPU_SLACK, Device
 from peftune.plan.divide import Division
 from peftune.plan.footprint import Footprint, Tracer, footprint
 from peftune.plan.models import Road, Subject
@@ -41,7 +41,7 @@ pages of libraries, Python's objects, the plan itself."""
 WIDENED = 32 * 2**20
 """What float32's are more, in bytes, where bfloat16 is multiplied in float32: factors as they are widened."""
 LIMIT = "PEFTUNE_MEMORY_BYTES"
-"""Environment variable: bytes that one process may take in all, for shared machines."""
+"""Environment variable: bytes of host memory that one process may take in all, for shared machines."""
 REFINEMENTS = 6
 AIM = 0.98
 """Share of the room that a micro-batch is to fill: what aims at all of it mostly exceeds it."""
@@ -75,20 +75,27 @@ def subject_of(config: RunConfig, text: Text, targets: Targets) -> Subject:
 def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strategy, sharing: int) -> MemoryChoice:
     """Resolve `tokens_per_micro_batch: auto` and `gradient_checkpointing: auto` before the weights are loaded.
 
-    `sharing`: ranks that share each sequence.
+    All ranks call it: the one with the least memory decides, and the main process plans. `sharing`: ranks that share
+    each sequence.
     """
+    world = strategy.world
+    room = -world.largest(-room_bytes(world.device, config.model.dtype))
+    return world.on_main(lambda: _memory_of_run(config, text, data, strategy, sharing, room))
+
+
+def _memory_of_run(
+    config: RunConfig, text: Text, data: Prepared, strategy: Strategy, sharing: int, room: int
+) -> MemoryChoice:
     lengths, division = lengths_of(config, data), Division(strategy.name, strategy.world.ranks, sharing)
     device = strategy.world.device
     tensors = TENSORS[device.type]
-    held = replace(tensors, slack=MOST_SLACK[allocator()]) if device.type == "cpu" else tensors
+    held = replace(tensors, slack=MOST_SLACK[allocator()] if device.type == "cpu" else GPU_SLACK)
     try:
         tracer = Tracer(subject_of(config, text, data.targets))
-        found = choose_memory(tracer, lengths, room_bytes=room_bytes(device, config.model.dtype), division=division,
-                              device=held)
-        if held is not tensors:
-            found = replace(found, predicted=footprint_at(
-                tracer, lengths, found.micro_batch_tokens, recompute=found.gradient_checkpointing, division=division,
-                device=tensors))
+        found = choose_memory(tracer, lengths, room_bytes=room, division=division, device=held)
+        found = replace(found, predicted=footprint_at(
+            tracer, lengths, found.micro_batch_tokens, recompute=found.gradient_checkpointing, division=division,
+            device=tensors))
     except UNTRACEABLE as error:
         tokens = config.train.tokens_per_micro_batch
         return MemoryChoice(lengths.longest if tokens == "auto" else tokens, wants_recomputing(config) is not False,
@@ -187,9 +194,11 @@ def wants_recomputing(config: RunConfig) -> bool | None:
 
 
 def room_bytes(device: torch.device, dtype: str) -> int:
-    """What this rank's tensors may take: a share of the free memory, or of PEFTUNE_MEMORY_BYTES if that is less."""
+    """What this rank's tensors may take: a share of the free memory; on CPUs of PEFTUNE_MEMORY_BYTES, if that is
+    less."""
     if device.type == "cuda":
-        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
+        return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = psutil.virtual_memory().available // here
     limit = os.environ.get(LIMIT)

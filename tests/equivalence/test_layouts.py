@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -149,13 +150,15 @@ def test_a_model_prepared_for_packing_computes_padded_batches_as_before(family: 
     assert torch.equal(again, losses)
 
 
-def fault_of(model: nn.Module, layout: Layout, *, pooled: bool) -> str | None:
+def fault_of(
+    model: nn.Module, layout: Layout, *, pooled: bool, lengths: Sequence[int] = (8, 16, 2, 2)
+) -> str | None:
     def inputs(sequences: Any, packed: bool) -> dict[str, Any]:
         examples = [Example(ids, [IGNORE] * len(ids), 0, len(ids), {}) for ids in sequences]
         return lay_out(examples, range(len(examples)), layout=layout if packed else PADDED, pad_id=0,
                        kind="class" if pooled else "token", width=0, device=torch.device("cpu")).inputs
 
-    return packing_fault(model, inputs, lengths=(8, 16, 2, 2), vocabulary=61, padding=0, dtype=torch.float32,
+    return packing_fault(model, inputs, lengths=lengths, vocabulary=61, padding=0, dtype=torch.float32,
                          autocast=torch.no_grad, pooled=pooled)
 
 
@@ -187,6 +190,33 @@ def test_a_planted_leak_across_borders_is_found_by_the_proof_and_by_the_losses(
         assert_equal(leaking, losses, "losses")
     monkeypatch.undo()
     packing.register()
+
+
+def test_the_proof_of_long_rows_takes_few_logits_and_finds_a_leak_all_the_same(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows, lengths = a_model("llama", "causal_lm"), [], (200, 400, 2, 2)
+    layout = packed_layout(model, "causal_lm")
+    model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[:-1].numel()))
+    assert fault_of(model, layout, pooled=False, lengths=lengths) is None
+    assert rows and max(rows) <= 4 * 3 * packing.LOOKED_AT
+    monkeypatch.setattr(packing, "segment_attention", over_all)
+    layout = packed_layout(model, "causal_lm")
+    assert fault_of(model, layout, pooled=False, lengths=lengths) == "packed examples read each other"
+    monkeypatch.undo()
+    packing.register()
+
+
+def test_a_lack_of_memory_in_the_proof_is_no_fault_of_the_model() -> None:
+    model = a_model("llama", "causal_lm")
+    layout = packed_layout(model, "causal_lm")
+
+    def lacks(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.lm_head.register_forward_hook(lacks)
+    with pytest.raises(torch.OutOfMemoryError):
+        fault_of(model, layout, pooled=False)
 
 
 def test_transformers_own_packing_leaks_with_a_cache_and_the_proof_says_so() -> None:

@@ -45,6 +45,8 @@ def test_before_there_is_a_model_fewer_rows_are_the_mend(config_of):
 
 @pytest.mark.parametrize("lack", [
     MemoryError("no room"), OSError(12, "Cannot allocate memory"), torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory: you")])
 def test_every_library_s_way_to_say_it_is_known_and_other_errors_pass(lack, config_of):
     assert out_of_memory(lack)

@@ -22,6 +22,7 @@ from peftune.model.load import load_weights
 from peftune.model.precision import enable_gradient_checkpointing
 from peftune.model.quantize import dequantise, dequantised_weight, quantization_of
 from peftune.model.save import load_trained
+from peftune.parallel.replicated import restore_whole, whole_pieces
 from tests.conftest import ROOT, metric_rows, summary, write_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
@@ -350,3 +351,25 @@ def test_weights_in_4_bits_are_counted_one_by_one(decoder):
                              AutoConfig.from_pretrained(decoder), AutoModelForCausalLM, task="causal_lm",
                              new_head=False, seed=0)[0]) for kind in ("none", "nf4", "int8")]
     assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_states_of_a_paged_optimizer_are_restored_into_buffers_of_its_own():
+    """On a CPU its buffers are plain ones; that it is asked for them is what can be seen here."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def trained(**paged):
+        model = torch.nn.Linear(64, 64, bias=False)
+        optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=0.1, **paged)
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    saved = {piece.name: piece.values.view(piece.shape) for piece in whole_pieces(*trained())}
+    model, optimizer = trained(is_paged=True)
+    buffer_of, given = optimizer.get_state_buffer, []
+    optimizer.get_state_buffer = lambda *args, **kwargs: given.append(buffer_of(*args, **kwargs)) or given[-1]
+    restore_whole(model, optimizer, saved.get)
+    state = optimizer.state[model.weight]
+    assert state["state1"] is given[0] and state["state2"] is given[1]
+    assert torch.equal(state["state1"], saved["weight|state1"]) and state["step"] == 1

@@ -6,6 +6,7 @@ import torch
 from peftune.data.examples import Example
 from peftune.data.store import Split, write
 from peftune.errors import SelfCheckError
+from peftune.loop import self_check
 from peftune.loop.self_check import SelfCheck, check_end_of_text
 from peftune.parallel.single import Single
 from peftune.parallel.world import World
@@ -50,6 +51,16 @@ def test_a_frozen_tensor_that_changes_is_found():
     with pytest.raises(SelfCheckError, match="frozen tensors changed"):
         watch(model, torch.optim.SGD(model[1].parameters(), lr=0.1),
               before_step=lambda step: model[0].weight.data.add_(1.0))
+
+
+def test_a_change_in_any_part_of_a_large_frozen_tensor_is_found(monkeypatch):
+    monkeypatch.setattr(self_check, "SUMMED_AT_ONCE", 4)
+    model = model_of(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    for place in range(9):
+        with pytest.raises(SelfCheckError, match="frozen tensors changed"):
+            watch(model, torch.optim.SGD(model[1].parameters(), lr=0.1),
+                  before_step=lambda step, at=place: model[0].weight.data.view(-1)[at].add_(1.0))
 
 
 def test_a_tensor_that_the_optimizer_forgot_is_found():

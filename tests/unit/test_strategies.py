@@ -23,6 +23,7 @@ from peftune.parallel.launcher import choose_launch, presets
 from peftune.parallel.names import ASKED_STRATEGY, STRATEGIES, check_launched
 from peftune.parallel.pieces import Piece, PieceReader, whole, write_pieces
 from peftune.parallel.world import World
+from peftune.parallel.zero import step_count
 
 WRITE_64_MIB = """
 import sys
@@ -72,6 +73,12 @@ def test_a_missing_piece_is_noticed(tmp_path, lost):
 def test_a_rank_that_holds_nothing_writes_no_file(tmp_path):
     write_pieces([], tmp_path / "0.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_restored_step_count_lies_where_the_fused_kernel_reads_it():
+    on_device = torch.empty(2, device="meta")  # another device than the file's
+    assert step_count(torch.tensor(3.0), on_device, fused=True).device == on_device.device
+    assert step_count(torch.tensor(3.0), on_device, fused=False).device.type == "cpu"
 
 
 def test_weights_that_share_one_step_count_are_saved(tmp_path):
