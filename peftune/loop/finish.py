@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftune.data.examples import Example, TargetKind
@@ -23,6 +24,7 @@ from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
+from peftune.model.outputs import places, takes_places
 from peftune.parallel.host_memory import return_free_memory
 from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import Record
@@ -115,6 +117,8 @@ def publish_final(run: Run) -> float:
     examples = [_beginning(split[i], run.data.targets.kind) for i in positions]
     inputs = lay_out(examples, positions, pad_id=run.evaluator.tokenizer.pad_token_id, kind=run.data.targets.kind,
                      width=run.data.targets.width, device=run.strategy.world.device).inputs
+    if takes_places(model):
+        inputs["logits_to_keep"] = torch.tensor(places(inputs["input_ids"].shape[1]), device=run.strategy.world.device)
     check_weights(model, run.strategy)
     weights, logits = run.strategy.gather(model), run.live_logits(model, inputs)
     return run.strategy.world.on_main(lambda: _publish_and_reload(run, model, weights, inputs, logits))

@@ -5,7 +5,6 @@ Shape letters: H heads, T tokens, D head size, N sequences of equal length, L th
 
 from __future__ import annotations
 
-import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from peftune.model.adapters import base_of
 from peftune.model.division import Exchange, attend_whole
-from peftune.model.outputs import logits_of
+from peftune.model.outputs import logits_of, places, takes_places
 from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
 from peftune.model.short_attention import attend_short, longest_taken
 
@@ -33,8 +32,6 @@ VARLEN = frozenset({"flash_attention_2", "flash_attention_3"})
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference between packed and separate logits, as a share of the largest logit: room for kernels that sum
 in another order. A wrong position or mask is far beyond it."""
-LOOKED_AT = 64
-"""Places of a sequence whose logits the proof of packing looks at."""
 
 
 def segment_attention(
@@ -250,19 +247,14 @@ def packing_fault(
 def _some_logits(
     model: nn.Module, inputs: Inputs, lengths: Sequence[int], pooled: bool, *, padded: bool = False
 ) -> list[Tensor]:
-    """By sequence: its logits at a few places from the first to the last, where the model can be asked for those alone.
-    All logits of a long row take more memory than a step."""
+    """By sequence: its logits, at a few places where the model can be asked for those alone."""
     if pooled:
         return list(logits_of(model, inputs))
-    few = "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+    few = takes_places(model)
     begins = [0] * len(lengths) if padded else [0, *accumulate(lengths[:-1])]
-    places = [[begin + at for at in (_places(length) if few else range(length))]
-              for begin, length in zip(begins, lengths, strict=True)]
-    asked, device = sorted({*chain(*places)}), inputs["input_ids"].device
+    looked_at = [[begin + at for at in (places(length) if few else range(length))]
+                 for begin, length in zip(begins, lengths, strict=True)]
+    asked, device = sorted({*chain(*looked_at)}), inputs["input_ids"].device
     logits = logits_of(model, inputs | ({"logits_to_keep": torch.tensor(asked, device=device)} if few else {}))
     rows = logits if padded else logits.expand(len(lengths), -1, -1)
-    return [row[[bisect_left(asked, place) for place in own]] for row, own in zip(rows, places, strict=True)]
-
-
-def _places(length: int) -> list[int]:
-    return sorted({at * (length - 1) // (LOOKED_AT - 1) for at in range(LOOKED_AT)})
+    return [row[[bisect_left(asked, place) for place in own]] for row, own in zip(rows, looked_at, strict=True)]

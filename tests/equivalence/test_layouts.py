@@ -27,6 +27,7 @@ from peftune.data.layouts import PADDED, Layout, lay_out
 from peftune.data.targets import Targets
 from peftune.model import packing
 from peftune.model.next_token import end_in_losses
+from peftune.model.outputs import LOOKED_AT
 from peftune.model.packing import packing_fault, use_packing
 from peftune.model.reference import reference_of
 from peftune.numerics.losses import IGNORE
@@ -199,7 +200,7 @@ def test_the_proof_of_long_rows_takes_few_logits_and_finds_a_leak_all_the_same(
     layout = packed_layout(model, "causal_lm")
     model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[:-1].numel()))
     assert fault_of(model, layout, pooled=False, lengths=lengths) is None
-    assert rows and max(rows) <= 4 * 3 * packing.LOOKED_AT
+    assert rows and max(rows) <= 4 * 3 * LOOKED_AT
     monkeypatch.setattr(packing, "segment_attention", over_all)
     layout = packed_layout(model, "causal_lm")
     assert fault_of(model, layout, pooled=False, lengths=lengths) == "packed examples read each other"
