@@ -24,6 +24,7 @@ from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
+from peftune.loop.layout import choose_layout
 from peftune.loop.road import road_notes
 from peftune.model.adapters import has_adapter
 from peftune.model.load import PROBLEM_TYPES
@@ -94,9 +95,12 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
             end_in_losses(model)
             notes += road_notes(config.model, model, text.config, world=world, divided=False)
     reference = _reference(config, model, task, world) if task.needs_reference else None
+    precision, pad_id = autocast(config.model, world.device), text.tokenizer.pad_token_id
+    layout, _ = choose_layout("padded", config.model, model, model.config, pooled=task.pooled, pad_id=pad_id,
+                              longest=config.data.max_length, autocast=precision, world=world)
     evaluator = Evaluator(
-        task, _targets(text, config.task, Path(folder)), text.tokenizer, world, autocast(config.model, world.device),
-        config.evaluation.max_new_tokens, reference, display.progress)
+        task, _targets(text, config.task, Path(folder)), text.tokenizer, world, precision,
+        config.evaluation.max_new_tokens, reference, display.progress, layout=layout)
     return Trained(config, model, text, evaluator)
 
 

@@ -67,10 +67,12 @@ class BatchPlan:
         return [[int(positions[i]) for i in group] for group in groups]
 
 
-def evaluation_batches(lengths: Sequence[int], *, rank: int, ranks: int, budget_tokens: int) -> list[list[int]]:
+def evaluation_batches(
+    lengths: Sequence[int], *, rank: int, ranks: int, budget_tokens: int, grouping: Grouping = padded_groups
+) -> list[list[int]]:
     """Whole batches of an evaluation dealt to one rank, each example in exactly one batch of one rank.
 
     The batches themselves do not depend on the ranks, so an example meets the same padding, and its
     scores the same rounding, however many processes share the work.
     """
-    return padded_groups(lengths, budget_tokens)[rank::ranks]
+    return grouping(lengths, budget_tokens)[rank::ranks]

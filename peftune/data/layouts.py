@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from peftune.data.examples import Batch, Example, TargetKind
-from peftune.numerics.dealing import Grouping, packed_groups, padded_groups
+from peftune.numerics.dealing import Grouping, equal_groups, packed_groups, padded_groups
 from peftune.numerics.losses import IGNORE
 
 
@@ -49,6 +49,8 @@ class Layout:
     """Position id of a sequence's first token."""
     division: Division | None = None
     """Who shares each row, where one device holds a part of it alone. For segments of token targets."""
+    equal_lengths: bool = False
+    """Padded rows of a micro-batch are equally long, so that there is no padding: the model's results depend on it."""
 
     def hand(self, rank: int, ranks: int) -> tuple[int, int]:
         """Whose examples a rank takes, of how many: its own, or those of the ranks it shares rows with."""
@@ -63,7 +65,7 @@ class Layout:
     @property
     def grouping(self) -> Grouping:
         """How a step's examples are cut into micro-batches."""
-        return padded_groups if self.kind == "padded" else packed_groups
+        return equal_groups if self.equal_lengths else padded_groups if self.kind == "padded" else packed_groups
 
 
 PADDED = Layout()

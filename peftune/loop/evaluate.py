@@ -18,6 +18,7 @@ from peftune.data.targets import Targets
 from peftune.loop.generate import generate_texts
 from peftune.loop.known_states import KnownStates
 from peftune.model.reference import Reference
+from peftune.numerics.dealing import equal_groups, padded_groups
 from peftune.parallel.host_memory import return_free_memory
 from peftune.parallel.stop import Stop, StopAgreed
 from peftune.parallel.world import World
@@ -52,6 +53,11 @@ class Evaluator:
         """Examples of a split as an evaluation lays them out."""
         return lay_out(examples, positions, layout=self.layout, pad_id=self.tokenizer.pad_token_id,
                        kind=self.targets.kind, width=self.targets.width, device=self.world.device)
+
+    def batches(self, split: Readable, *, rank: int, ranks: int) -> list[list[int]]:
+        """Positions of the rows of each batch that one of so many ranks scores."""
+        return evaluation_batches(split.padded_lengths.tolist(), rank=rank, ranks=ranks, budget_tokens=BUDGET_TOKENS,
+                                  grouping=equal_groups if self.layout.equal_lengths else padded_groups)
 
     def agree(self) -> None:
         """Before each batch. Raises StopAgreed on all ranks if one of them has been asked to stop."""
@@ -120,7 +126,7 @@ def _forward_records(
     world, task = evaluator.world, evaluator.task
     hand, hands = evaluator.layout.hand(world.rank, world.ranks)
     division = evaluator.layout.division
-    batches = evaluation_batches(split.padded_lengths.tolist(), rank=hand, ranks=hands, budget_tokens=BUDGET_TOKENS)
+    batches = evaluator.batches(split, rank=hand, ranks=hands)
     batches += [[]] * (world.largest(len(batches)) - len(batches))
     records: list[Record] = []
     for number, positions in enumerate(batches, start=1):

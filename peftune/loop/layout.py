@@ -14,15 +14,19 @@ from peftune.config.schema import ModelConfig
 from peftune.data.examples import Example
 from peftune.data.layouts import PADDED, Division, Layout, lay_out
 from peftune.errors import ConfigError, Fault
-from peftune.model.division import WHOLE, division_fault
+from peftune.model.division import WHOLE, division_fault, longest_row_matters
 from peftune.model.load import first_position
 from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
+from peftune.model.padding import padding_fault
 from peftune.model.precision import DTYPES
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.world import World
 
 TRIED_TOKENS = 1024
-"""Longest sequence of the proof where rows are divided: one device may not hold the longest of the data."""
+"""Longest sequence of the proof of packing where rows are divided: one device may not hold the longest of the data."""
+
+SMALL_VOCABULARY = 128
+"""Of models that read letters by their codes, and name no vocabulary."""
 
 
 def choose_layout(
@@ -47,22 +51,26 @@ def choose_layout(
     Raises:
         ConfigError: packed or divided rows are asked for, and the model cannot do it.
     """
+    vocabulary = model_config.get_text_config().to_dict().get("vocab_size", SMALL_VOCABULARY)
+    proof = _Proof(model, pad_id, vocabulary, DTYPES[config.dtype], autocast, world, longest, pooled)
+    rotating = longest_row_matters(model_config, longest)
     if wanted == "padded":
-        return PADDED, ""
+        return _padded(config, proof, rotating, "")
     first = first_position(model_config)
     kind = None if config.compile else use_packing(model, pooled=pooled, first_position=first)
-    if kind is None or (kind == "varlen" and division is not None):
+    if rotating:
+        why = rotating
+    elif kind is None or (kind == "varlen" and division is not None):
         why = ("model.compile needs rows of equal shape" if config.compile else
                f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end")
     else:
         layout = Layout(kind, first)
         tried = longest if division is None else min(longest, TRIED_TOKENS)
-        proof = _Proof(model, pad_id, model_config.get_text_config().vocab_size, DTYPES[config.dtype], autocast, world,
-                       lengths=(max(2, tried // 2), tried, 2, 2))
-        fault = proof.of_packing(layout, pooled)
+        lengths = max(2, tried // 2), tried, 2, 2
+        fault = proof.of_packing(layout, lengths)
         if fault is None and division is not None:
             layout = replace(layout, division=division)
-            fault = proof.of_division(layout)
+            fault = proof.of_division(layout, lengths)
         if fault is None:
             return layout, ""
         why = fault
@@ -72,7 +80,15 @@ def choose_layout(
     if wanted == "packed":
         raise ConfigError(Fault(kind="config", message=f"data.layout = 'packed': not with this model: {why}",
                                 mend="data.layout=padded, or auto"))
-    return PADDED, f" ({why})"
+    return _padded(config, proof, rotating, f" ({why})")
+
+
+def _padded(config: ModelConfig, proof: _Proof, rotating: str, why: str) -> tuple[Layout, str]:
+    """Rows padded to the longest, if the model is proven to take no notice; else rows of equal length."""
+    fault = rotating or (None if config.compile else proof.of_padding())
+    if fault is None:
+        return PADDED, why
+    return replace(PADDED, equal_lengths=True), f"{why}, rows of equal length alone: {fault}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +101,34 @@ class _Proof:
     dtype: torch.dtype
     autocast: Callable[[], AbstractContextManager[None]]
     world: World
-    lengths: tuple[int, ...]
+    longest: int
+    """Tokens of the longest example."""
+    pooled: bool
 
-    def of_packing(self, layout: Layout, pooled: bool) -> str | None:
+    def of_packing(self, layout: Layout, lengths: Sequence[int]) -> str | None:
         """See `packing_fault`; the main process's word counts."""
         return self.world.same(packing_fault(
-            self.model, lambda ids, packed: self._inputs(ids, layout if packed else PADDED, pooled),
-            lengths=self.lengths, padding=self.pad_id, vocabulary=self.vocabulary, dtype=self.dtype,
-            autocast=self.autocast, pooled=pooled))
+            self.model, lambda ids, packed: self._inputs(ids, layout if packed else PADDED), lengths=lengths,
+            padding=self.pad_id, vocabulary=self.vocabulary, dtype=self.dtype, autocast=self.autocast,
+            pooled=self.pooled))
 
-    def of_division(self, layout: Layout) -> str | None:
+    def of_padding(self) -> str | None:
+        """See `padding_fault`; the main process's word counts."""
+        return self.world.same(padding_fault(
+            self.model, lambda ids: self._inputs(ids, PADDED), longest=self.longest, padding=self.pad_id,
+            vocabulary=self.vocabulary, dtype=self.dtype, autocast=self.autocast, pooled=self.pooled))
+
+    def of_division(self, layout: Layout, lengths: Sequence[int]) -> str | None:
         """See `division_fault`; one rank's fault is everybody's."""
         assert layout.division is not None
         whole = replace(layout, division=None)
         found = division_fault(
-            self.model, lambda ids, divide: self._inputs(ids, layout if divide else whole, False),
-            lengths=self.lengths, place=layout.division.place, vocabulary=self.vocabulary, padding=self.pad_id,
+            self.model, lambda ids, divide: self._inputs(ids, layout if divide else whole),
+            lengths=lengths, place=layout.division.place, vocabulary=self.vocabulary, padding=self.pad_id,
             tolerance=RELATIVE_TOLERANCE[self.dtype], autocast=self.autocast)
         return next((fault for fault in self.world.gather([found]) if fault is not None), None)
 
-    def _inputs(self, sequences: Sequence[Sequence[int]], layout: Layout, pooled: bool) -> dict[str, Any]:
+    def _inputs(self, sequences: Sequence[Sequence[int]], layout: Layout) -> dict[str, Any]:
         examples = [Example(ids, [IGNORE] * len(ids), 0, len(ids), {}) for ids in sequences]
         return lay_out(examples, range(len(examples)), layout=layout, pad_id=self.pad_id,
-                       kind="class" if pooled else "token", width=0, device=self.world.device).inputs
+                       kind="class" if self.pooled else "token", width=0, device=self.world.device).inputs

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from peftune.config.schema import ModelConfig
-from peftune.data.batches import evaluation_batches
 from peftune.data.examples import Batch
 from peftune.data.store import Split
-from peftune.loop.evaluate import BUDGET_TOKENS
 from peftune.loop.known_states import StateFile
 from peftune.loop.run import Run
 from peftune.model.frozen_layers import FrozenLayers, frozen_beginning
@@ -86,7 +84,7 @@ def _filled(run: Run, layers: FrozenLayers, splits: Sequence[Split], tolerance: 
         return why
     files = [(split, StateFile(run.folder, split.lengths, sample_TD)) for split in splits]
     for split, file in files:
-        groups = evaluation_batches(split.padded_lengths.tolist(), rank=0, ranks=1, budget_tokens=BUDGET_TOKENS)
+        groups = run.evaluator.batches(split, rank=0, ranks=1)
         for number, positions in enumerate(groups, start=1):
             hidden_TD = _hidden(run, layers, _batch(run, split, positions))
             assert hidden_TD is not None, "as of the few"

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from peftune.config.schema import ModelConfig
-from peftune.model.next_token import road_fault, take_road
+from peftune.errors import Fault, ModelError
+from peftune.model.next_token import looks_ahead, road_fault, take_road
 from peftune.model.precision import DTYPES, autocast
 from peftune.numerics.linear_loss import chunk_rows
 from peftune.parallel.world import World
@@ -31,11 +32,19 @@ def choose_road(
         world: all ranks must agree.
         divided: ranks may gather the output layer for each call of it, so they call it once.
         autocast: precision of forward passes.
+
+    Raises:
+        ModelError: the model sees the tokens that it is to predict.
     """
     rows = rows_at_once(config, model_config, world.device, divided=divided)
     if rows is None:
         return "model.compile needs shapes that do not depend on the targets"
     vocabulary = model_config.get_text_config().vocab_size
+    if world.same(looks_ahead(model, vocabulary=vocabulary, dtype=DTYPES[config.dtype], device=world.device,
+                              autocast=autocast)):
+        raise ModelError(Fault(
+            kind="model", message=f"{model_config.model_type} predicts each token with those after it in sight, and "
+            "would learn to copy the next one", mend="a decoder; an encoder suits the tasks of classification"))
     why = world.same(road_fault(model, vocabulary=vocabulary, dtype=DTYPES[config.dtype], device=world.device,
                                 autocast=autocast, whole=divided))
     if why is None:

@@ -94,6 +94,23 @@ def refuse_undividable(config: PreTrainedConfig, ranks: int) -> None:
         raise ConfigError(faults)
 
 
+def longest_row_matters(config: PreTrainedConfig, longest: int) -> str:
+    """Why a row's results depend on the longest one beside it, where rows are up to `longest` tokens; or nothing."""
+    values = config.get_text_config().to_dict()
+    kinds = sorted(WHOLE_ROW_ROTATIONS & set(_rotations(values)))
+    limit = min(_originals(values), default=values.get("max_position_embeddings") or longest)
+    if not kinds or longest <= limit:
+        return ""
+    return f"its rotary embeddings ({kinds[0]}) depend on the longest row of a micro-batch beyond {limit:,} tokens"
+
+
+def _originals(value: Any) -> list[int]:
+    if not isinstance(value, dict):
+        return []
+    own = value.get("original_max_position_embeddings")
+    return ([own] if own else []) + [limit for part in value.values() for limit in _originals(part)]
+
+
 def _rotations(value: Any) -> list[str]:
     """The kinds of rotary embeddings that a model's config names, which may do so for each kind of layer."""
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from peftune.model.adapters import base_of
+from peftune.model.outputs import logits_of
 from peftune.model.proof import UNPROVEN, why_unproven
 from peftune.numerics.linear_loss import head_cross_entropy
 from peftune.numerics.losses import Predicted, predicted_tokens, sums_by_sequence, token_cross_entropy
@@ -24,6 +25,8 @@ PROOF_TOKENS = 24
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest difference of a token's loss between the two roads, as a share of the largest one: matrices of other shapes
 are multiplied in another order. Anything that a model does beside its output layer is far beyond it."""
+SEEN = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Largest difference, as a share of the largest logit, that later tokens make where a model cannot see them."""
 NATS = "nats"
 
 
@@ -109,6 +112,29 @@ def road_of(model: nn.Module) -> int | None:
     """The road chosen for a model."""
     rows: int | None = base_of(model).forward.rows
     return rows
+
+
+@torch.no_grad()
+def looks_ahead(
+    model: nn.Module, *, vocabulary: int, dtype: torch.dtype, device: torch.device,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> bool:
+    """Whether logits change with the tokens after them: whoever sees the next token need not predict it.
+
+    Arguments as for `road_fault`. Two rows of random tokens begin alike and go on differently. Logits of most of the
+    equal tokens must differ: where bfloat16 rounds in another order, a router may send single ones to other experts.
+    """
+    ids = torch.randint(vocabulary, (2, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
+    half = PROOF_TOKENS // 2
+    ids[1, :half] = ids[0, :half]
+    was_training = model.training
+    model.eval()
+    with autocast():
+        logits = logits_of(model, {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)})
+    model.train(was_training)
+    first, second = logits[:, -PROOF_TOKENS:][:, :half].float()
+    deviation = (first - second).abs().amax(1).median()
+    return not deviation <= SEEN[dtype] * first.abs().max()
 
 
 @torch.no_grad()

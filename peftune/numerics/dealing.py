@@ -40,6 +40,15 @@ def padded_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]
     return groups
 
 
+def equal_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
+    """Positions 0..n-1 in groups of equal length whose sum fits the budget: rows without any padding. Longest first."""
+    alike: dict[int, list[int]] = {}
+    for position in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        alike.setdefault(lengths[position], []).append(position)
+    return [members[begin : begin + most] for length, members in alike.items()
+            for most in [max(1, budget_tokens // max(1, length))] for begin in range(0, len(members), most)]
+
+
 def packed_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
     """Positions 0..n-1 in groups whose lengths add up to the budget at most; an example over it stands alone.
 
@@ -61,7 +70,7 @@ def packed_groups(lengths: Sequence[int], budget_tokens: int) -> list[list[int]]
 
 
 Grouping = Callable[[Sequence[int], int], list[list[int]]]
-"""Lengths and a token budget -> the positions of each micro-batch: `padded_groups` or `packed_groups`."""
+"""Lengths and a token budget -> the positions of each micro-batch: one of the above."""
 
 
 def rank_groups(

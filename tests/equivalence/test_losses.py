@@ -12,6 +12,7 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -19,13 +20,15 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
+    RobertaConfig,
 )
 
 from peftune.config.schema import ModelConfig
+from peftune.errors import ModelError
 from peftune.loop.road import choose_road
 from peftune.model.adapters import base_of
 from peftune.model.next_token import end_in_losses, next_token_nats, road_fault, road_of, take_road
-from peftune.model.precision import enable_gradient_checkpointing
+from peftune.model.precision import autocast, enable_gradient_checkpointing
 from peftune.numerics.linear_loss import head_cross_entropy
 from peftune.numerics.losses import IGNORE, predicted_tokens, token_cross_entropy
 from peftune.parallel.world import World
@@ -215,3 +218,17 @@ def test_a_model_that_does_more_than_we_know_stays_on_the_plain_road_and_says_so
     assert choose_road(ModelConfig(name_or_path="x", dtype="float32"), model, model.config, divided=False,
                        world=World(0, 1, 0, CPU, None), autocast=contextlib.nullcontext) is None
     assert road_of(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("config", "sees"), [
+    (BertConfig, True), (RobertaConfig, True), (GPT2Config, False), (LlamaConfig, False), (MixtralConfig, False)])
+def test_a_model_that_sees_the_tokens_it_is_to_predict_is_refused(config: Any, sees: bool, dtype: str) -> None:
+    torch.manual_seed(0)
+    wide = {**SIZES, "hidden_size": 128, "num_hidden_layers": 6}
+    model = AutoModelForCausalLM.from_config(config(**wide))
+    end_in_losses(model)
+    settings, world = ModelConfig(name_or_path="x", dtype=dtype), World(0, 1, 0, CPU, None)
+    expected = pytest.raises(ModelError, match="those after it in sight") if sees else contextlib.nullcontext()
+    with expected:
+        choose_road(settings, model, model.config, world=world, divided=False, autocast=autocast(settings, CPU))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.conftest import EVERY_TASK, metric_rows, summary, write_config
 
 ROUNDED = {"loss", "perplexity", "margin", "chosen_reward", "rejected_reward"}
@@ -39,6 +40,26 @@ def test_micro_batches_of_one_of_three_and_of_all_packed_or_padded_train_the_sam
         for name, value in ours.items():
             tolerance = 1e-4 if name in ROUNDED else 0
             assert theirs[name] == pytest.approx(value, rel=tolerance, abs=tolerance / 10), name
+
+
+@pytest.mark.parametrize("kind", ["a prompt in front of a classifier that reads the last token", "longrope"])
+def test_models_whose_rows_depend_on_the_padding_beside_them_train_on_rows_of_equal_length(
+    kind, decoder, request, train, tmp_path, capsys
+):
+    settings = request.getfixturevalue("converse" if kind == "longrope" else "classify")
+    if kind == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
+        turned = tiny.save_decoder(tmp_path / "turned", rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors})
+        settings = {**settings, "model": {**settings["model"], "name_or_path": turned}}
+    else:
+        settings = {**settings, "model": {**settings["model"], "name_or_path": decoder},
+                    "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 4}}
+    one = train(settings, "train.tokens_per_micro_batch=1", name="one")
+    every = train(settings, "train.tokens_per_micro_batch=100000", name="all")
+    assert "rows of equal length alone" in capsys.readouterr().out
+    assert losses(every) == pytest.approx(losses(one), rel=LOSSES_RELATIVE)
+    assert losses(every, "validation") == pytest.approx(losses(one, "validation"), rel=LOSSES_RELATIVE)
 
 
 def test_gradient_checkpointing_trains_the_same(converse, train):

@@ -21,7 +21,7 @@ from peftune.data.splits import held_out, split_key
 from peftune.data.spool import Spool
 from peftune.data.store import Split, write
 from peftune.errors import DataError
-from peftune.numerics.dealing import packed_groups, padded_groups
+from peftune.numerics.dealing import equal_groups, packed_groups, padded_groups
 
 CAUSAL = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 
@@ -220,7 +220,7 @@ plans = st.builds(
 
 
 @settings(max_examples=100, deadline=None)
-@given(plans, st.integers(1, 5), st.integers(1, 500), st.sampled_from([padded_groups, packed_groups]))
+@given(plans, st.integers(1, 5), st.integers(1, 500), st.sampled_from([padded_groups, equal_groups, packed_groups]))
 def test_an_epoch_uses_each_example_once_whatever_the_ranks_the_budget_and_the_layout(plan, ranks, budget, grouping):
     for epoch in range(2):
         seen = []

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from peftune.numerics import scores, squad
-from peftune.numerics.dealing import deal, padded_groups, rank_groups
+from peftune.numerics.dealing import deal, equal_groups, padded_groups, rank_groups
 from peftune.numerics.intervals import interval, resampled_positions, resampled_sums
 from peftune.numerics.losses import (
     IGNORE,
@@ -163,6 +163,15 @@ def test_a_padded_group_fits_the_budget_unless_one_example_alone_does_not(length
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+
+
+@given(lengths, st.integers(1, 400))
+def test_a_group_of_equal_lengths_has_no_padding_and_fits_the_budget(lengths, budget):
+    groups = equal_groups(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len({lengths[i] for i in group}) == 1
+        assert len(group) == 1 or sum(lengths[i] for i in group) <= budget
 
 
 @given(lengths, st.integers(1, 6), st.integers(1, 400))
