@@ -58,7 +58,9 @@ def road_notes(
     """Choose the road; what a person should know of it. Arguments as for `choose_road`."""
     why = choose_road(config, model, model_config, world=world, divided=divided,
                       autocast=autocast(config, world.device))
-    return [] if why is None else [f"losses from the logits of every token ({why})"]
+    notes = [] if why is None else [f"losses from the logits of every token ({why})"]
+    routed = model_config.get_text_config().to_dict().get("output_router_logits", False)
+    return [*notes, "the loss of its routers (output_router_logits) is left out"] if routed else notes
 
 
 def rows_at_once(

@@ -16,9 +16,9 @@ from peftune.model.lean import make_lean
 from peftune.model.load import first_position
 from peftune.model.next_token import end_in_losses, take_road
 from peftune.model.packing import use_packing
-from peftune.model.precision import disable_gradient_checkpointing, enable_gradient_checkpointing
+from peftune.model.precision import DTYPES, disable_gradient_checkpointing, enable_gradient_checkpointing
 from peftune.model.quantize import quantised_tensors
-from peftune.model.reference import Reference, reference_of
+from peftune.model.reference import Reference, narrow_products, reference_of
 from peftune.model.vocabulary import NO_ROWS, NewRows
 from peftune.plan.layers import of_layers
 from peftune.plan.live import LiveBytes
@@ -124,8 +124,8 @@ class Models:
         layout = _layout(model, self.subject, road) if road.packed else PADDED
         if not self.subject.task.needs_reference or config.adapter is not None:
             return model, layout, None
-        in_its_type = config.model.model_copy(update={"pure_bf16": True})  # as `frozen_copy`, in model.dtype
-        return model, layout, self._hollow(layers, road, in_its_type, None).requires_grad_(False).eval()
+        frozen = narrow_products(self._hollow(layers, road, config.model, None), DTYPES[config.model.dtype])
+        return model, layout, frozen.requires_grad_(False).eval()
 
     def _hollow(self, layers: int, road: Road | None, config: ModelConfig, adapter: AdapterConfig | None) -> Any:
         subject, task = self.subject, self.subject.task

@@ -103,9 +103,12 @@ def predictions(
 
 
 def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
-    """Mean loss, share of pairs whose chosen answer has gained more than the rejected one, mean margin and rewards."""
+    """Mean loss, share of pairs whose chosen answer has gained more than the rejected one, mean margin and rewards.
+
+    A pair whose answers have gained the same, as all have before training, counts one half: as a coin would.
+    """
     columns: list[tuple[str, float, list[float]]] = [("loss", mean_loss(records), [r["loss_sum"] for r in records])]
-    right = [float(r["margin"] > 0) for r in records]
+    right = [float(np.heaviside(r["margin"], 0.5)) for r in records]
     columns.append(("accuracy", float(np.mean(right)), right))
     for name in NAMES[2:]:
         values = [r[name] for r in records]
