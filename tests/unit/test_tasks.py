@@ -1,5 +1,6 @@
 """Labels to targets, logits to records, records to metrics."""
 
+import math
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError
 from peftune.tasks.causal_lm import metrics as text_metrics
+from peftune.tasks.generated import Words, generation_scores
 from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
 from peftune.tasks.task import TextEncoder, better, with_intervals
 from tests.conftest import ROOT
@@ -136,6 +138,28 @@ def test_the_majority_guess_is_the_commonest_training_class():
     targets = Targets("single_label", ("a", "b"), "class")
     guessed = majority([{"reference": "b"}, {"reference": "b"}, {"reference": "a"}], [{"reference": "a"}], targets)
     assert guessed == [{"reference": "a", "prediction": "b"}]
+
+
+@pytest.mark.parametrize("text", [
+    "The cat sat on the mat, again!", "Кошка сидела на старом коврике 42", "猫坐在垫子上面睡觉",
+    "ネコはマットの上で寝る"])
+def test_a_perfect_text_of_any_script_scores_full_and_one_that_shares_a_number_alone_does_not(text):
+    perfect = {name: value for name, value, _ in generation_scores([text], [text])}
+    assert perfect["exact_match"] == perfect["rouge_l"] == 1 and perfect["bleu"] == pytest.approx(100)
+    other = {name: value for name, value, _ in generation_scores(["Совсем другое 42"], [text])}
+    assert other["rouge_l"] < 0.5 and other["bleu"] < 10
+
+
+def test_words_of_english_are_those_of_rouge_score():
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    text = "It's 3.5 kg of under_scored, mixed-Case words\nand  A1 b2?"
+    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+
+
+def test_bleu_of_answers_of_fewer_than_four_words_is_undefined():
+    found = {name: (value, resampled()) for name, value, resampled in generation_scores(["yes", "no"], ["yes", "no"])}
+    assert math.isnan(found["bleu"][0]) and np.isnan(found["bleu"][1]).all() and found["rouge_l"][0] == 1
 
 
 def test_text_metrics_score_generations_and_perplexity():
