@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftune.config.document import Document
 from peftune.config.load import load, validate
 from peftune.config.schema import RunConfig
+from peftune.errors import ConfigError, DataError, Fault
 
 if TYPE_CHECKING:  # torch comes with it, and a config can be made without
     from torch import nn
@@ -105,8 +106,12 @@ class FinishedRun:
             split: train, validation or test. None: test, or validation where the config has no test.
 
         Raises:
-            ConfigError: the config has no such split.
+            ConfigError: there is no such split, or the config has none of that name.
+            DataError: faults in its rows, or rows among them that the run has learned from.
         """
+        if split not in (None, "train", "validation", "test"):
+            raise ConfigError(Fault(kind="config", message=f"evaluate: no split is called {split!r}",
+                                    mend='evaluate("train"), "validation" or "test"'))
         from peftune.loop.finish import shown
         from peftune.reopen import held_out, score
 
@@ -123,5 +128,11 @@ class FinishedRun:
         from peftune.loop.finish import shown
         from peftune.reopen import predict_rows
 
+        rows = list(rows)
+        wrong = [Fault(kind="data", file="rows", line=number, message=f"a row is a dict, not {type(row).__name__}",
+                       mend="a list of rows as in training, such as [{'text': ...}]")
+                 for number, row in enumerate(rows, start=1) if not isinstance(row, Mapping)]
+        if wrong:
+            raise DataError(wrong)
         raws = [RawRow(row, "rows", number) for number, row in enumerate(rows, start=1)]
         return [shown(record) for record in predict_rows(self._trained, raws)]

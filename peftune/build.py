@@ -29,7 +29,7 @@ from peftune.loop.lock import FolderLock
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text, writing
 from peftune.loop.remember import remember
-from peftune.loop.resume import Start, find_start
+from peftune.loop.resume import Start, find_start, keep_best
 from peftune.loop.road import road_notes
 from peftune.loop.run import Every, Run
 from peftune.loop.saver import Saver
@@ -212,6 +212,7 @@ def _run(
              "layout": layout.name, "sequence_ranks": division.ranks if division else 1, **memory_facts(memory)}
     world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, world, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
+    state = world.on_main(functools.partial(keep_best, state, start.checkpoint, folder, display.warn))
     journal = Journal(
         folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
         trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ())

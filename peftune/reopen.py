@@ -19,7 +19,7 @@ from peftune.data.canonical import refuse_surrogates
 from peftune.data.examples import Example
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.rows import RawRow
-from peftune.data.sources import read_records
+from peftune.data.sources import as_sources, fingerprint, read_records
 from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
@@ -115,10 +115,30 @@ def score(trained: Trained, split: str) -> Scored:
 
     Raises:
         ConfigError: the config names no such split.
-        DataError: faults in its rows.
+        DataError: faults in its rows, or rows among them that the run has learned from.
     """
+    trained.evaluator.world.on_main(lambda: _refuse_learned(trained, split))
     return evaluate(trained.evaluator, trained.model, open_split(trained, split), name=split, intervals=True,
                     generate=True)
+
+
+def _refuse_learned(trained: Trained, split: str) -> None:
+    """Rows that are cut from the run's training files are those it held out only while nothing of that changes."""
+    config, run = trained.config, Path(trained.text.source).parent
+    if split != "validation" or not isinstance(config.data.validation, float) or not (run / "manifest.json").is_file():
+        return
+    known = json.loads((run / "manifest.json").read_text(encoding="utf-8")).get("data", {}).get("fingerprints", {})
+    before, own = known.get("train", []), load([str(run / "config.yaml")])
+    now = [fingerprint(source) for source in as_sources(config.data.train)]
+    shared = [file for source in now for file in source["content"] if any(file in old["content"] for old in before)]
+    if not shared or (before == now and (own.seed, own.data.validation) == (config.seed, config.data.validation)):
+        return
+    why = "the seed or the fraction is another" if before == now else "these have changed since"
+    raise DataError(Fault(
+        kind="data", file=shared[0], message=f"data.validation = {config.data.validation} is cut from the training "
+        f"data, and {why}: rows that the run has learned from would be scored",
+        mend=f"what {run / 'config.yaml'} says with the files as they were, or --config CONFIG.yaml whose "
+        "data.validation names a file of rows that the run has not seen"))
 
 
 def open_split(trained: Trained, split: str) -> Split:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peftune.errors import Unwritable
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.publish import published, refuse_vanished
+from peftune.loop.resume import write_step
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
@@ -43,7 +44,7 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
         check_weights(model, run.strategy)
         weights = run.strategy.gather(model)
         try:
-            run.strategy.world.on_main(lambda: _publish_best(run, model, weights))
+            run.strategy.world.on_main(lambda: _publish_best(run, model, weights, state.step))
         except Unwritable as error:
             run.journal.warn(f"{error}\n  training goes on; best/ stays, for the next better model to replace")
             return replace(state, evaluations_since_best=0)
@@ -53,7 +54,8 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     return replace(state, evaluations_since_best=waited, stopped_early=stop)
 
 
-def _publish_best(run: Run, model: nn.Module, weights: dict[str, Tensor]) -> None:
+def _publish_best(run: Run, model: nn.Module, weights: dict[str, Tensor], step: int) -> None:
     refuse_vanished(run.folder)
     with published(run.folder / "best") as draft:
         run.publish(model, weights, draft)
+        write_step(draft, step)

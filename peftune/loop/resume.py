@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import yaml
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.checkpoint import all_checkpoints, differing_keys, newest_whole, verify
 from peftune.loop.lock import LOCK
-from peftune.loop.publish import recover
+from peftune.loop.publish import published, recover, write_text
+from peftune.loop.state import TrainState
+
+STEP = "step.txt"
+"""File in best/ that names its step: a run that continues elsewhere cannot tell it from the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     if folder.exists() and not folder.is_dir():
         raise _error(folder, "output_dir is a file", "choose another output_dir")
     if resume not in ("auto", "never"):
-        return _named_checkpoint(Path(resume), folder, config)
+        return _named_checkpoint(Path(resume), folder, config, data)
     if not (folder / "config.yaml").is_file():
         others = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
         if others:
@@ -50,7 +56,7 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     if resume == "never":
         raise _error(folder, "holds a run already, and resume=never", "choose another output_dir, or resume=auto")
     _same_run(folder / "config.yaml", config)
-    _same_data(folder / "manifest.json", data)
+    _same_data(folder / "manifest.json", data, "choose another output_dir, or put the files back")
     for name in ("best", "final"):
         recover(folder / name)
     summary = folder / "summary.json"
@@ -65,17 +71,62 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     return Start(newest, notes=tuple(wrong))
 
 
-def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any]) -> Start:
+def write_step(folder: Path, step: int) -> None:
+    """Say in a draft of best/ of which step it is."""
+    write_text(folder / STEP, f"{step}\n")
+
+
+def keep_best(state: TrainState, checkpoint: Path | None, folder: Path, warn: Callable[[str], None]) -> TrainState:
+    """Have the best weights that a checkpoint's state speaks of in the run folder, or forget them.
+
+    Args:
+        state: of the checkpoint.
+        checkpoint: that the run continues from; None if it begins.
+        folder: of the run; another than the checkpoint's own gets a copy of best/ from there.
+        warn: told if they are forgotten.
+
+    Returns:
+        The state, without a best step if its weights are not at hand: the next evaluation chooses anew.
+    """
+    if checkpoint is None or state.best_step is None or (folder / "best").is_dir():
+        return state
+    old = checkpoint.resolve().parent.parent / "best"
+    if (old / STEP).is_file() and (old / STEP).read_bytes() == f"{state.best_step}\n".encode():
+        with published(folder / "best") as draft:
+            shutil.copytree(old, draft, dirs_exist_ok=True)
+        return state
+    warn(f"the best weights so far, of step {state.best_step}, are not in {old}: evaluations choose the best anew")
+    return replace(state, best_value=None, best_step=None, evaluations_since_best=0)
+
+
+def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:
     """A checkpoint of this run or another, into a new folder, or into its own if it is the newest there."""
     if not checkpoint.is_dir():
         raise _error(checkpoint, "resume: no such checkpoint folder", "resume=auto, or runs/x/checkpoints/step-000100")
+    _refuse_other_folder(checkpoint)
     own = [path.resolve() for path in all_checkpoints(folder)]
     if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and own[-1:] != [checkpoint.resolve()]:
         raise _error(folder, "holds files that continuing from this checkpoint would write over",
                      "choose another output_dir, or resume=auto for the newest checkpoint here")
     verify(checkpoint)
     _same_run(checkpoint / "config.yaml", config)
+    manifest = checkpoint.resolve().parent.parent / "manifest.json"
+    if checkpoint.resolve().parent.name != "checkpoints" or not manifest.is_file():
+        return Start(checkpoint, notes=(
+            f"{checkpoint} lies in no run folder with a manifest.json: whether its data were these is not known",))
+    _same_data(manifest, data, "put the files back, or resume=auto, which begins anew in a new output_dir")
     return Start(checkpoint)
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """A run folder, or any other that is no checkpoint, damaged or whole."""
+    if (folder / "state.json").is_file() or folder.resolve().parent.name == "checkpoints":
+        return
+    if not (folder / "config.yaml").is_file():
+        raise _error(folder, "resume: is no checkpoint: it has no state.json", "resume=auto, or "
+                     "runs/x/checkpoints/step-000100")
+    newest = "".join(f", or resume={path}" for path in all_checkpoints(folder)[-1:])
+    raise _error(folder, "resume: is a run folder, no checkpoint", f"resume=auto with output_dir={folder}{newest}")
 
 
 def _same_run(saved: Path, config: dict[str, Any]) -> None:
@@ -89,7 +140,7 @@ def _same_run(saved: Path, config: dict[str, Any]) -> None:
                      "choose another output_dir, or set these keys back")
 
 
-def _same_data(manifest: Path, data: dict[str, Any]) -> None:
+def _same_data(manifest: Path, data: dict[str, Any], mend: str) -> None:
     """A changed file would change the batches, and the run would be neither the old one nor a new one."""
     if not manifest.is_file():
         return
@@ -100,7 +151,7 @@ def _same_data(manifest: Path, data: dict[str, Any]) -> None:
         raise _error(manifest, f"cannot be read: {error}", "choose another output_dir") from None
     if changed:
         raise _error(manifest.parent, f"holds a run on other data: the files of {', '.join(changed)} have changed",
-                     "choose another output_dir, or put the files back")
+                     mend)
 
 
 def _error(folder: Path, message: str, mend: str) -> RunFolderError:

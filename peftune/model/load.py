@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftune.config.schema import ModelConfig
@@ -14,6 +16,7 @@ from peftune.errors import Fault, ModelError
 from peftune.model.download import Tell, bar_that_tells
 from peftune.model.foreign import reading
 from peftune.model.quantize import loading_options, make_ready
+from peftune.model.resolve import load_model_config
 
 PROBLEM_TYPES = {
     "single_label": "single_label_classification",
@@ -21,6 +24,8 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 """Our names of a classifier's problem -> transformers' `config.problem_type`."""
+INITIAL_SPREAD = 0.02
+"""Standard deviation of a new output layer's weights where the model's config names none: transformers' own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ def load_weights(
         tell: told of a download.
 
     Raises:
-        ModelError: no weights, an architecture without such a head, or weights of the body missing.
+        ModelError: no weights, an architecture without such a head, weights of the body missing, or a head that was
+            trained for the same classes in another order.
     """
     attention = None if config.attention == "auto" else config.attention
 
@@ -115,7 +121,46 @@ def load_weights(
             f"itself ({', '.join(body[:3])}{', ...' if len(body) > 3 else ''})",
             mend="training would start from noise there: give a whole checkpoint",
         ))
+    if new_head:
+        fresh += _forget_other_classes(model, fresh, config, _names(load_model_config(config, source)))
     return Loaded(model, tuple(sorted({_owner(model, key) for key in fresh})))
+
+
+def _names(config: PreTrainedConfig) -> list[str]:
+    """Of the classes, in the order of the outputs."""
+    return [config.id2label[k] for k in sorted(config.id2label)]
+
+
+@torch.no_grad()
+def _forget_other_classes(
+    model: PreTrainedModel, fresh: list[str], config: ModelConfig, theirs: list[str]
+) -> list[str]:
+    """Make the output layer new if the checkpoint's was trained for other classes, as one of another size is.
+
+    Returns:
+        The names of its weights; none where it is kept or new already.
+
+    Raises:
+        ModelError: it was trained for the same classes in another order, or cannot be told from the other layers.
+    """
+    mine = _names(model.config)
+    if theirs == mine or set(theirs) == {f"LABEL_{k}" for k in range(len(theirs))}:
+        return []
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
+              and not _in_body(model, f"{name}.") and layer.out_features == len(mine)}
+    name, layer = next(reversed(layers.items()), ("", None))
+    if f"{name}.weight" in fresh or (layer is None and fresh):
+        return []
+    if layer is None or sorted(theirs) == sorted(mine):
+        raise ModelError(Fault(
+            kind="model", message=f"model.name_or_path: the output layer of {config.name_or_path} was trained for the "
+            f"classes {theirs[:8]}, not {mine[:8]}",
+            mend=f"data.labels={json.dumps(theirs, ensure_ascii=False)}, the checkpoint's classes in their order"))
+    spread = model.config.to_dict().get("initializer_range") or INITIAL_SPREAD
+    nn.init.normal_(layer.weight, std=spread)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return [f"{name}.{key}" for key, _ in layer.named_parameters()]
 
 
 def _in_body(model: PreTrainedModel, key: str) -> bool:

@@ -95,3 +95,76 @@ def test_patience_stops_early_and_best_is_kept(classify, train):
     assert result["best_step"] == best["step"]
     assert result["best"]["validation"]["loss"] == pytest.approx(best["loss"], rel=1e-6)
     assert json.loads((folder / "best" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def best_of_step_3(classify, train) -> Path:
+    """A run of six steps whose best weights are those of step 3."""
+    settings = {**classify, "checkpoint": {"every_steps": 1, "keep": 9},
+                "evaluation": {"every_steps": 3, "metric": "accuracy"}}
+    folder = train(settings, name="first")
+    assert summary(folder)["best_step"] == 3, "of equal scores the first one is the best"
+    return folder
+
+
+def continued(classify, train, step: int) -> dict:
+    settings = {**classify, "evaluation": {"every_steps": 3, "metric": "accuracy"}}
+    return summary(train(settings, f"resume={Path(classify['output_dir']).parent}/first/checkpoints/step-00000{step}",
+                         name=f"from-{step}"))
+
+
+def test_the_best_weights_are_taken_along_from_the_run_of_a_named_checkpoint(classify, train, tmp_path):
+    first = summary(best_of_step_3(classify, train))
+    for step in (4, 6):
+        second = continued(classify, train, step)
+        assert second["best_step"] == 3 and second["best"] == first["best"]
+        for file in (tmp_path / "first" / "best").iterdir():
+            assert (tmp_path / f"from-{step}" / "best" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("left", ["nothing", "another step's"])
+def test_best_weights_that_are_not_at_hand_are_forgotten_and_chosen_anew(classify, train, capsys, left):
+    best = best_of_step_3(classify, train) / "best"
+    if left == "nothing":
+        best.rename(best.with_name("elsewhere"))
+    else:
+        (best / "step.txt").write_text("6\n")
+    second = continued(classify, train, 6)
+    assert "note: the best weights so far, of step 3, are not in" in capsys.readouterr().out
+    assert second["best_step"] == 6 and second["best"] == second["metrics"]
+
+
+def named(classify, tmp_path, capsys, resume: Path) -> tuple[int, str]:
+    from peftune.errors import guarded
+    from peftune.train import main
+
+    config = write_config({**classify, "output_dir": str(tmp_path / "second")}, tmp_path / "again")
+    capsys.readouterr()
+    code = guarded(main, [str(config), f"resume={resume}"])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_a_named_checkpoint_is_refused_on_other_data_as_the_newest_is(classify, train, tmp_path, capsys):
+    folder = train(classify)
+    rows = Path(classify["data"]["train"])
+    rows.write_text(rows.read_text().replace("praise", "@@").replace("complaint", "praise").replace("@@", "complaint"))
+    code, said = named(classify, tmp_path, capsys, folder / "checkpoints" / "step-000004")
+    assert code == 2 and "holds a run on other data: the files of train have changed" in said
+    assert "mend: put the files back, or resume=auto" in said and not (tmp_path / "second").exists()
+
+
+def test_a_named_checkpoint_without_its_run_says_that_its_data_are_not_known(classify, train, tmp_path, capsys):
+    folder = train(classify)
+    (folder / "manifest.json").unlink()
+    code, said = named(classify, tmp_path, capsys, folder / "checkpoints" / "step-000004")
+    assert code == 0 and "note: " in said and "whether its data were these is not known" in said
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_to_be_deleted(classify, train, tmp_path, capsys):
+    folder = train(classify)
+    for given, why in ((folder, "is a run folder, no checkpoint"), (folder / "final", "is no checkpoint"),
+                       (tmp_path, "is no checkpoint")):
+        code, said = named(classify, tmp_path, capsys, given)
+        assert code == 2 and why in said and "delete" not in said
+    assert f"resume=auto with output_dir={folder}, or resume={folder}/checkpoints/step-000006" in named(
+        classify, tmp_path, capsys, folder)[1]

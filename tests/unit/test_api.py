@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,37 @@ def test_a_run_from_python_has_the_scores_and_predictions_of_the_commands(classi
     assert not run.model.training and run.tokenizer.pad_token == "[PAD]"
     with pytest.raises(DataError, match="rows:2: the key text is missing"):
         again.predict([{"text": "fine"}, {"txt": "not"}])
+    with pytest.raises(DataError, match="rows:2: a row is a dict, not str"):
+        again.predict([{"text": "fine"}, "not"])
+    with pytest.raises(ConfigError, match=r"no split is called 'nonsense'"):
+        again.evaluate("nonsense")
+
+
+def test_rows_cut_from_training_data_that_have_changed_are_not_scored(classify, train, write_rows):
+    settings = {**classify, "data": {"train": classify["data"]["train"], "validation": 0.2, "max_length": 64}}
+    run = open_run(train(settings))
+    metrics, records = run.evaluate("validation")
+    assert metrics == run.summary["metrics"]["validation"]
+    rows, held = Path(settings["data"]["train"]), {record["text"] for record in records}
+    kept = [row for row in map(json.loads, rows.read_text().splitlines()) if row["text"] not in held]
+    write_rows(rows.name, kept)
+    with pytest.raises(DataError, match=r"train\.jsonl: .* have changed since: rows that the run has learned from"):
+        run.evaluate("validation")
+
+
+def test_the_same_rows_cut_by_another_seed_are_not_scored_and_those_of_other_files_are(
+        classify, train, write_rows, tmp_path, capsys):
+    from peftune.cli import main
+    from peftune.errors import guarded
+
+    settings = {**classify, "data": {"train": classify["data"]["train"], "validation": 0.2, "max_length": 64}}
+    folder = train(settings)
+    other = write_config({**settings, "seed": 1}, tmp_path / "seed")
+    assert guarded(main, ["evaluate", str(folder), "--config", str(other), "--split", "validation"]) == 2
+    assert "the seed or the fraction is another" in capsys.readouterr().err
+    elsewhere = {"train": classify["data"]["validation"], "validation": 0.5, "max_length": 64}
+    other = write_config({**settings, "data": elsewhere}, tmp_path / "files")
+    assert guarded(main, ["evaluate", str(folder), "--config", str(other), "--split", "validation"]) == 0
 
 
 def test_a_config_made_by_hand_meets_the_same_rules(classify, tmp_path):

@@ -96,6 +96,40 @@ def test_a_head_of_another_size_is_made_new(encoder, train, classify):
     assert loaded.new_modules == ("classifier",) and model.classifier.out_features == 3
 
 
+@pytest.fixture
+def trained_head(encoder, tmp_path):
+    """A classifier's folder with the classes a and b, and a head that no start draws."""
+    model, _ = assembled(encoder, "sequence_classification", None)
+    torch.nn.init.constant_(model.classifier.weight, 3.0)
+    model.save_pretrained(tmp_path / "head")
+    load_tokenizer(ModelConfig(name_or_path=encoder), encoder, generates=False).save_pretrained(tmp_path / "head")
+    return tmp_path / "head"
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(r=2)], ids=["full", "lora"])
+def test_a_trained_head_is_kept_for_its_classes_in_their_order_and_refused_in_another(trained_head, adapter):
+    model, loaded = assembled(str(trained_head), "sequence_classification", adapter)
+    kept = [p for name, p in model.named_parameters() if "classifier" in name and name.endswith("weight")]
+    assert loaded.new_modules == () and all((p == 3.0).all() and p.requires_grad for p in kept[-1:])
+    with pytest.raises(ModelError, match=r"the classes \['a', 'b'\], not \['b', 'a'\]") as refused:
+        assembled(str(trained_head), "sequence_classification", adapter, names=("b", "a"))
+    assert refused.value.faults[0].mend.startswith('data.labels=["a", "b"]')
+
+
+def test_a_head_of_as_many_other_classes_is_made_new(trained_head):
+    model, loaded = assembled(str(trained_head), "sequence_classification", None, names=("a", "c"))
+    assert loaded.new_modules == ("classifier",)
+    assert 0 < model.classifier.weight.abs().max() < 0.2 and (model.classifier.bias == 0).all()
+
+
+def test_a_head_whose_classes_have_no_names_is_kept(trained_head):
+    config = json.loads((trained_head / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    (trained_head / "config.json").write_text(json.dumps(config))
+    model, loaded = assembled(str(trained_head), "sequence_classification", None, names=("c", "d"))
+    assert loaded.new_modules == () and (model.classifier.weight == 3.0).all()
+
+
 def test_saved_classifiers_carry_their_class_names(train, classify):
     folder = train(classify)
     config = json.loads((folder / "final" / "config.json").read_text())
