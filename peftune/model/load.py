@@ -144,7 +144,8 @@ def _forget_other_classes(
         ModelError: it was trained for the same classes in another order, or cannot be told from the other layers.
     """
     mine = _names(model.config)
-    if theirs == mine or set(theirs) == {f"LABEL_{k}" for k in range(len(theirs))}:
+    unnamed = [f"LABEL_{k}" for k in range(len(theirs))], [str(k) for k in range(len(theirs))]
+    if theirs == mine or sorted(theirs) == sorted(unnamed[0]) or mine == unnamed[1]:
         return []
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)
               and not _in_body(model, f"{name}.") and layer.out_features == len(mine)}
