@@ -129,8 +129,10 @@ def main() -> int:
 
 
 def _run(words: Sequence[str], limit_s: float) -> int:
+    from benchmarks.launches import ended  # late: what it imports may be missing when this file is read
+
     try:
-        return subprocess.run([sys.executable, *words], cwd=ROOT, check=False, timeout=limit_s).returncode
+        return ended([sys.executable, *words], cwd=ROOT, timeout=limit_s).returncode
     except subprocess.TimeoutExpired:
         return 124
 

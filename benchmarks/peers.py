@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.arithmetic import WARM_UP
+from benchmarks.launches import ended
 from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, save_config, save_rows, token_rows, work_flops
 from benchmarks.throughput import GIB, Bench, gathered, options, ours, publish, summary_of
@@ -92,9 +93,9 @@ class Contest:
                  "validation": save_rows(self.folder / "validation.ids.jsonl", self.validation),
                  "packages": ["torch", "transformers", "peft"] + (["trl"] if "trl" in chosen["script"] else [])}
         (self.folder / "job.json").write_text(json.dumps(order), encoding="utf-8")
-        done = subprocess.run(
-            [python, str(SCRIPTS / chosen["script"]), str(self.folder / "job.json")], cwd=self.folder, check=False,
-            capture_output=True, text=True, timeout=600,
+        done = ended(
+            [python, str(SCRIPTS / chosen["script"]), str(self.folder / "job.json")], cwd=self.folder, timeout=600,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "BENCH_STARTED": str(time.time()),
                  "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
         assert done.returncode == 0, done.stderr[-3000:]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -14,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks import throughput, twins
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
 from benchmarks.gpu import closure, requirements
+from benchmarks.launches import ROOT, ended
 from benchmarks.peers import loss_parity, ratios_of
 from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_model
@@ -165,3 +171,41 @@ def test_the_smallest_suite_measures_the_true_loop(tmp_path, monkeypatch):
     assert {"tokens_per_second", "of_ceiling", "steps_bytes", "first_step_s", "checkpoint_s", "evaluation_loss",
             "evaluation_tokens_per_second"} <= set(summary)
     assert outcome["commit"] and outcome["packages"]["torch"]
+
+
+def sleeper(folder, *, session: bool) -> list[str]:
+    """A command that starts a process which ignores TERM, and waits for it; the process's number is written down."""
+    inner = (f"import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+             f"pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid())); time.sleep(600)")
+    return [sys.executable, "-c", f"import subprocess, sys; print('begun', flush=True); "
+            f"subprocess.run([sys.executable, '-c', {inner!r}], start_new_session={session})"]
+
+
+@pytest.mark.parametrize("session", [False, True], ids=["of the same session", "of its own session"])
+def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started(session, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.launches.GRACE_S", 0.5)
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        ended(sleeper(tmp_path, session=session), timeout=2, stdout=subprocess.PIPE)
+    assert late.value.stdout == b"begun\n"
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_benchmark_that_is_told_to_end_takes_along_what_it_has_started(tmp_path):
+    code = f"from benchmarks.launches import ended; ended({sleeper(tmp_path, session=True)!r}, timeout=600)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended, or does so in a second."""
+    for _ in range(20):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
