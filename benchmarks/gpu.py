@@ -10,7 +10,8 @@ that a machine with a network makes the folder: `pip wheel --no-deps -w FOLDER N
 DS_BUILD_OPS=0. TRL takes part if it is there.
 
 The parts run one after another, in processes of their own; one that fails does not stop the next, and one that has not
-ended by --limit-s is killed. Results lie in benchmarks/results/<the GPU's name>/, or in --to:
+ended by --limit-s is ended. Results lie in benchmarks/results/<the GPU's name>/, or in --to. `throughput` and `peers`
+write them after each cell: the same command given again goes on with those that lack one. The parts:
 
 tests: tests/gpu. throughput: `peftune bench throughput gpu`. peers: `peftune bench peers llama-8b`, and 60m.
 """

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
+from functools import partial
 
 import psutil
 import pytest
@@ -16,12 +18,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import throughput, twins
+from benchmarks import throughput, turns, twins
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
 from benchmarks.gpu import closure, requirements
 from benchmarks.launches import ROOT, ended
 from benchmarks.peers import loss_parity, ratios_of
-from benchmarks.speed_cells import Cell
+from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_model
 
 RECORD = {"step_seconds": [9.0, 9.0, 1.0, 3.0], "tokens": [10, 10, 100, 300], "total_tokens": [10, 10, 200, 300],
@@ -123,6 +125,47 @@ def test_peers_are_compared_by_medians_and_losses_with_ours():
     assert loss_parity(found) == {"ours": 0, "hf_grouped": pytest.approx(0.001)}
 
 
+def test_a_contestant_that_fails_does_not_stop_the_others_and_a_later_start_measures_what_lacks(monkeypatch):
+    monkeypatch.setattr(turns, "ceiling", lambda device, threads: 1e12)
+
+    def measured(name):
+        asked.append(name)
+        time.sleep(0.05)  # processors' times are counted in hundredths of a second
+        if name in broken:
+            raise broken[name]
+        return RECORD
+
+    def start(repeats):
+        asked.clear()
+        turns.gather({name: partial(measured, name) for name in "abc"}, repeats, torch.device("cpu"), 1, kept,
+                     lambda: written.append(json.dumps(asdict(kept))))
+        return "".join(asked)
+
+    kept, asked, written = turns.Kept(), [], []
+    late = subprocess.TimeoutExpired(["x"], 600, stderr=b"step 3\n")
+    broken = {"a": late, "b": RuntimeError("out of memory")}
+    assert start(2) == "abcc"  # who has failed has no further turn
+    assert kept.failures == {"a": "no end after 600 s\nstep 3", "b": "out of memory"}
+    assert turns.CUT_OFF in written[0]  # a start that is killed leaves whom it has been measuring
+    broken = {"a": AssertionError("exit 1")}
+    assert start(2) == "abb" and kept.failures == {"a": "exit 1"}
+    broken = {}
+    assert start(2) == "aa" and start(2) == "" and kept.failures == {}
+    assert start(3) == "abc" and {name: len(found) for name, found in kept.records.items()} == dict.fromkeys("abc", 3)
+
+
+def test_a_start_begins_with_those_that_have_not_failed_before():
+    assert list(turns.Kept(failures={"a": turns.CUT_OFF}).turns("abc", 1)) == ["b", "c", "a"]
+
+
+def test_results_of_another_suite_are_not_gone_on_with(tmp_path, capsys):
+    turns.write(tmp_path / "new" / "r.json", json.dumps({"suite": "gpu", "data": "x", "records": {"a": [RECORD]}}))
+    assert turns.kept_in(tmp_path / "new" / "r.json", {"suite": "gpu", "data": "x"}, None).records == {"a": [RECORD]}
+    with pytest.raises(SystemExit) as stopped:
+        turns.kept_in(tmp_path / "new" / "r.json", {"suite": "quick", "data": "x"}, None)
+    assert stopped.value.code == 2 and "holds results of another suite\n  mend:" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["1m", "qwen-1m"])
 def test_a_shape_counts_the_weights_that_its_model_and_its_adapter_have(name, tmp_path):
     shape = SHAPES[name]
@@ -157,6 +200,19 @@ def test_the_suite_for_gpus_runs_each_kind_of_cell_in_small(tmp_path, monkeypatc
     assert full["trainable_parameters"] == full["total_parameters"]
     for record in (full, recomputed):  # rows that fill their 512 tokens
         assert record["tokens"] == [4 * 512] * 4 and min(record["supervised_tokens"]) > 0.9 * 4 * 512
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_written_down_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    fits = SUITES["tiny"][0]
+    cells = (replace(fits, dtype="bfloat15"), fits)
+    monkeypatch.setitem(SUITES, "tiny", cells)
+    monkeypatch.setattr("sys.argv", ["throughput", "tiny", "--repeats", "1", "--to", str(tmp_path / "r.json")])
+    assert throughput.main() == 1
+    outcome = json.loads((tmp_path / "r.json").read_text())
+    broken, fine = map(str, cells)
+    assert list(outcome["records"]) == [fine] and "model.dtype" in outcome["failures"][broken]
+    assert f"| {broken} | **failed** |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
