@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import throughput, turns, twins
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
-from benchmarks.gpu import closure, requirements
+from benchmarks.gpu import NEEDED, closure, parts, requirements
 from benchmarks.launches import ROOT, ended
 from benchmarks.peers import loss_parity, ratios_of
 from benchmarks.speed_cells import SUITES, Cell
@@ -180,13 +181,32 @@ def test_a_shape_counts_the_weights_that_its_model_and_its_adapter_have(name, tm
 def test_what_a_machine_lacks_is_named_with_all_that_the_rest_requires():
     found = closure([Requirement("accelerate>=1"), Requirement("numpy<1"), Requirement("no-such-package-here"),
                      Requirement("torch")])
-    assert found["no-such-package-here"] is None and found["numpy"] is None  # the one here does not fit
-    assert found["psutil"] and found["safetensors"]  # accelerate's
+    assert found["no-such-package-here"].version is None and found["numpy"].version is None  # the one here is newer
+    assert found["psutil"].version and found["safetensors"].version  # accelerate's
     assert not any(name.startswith(("torch", "nvidia")) for name in found)
 
 
+def test_a_version_must_fit_all_that_is_asked_of_it_and_all_of_it_is_installed():
+    for words in (("numpy>=2", "numpy<1"), ("numpy<1", "numpy>=2")):
+        need = closure([Requirement(word) for word in words])["numpy"]
+        assert need.version is None and need.asked == "numpy<1,>=2"
+
+
+def test_what_is_needed_depends_on_the_python_where_it_is_to_run():
+    wanted = [Requirement('psutil; python_version >= "3.30"'), Requirement('numpy; python_version < "3.30"')]
+    assert "psutil" not in closure(wanted) and "numpy" in closure(wanted)
+    assert list(closure(wanted, "3.30")) == ["psutil"]
+
+
+def test_a_part_asks_for_what_it_uses():
+    names = {part: {one.name for one in requirements([part])} for part in NEEDED}
+    assert set(NEEDED) == set(parts(Path(), None, 1))
+    assert "bitsandbytes" in names["throughput"] and "pytest" in names["tests"] and "accelerate" in names["peers"]
+    assert not {"deepspeed", "datasets"} & set().union(*names.values()) and "bitsandbytes" not in names["peers"]
+
+
 def test_all_that_runs_on_a_gpu_need_is_here():
-    assert [name for name, version in closure(requirements()).items() if version is None] == []
+    assert [name for name, need in closure(requirements(NEEDED)).items() if need.version is None] == []
 
 
 @pytest.mark.slow
