@@ -40,6 +40,8 @@ NEEDED: Mapping[str, Sequence[str]] = {
 """The parts, and what they need beside what every run does: an extra of pyproject.toml, or the test runner."""
 NOT_OURS = ("torch", "triton", "nvidia", "cuda")
 """Beginnings of packages that a machine with a GPU has, fitting its driver."""
+CLEARING_S = 30
+"""How long a part that was told to end may take, in seconds: it ends its training, and removes tens of GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def _run(words: Sequence[str], limit_s: float) -> int:
     from benchmarks.launches import ended  # late: what it imports may be missing when this file is read
 
     try:
-        return ended([sys.executable, *words], cwd=ROOT, timeout=limit_s).returncode
+        return ended([sys.executable, *words], cwd=ROOT, timeout=limit_s, grace_s=CLEARING_S).returncode
     except subprocess.TimeoutExpired:
         return 124
 

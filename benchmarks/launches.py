@@ -25,7 +25,9 @@ GRACE_S = 5.0
 """How long processes that were told to end may take, in seconds."""
 
 
-def ended(command: Sequence[str], *, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:
+def ended(
+    command: Sequence[str], *, timeout: float, grace_s: float = GRACE_S, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, or end it with all processes that it has started.
 
     They end too where the wait is given up: by Ctrl-C, or by a TERM that tells this process to end.
@@ -33,27 +35,28 @@ def ended(command: Sequence[str], *, timeout: float, **options: Any) -> subproce
     Args:
         command: its words.
         timeout: seconds.
+        grace_s: between TERM and KILL, in seconds: longer than that of a command which waits in the same way itself.
         options: of Popen.
 
     Raises:
         subprocess.TimeoutExpired: it was ended. What it has said until then is there.
     """
-    with _terms_raised(), subprocess.Popen(command, start_new_session=True, text=True, **options) as process:
+    with terms_raised(), subprocess.Popen(command, start_new_session=True, text=True, **options) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
-            _end(process)
+            _end(process, grace_s)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """TERM, and KILL for those that have not ended GRACE_S later, in whatever session they are: a launcher of several
+def _end(process: subprocess.Popen[str], grace_s: float) -> None:
+    """TERM, and KILL for those that have not ended `grace_s` later, in whatever session they are: a launcher of several
     processes gives each its own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGTERM)
-        psutil.wait_procs([psutil.Process(process.pid), *below], timeout=GRACE_S)
+        psutil.wait_procs([psutil.Process(process.pid), *below], timeout=grace_s)
         for one in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -63,7 +66,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @contextlib.contextmanager
-def _terms_raised() -> Iterator[None]:
+def terms_raised() -> Iterator[None]:
     """A TERM is an exit within, so that what waits can end what it waits for."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may take signals

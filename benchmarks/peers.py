@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.arithmetic import WARM_UP
-from benchmarks.launches import ended
+from benchmarks.launches import ended, terms_raised
 from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, save_config, save_rows, token_rows, work_flops
 from benchmarks.throughput import GIB, Bench, options, ours, publish, save, summary_of
@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--add", action="store_true", help="add repeats to the records in --to")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as scratch:
+    with terms_raised(), tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
         contest = encoder(bench, asked.intents.resolve()) if asked.intents else causal(bench, *CELLS[asked.cell])

@@ -34,7 +34,7 @@ import psutil
 import torch
 
 from benchmarks.arithmetic import WARM_UP, fallen, rates, spread
-from benchmarks.launches import launched
+from benchmarks.launches import launched, terms_raised
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
 from benchmarks.turns import Kept, gather, kept_in, write
@@ -252,7 +252,7 @@ def main() -> int:
         outcome = outcome_of(asked.suite, kept, here | same)
         return outcome, table_of(outcome["summaries"], kept.failures)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with terms_raised(), tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
         wanted = {str(cell): partial(bench.measure, cell) for cell in SUITES[asked.suite]

@@ -40,6 +40,9 @@ class Kept:
     def turns(self, names: Sequence[str], repeats: int) -> Iterator[str]:
         """Whose turn it is, until each has that many records: A B A B. Those that failed in an earlier start come last,
         and who fails in this one has no further turn."""
+        for name in names:
+            if len(self.records.get(name, [])) >= repeats:
+                self.failures.pop(name, None)  # it failed where more were asked for
         earlier = set(self.failures)
         ordered = sorted(names, key=earlier.__contains__)
         given_up: set[str] = set()

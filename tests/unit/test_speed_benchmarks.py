@@ -159,6 +159,11 @@ def test_a_start_begins_with_those_that_have_not_failed_before():
     assert list(turns.Kept(failures={"a": turns.CUT_OFF}).turns("abc", 1)) == ["b", "c", "a"]
 
 
+def test_who_has_as_many_results_as_are_asked_for_has_not_failed():
+    kept = turns.Kept({"a": [RECORD]}, {"a": turns.CUT_OFF})
+    assert not list(kept.turns("a", 1)) and not kept.failures
+
+
 def test_results_of_another_suite_are_not_gone_on_with(tmp_path, capsys):
     turns.write(tmp_path / "new" / "r.json", json.dumps({"suite": "gpu", "data": "x", "records": {"a": [RECORD]}}))
     assert turns.kept_in(tmp_path / "new" / "r.json", {"suite": "gpu", "data": "x"}, None).records == {"a": [RECORD]}
@@ -258,10 +263,9 @@ def sleeper(folder, *, session: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["of the same session", "of its own session"])
-def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started(session, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.launches.GRACE_S", 0.5)
+def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started(session, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired) as late:
-        ended(sleeper(tmp_path, session=session), timeout=2, stdout=subprocess.PIPE)
+        ended(sleeper(tmp_path, session=session), timeout=2, grace_s=0.5, stdout=subprocess.PIPE)
     assert late.value.stdout == b"begun\n"
     assert gone(int((tmp_path / "pid").read_text()))
 
