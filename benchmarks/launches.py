@@ -2,20 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from peftune.parallel.launcher import choose_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "peftune" / "train.py"
 MANY_RUNS = ROOT / "benchmarks" / "many_runs.py"
+GRACE_S = 5.0
+"""How long processes that were told to end may take, in seconds."""
+
+
+def ended(
+    command: Sequence[str], *, timeout: float, grace_s: float = GRACE_S, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, or end it with all processes that it has started.
+
+    They end too where the wait is given up: by Ctrl-C, or by a TERM that tells this process to end.
+
+    Args:
+        command: its words.
+        timeout: seconds.
+        grace_s: between TERM and KILL, in seconds: longer than that of a command which waits in the same way itself.
+        options: of Popen.
+
+    Raises:
+        subprocess.TimeoutExpired: it was ended. What it has said until then is there.
+    """
+    with terms_raised(), subprocess.Popen(command, start_new_session=True, text=True, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            _end(process, grace_s)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _end(process: subprocess.Popen[str], grace_s: float) -> None:
+    """TERM, and KILL for those that have not ended `grace_s` later, in whatever session they are: a launcher of several
+    processes gives each its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGTERM)
+        psutil.wait_procs([psutil.Process(process.pid), *below], timeout=grace_s)
+        for one in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
+def terms_raised() -> Iterator[None]:
+    """A TERM is an exit within, so that what waits can end what it waits for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may take signals
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def launched(
@@ -36,10 +100,9 @@ def launched(
     """
     launch = choose_launch(strategy, processes, list(arguments), sequence_ranks=sequence_ranks)
     words = [str(script) if word == str(TRAIN) else word for word in launch.command]
-    return subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
-                          capture_output=True, text=True, timeout=timeout, check=False,
-                          env={**os.environ, **launch.environment, **(environment or {}),
-                               "OMP_NUM_THREADS": str(threads)})
+    return ended([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], cwd=ROOT,
+                 timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                 env={**os.environ, **launch.environment, **(environment or {}), "OMP_NUM_THREADS": str(threads)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,9 @@ What is chosen for the peers, in their favour: no recomputed activations where t
 examples' token ids made beforehand, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's
 packed rows hold several examples each; its steps take as many tokens as the others' do, to within one packed row.
 
-`--add` puts further repeats of the same comparison into the results file: a quiet machine is rare.
+Results are written after each run. One that fails is written down with its last lines, the others go on, and the exit
+code is 1. A file that --to names and that exists is gone on with: only who lacks a result is measured. `--add` puts
+further repeats of the same comparison into it: a quiet machine is rare.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +39,11 @@ from typing import Any
 import torch
 
 from benchmarks.arithmetic import WARM_UP
+from benchmarks.launches import ended, terms_raised
 from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, save_config, save_rows, token_rows, work_flops
-from benchmarks.throughput import GIB, Bench, gathered, options, ours, publish, summary_of
+from benchmarks.throughput import GIB, Bench, options, ours, publish, save, summary_of
+from benchmarks.turns import Kept, gather, kept_in
 from peftune.observe.manifest import environment
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
@@ -92,19 +97,20 @@ class Contest:
                  "validation": save_rows(self.folder / "validation.ids.jsonl", self.validation),
                  "packages": ["torch", "transformers", "peft"] + (["trl"] if "trl" in chosen["script"] else [])}
         (self.folder / "job.json").write_text(json.dumps(order), encoding="utf-8")
-        done = subprocess.run(
-            [python, str(SCRIPTS / chosen["script"]), str(self.folder / "job.json")], cwd=self.folder, check=False,
-            capture_output=True, text=True, timeout=600,
+        done = ended(
+            [python, str(SCRIPTS / chosen["script"]), str(self.folder / "job.json")], cwd=self.folder, timeout=600,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "BENCH_STARTED": str(time.time()),
                  "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
+        shutil.rmtree(f"{to}.run", ignore_errors=True)
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-2900:]}"
         return json.loads(to.read_text())
 
 
 def causal(bench: Bench, cell: Cell, rows_a_micro_batch: int) -> Contest:
     """Instructions."""
     contest = Contest(bench.folder, bench.config(cell), {
-        "task": "causal_lm", "model": str(bench.folder / f"{cell.shape}-{cell.max_length}"),
+        "task": "causal_lm", "model": str(bench.folder / cell.shape),
         "steps": cell.rows // cell.batch_size, "examples_a_step": cell.batch_size,
         "rows_a_micro_batch": rows_a_micro_batch, "max_length": cell.max_length, "recompute": cell.recompute,
     }, bench.threads)
@@ -159,7 +165,7 @@ def memory_of(found: Mapping[str, Any]) -> str:
     return "peak_allocated_bytes" if "peak_allocated_bytes" in found else "steps_bytes"
 
 
-def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]], failures: Iterable[str] = ()) -> str:
     """Markdown: a row a contestant, medians."""
     lines = ["| | tokens/s, middle step (range) | samples/s | padding | ours is faster by | "
              "peak memory in steps (GiB) | final loss | launch to first step (s) |", "| --- |" + " ---: |" * 7]
@@ -173,6 +179,7 @@ def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             f"{one['samples_per_second']['median']:.2f} | {one['padding_share']['median']:.0%} | {faster} | "
             f"{one[memory_of(one)]['median'] / GIB:.2f} | {one['evaluation_loss']['median']:.4f} | "
             f"{one['first_step_s']['median']:.1f} |")
+    lines += [f"| {name} | **failed** |" + " |" * 6 for name in failures]
     return "\n".join(lines) + "\n"
 
 
@@ -180,6 +187,15 @@ def loss_parity(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
     """Relative difference of each peer's last loss on the validation rows from ours."""
     last = {name: statistics.median(run["evaluation_loss"] for run in runs) for name, runs in records.items()}
     return {name: loss / last["ours"] - 1 for name, loss in last.items()} if "ours" in last else {}
+
+
+def outcome_of(kept: Kept, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is known of the contestants, for the results file."""
+    records = {name: kept.records[name] for name in ("ours", *CAUSAL) if kept.records.get(name)}
+    return {**setting, "warm_up_steps": WARM_UP, "adapter": RANK, "learning_rate": LEARNING_RATE,
+            "peers": {name: CAUSAL[name] for name in records if name != "ours"}, "failures": kept.failures,
+            "ratios": ratios_of(records), "loss_parity": loss_parity(records),
+            "summaries": {name: summary_of(runs) for name, runs in records.items()}, "records": records}
 
 
 def main() -> int:
@@ -193,27 +209,28 @@ def main() -> int:
     parser.add_argument("--add", action="store_true", help="add repeats to the records in --to")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    earlier = json.loads(asked.to.read_text())["records"] if asked.add and asked.to.is_file() else {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with terms_raised(), tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
         contest = encoder(bench, asked.intents.resolve()) if asked.intents else causal(bench, *CELLS[asked.cell])
+        here = environment(device)
+        same = {"device": here["device"], "data": (asked.intents or asked.rows or Path("made up")).name,
+                "setting": {**contest.values, "model": Path(contest.values["model"]).name}}
+        kept = kept_in(asked.to, same, here["commit"])
+        earlier = max(map(len, kept.records.values()), default=0) if asked.add else 0
         contestants: dict[str, Callable[[], dict[str, Any]]] = {"ours": contest.ours}
         for name, chosen in (ENCODER if asked.intents else CAUSAL).items():
             python = asked.trl_python if name.startswith("trl") else sys.executable
             if python is not None:
                 contestants[name] = partial(contest.peer, python, chosen)
-        new = gathered({name: run for name, run in contestants.items() if name in asked.only}, asked.repeats, device,
-                       bench.threads)
-        values = {**contest.values, "model": Path(contest.values["model"]).name}
-    records = {name: [*earlier.get(name, []), *new.get(name, [])] for name in ("ours", *CAUSAL)
-               if name in new or name in earlier}
-    outcome = {**environment(device), "data": (asked.intents or asked.rows or Path("made up")).name,
-               "warm_up_steps": WARM_UP, "setting": values, "adapter": RANK, "learning_rate": LEARNING_RATE,
-               "peers": {name: CAUSAL[name] for name in records if name != "ours"},
-               "ratios": ratios_of(records), "loss_parity": loss_parity(records),
-               "summaries": {name: summary_of(runs) for name, runs in records.items()}, "records": records}
-    return publish(asked, outcome, table_of(records))
+
+        def found() -> tuple[dict[str, Any], str]:
+            outcome = outcome_of(kept, here | same)
+            return outcome, table_of(outcome["records"], kept.failures)
+
+        gather({name: run for name, run in contestants.items() if name in asked.only}, earlier + asked.repeats, device,
+               bench.threads, kept, lambda: save(asked, *found()))
+    return publish(asked, *found())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed_cells import Cell
 from benchmarks.subjects import SHAPES, token_rows, work_flops
-from benchmarks.throughput import Bench, ceiling
+from benchmarks.throughput import Bench
+from benchmarks.turns import ceiling
 from peftune.build import build
 from peftune.config.load import load
 from peftune.loop.step import train_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,9 @@ def save_model(folder: Path, shape: Shape, rows: Sequence[Mapping[str, str]], lo
             num_key_value_heads=shape.grouped, head_dim=shape.head, max_position_embeddings=longest,
             tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=1), dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    gc.collect()  # a model refers to itself
+    torch.cuda.empty_cache()  # what this process keeps, those that train lack
     return str(folder)
 
 

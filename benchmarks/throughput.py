@@ -8,6 +8,9 @@ Each cell is `accelerate launch` of the loop that users run (timed_train.py), on
 take turns: every repeat runs each of them once. The device's ceiling, products of square bfloat16 matrices, is measured
 before each run with as many threads. `--against` exits with 1 if a ratio fell below `--at-least` of the earlier one.
 
+Results are written after each run. A cell that fails is written down with its last lines, the others go on, and the
+exit code is 1. A file that --to names and that exists is gone on with: only cells that lack a result are measured.
+
 The suites stand in speed_cells.py.
 """
 
@@ -16,12 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +34,17 @@ import psutil
 import torch
 
 from benchmarks.arithmetic import WARM_UP, fallen, rates, spread
-from benchmarks.launches import launched
+from benchmarks.launches import launched, terms_raised
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
+from benchmarks.turns import Kept, gather, kept_in, write
 from benchmarks.twins import allocators_of, overhead_of, products_of, reuse_of
-from peftune.model.precision import choose_products
 from peftune.observe.manifest import environment
 from peftune.parallel.host_memory import PRELOAD, preload
 
 TIMED = Path(__file__).resolve().parent / "timed_train.py"
 GIB = 2**30
-CEILING_SIZES = (1024, 2048)
+LONGEST = max(cell.max_length for suite in SUITES.values() for cell in suite)
 VALIDATION_ROWS = 24
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """A Llama's linear layers by name, as peft wants them where only some layers are adapted."""
@@ -50,7 +55,7 @@ class Bench:
 
     def __init__(self, folder: Path, rows: Path | None) -> None:
         self.folder, self.rows, self.threads = folder, rows, psutil.cpu_count(logical=False) or 1
-        self._models: dict[tuple[str, int], str] = {}
+        self._models: dict[str, str] = {}
 
     def config(self, cell: Cell) -> Path:
         """Of the cell: constant rate, scored and saved at its end alone."""
@@ -59,16 +64,15 @@ class Bench:
         if cell.full_rows:
             rows = [{"prompt": "Go on:", "completion": " " + " ".join(row["completion"] for row in _turned(rows, i))}
                     for i in range(len(rows))]
-        key = cell.shape, cell.max_length
-        if key not in self._models:
-            folder = self.folder / f"{cell.shape}-{cell.max_length}"
-            self._models[key] = save_model(folder, SHAPES[cell.shape], instruction_rows(self.rows, 2000),
-                                           cell.max_length)
+        if cell.shape not in self._models:  # one for all lengths: a large model takes much disk
+            self._models[cell.shape] = save_model(self.folder / cell.shape, SHAPES[cell.shape],
+                                                  instruction_rows(self.rows, 2000), LONGEST)
         return save_config(self.folder / f"{name}.yaml", {
             "task": "causal_lm", "output_dir": str(self.folder / name),
             "adapter": _adapter(cell),
-            "model": {"name_or_path": self._models[key], "dtype": cell.dtype, "gradient_checkpointing": cell.recompute,
-                      "quantization": cell.quantization, "reuse_frozen_layers": cell.reuse},
+            "model": {"name_or_path": self._models[cell.shape], "dtype": cell.dtype,
+                      "gradient_checkpointing": cell.recompute, "quantization": cell.quantization,
+                      "reuse_frozen_layers": cell.reuse},
             "data": {"train": save_rows(self.folder / f"{name}.jsonl", rows[VALIDATION_ROWS:]),
                      "validation": save_rows(self.folder / "validation.jsonl", rows[:VALIDATION_ROWS]),
                      "max_length": cell.max_length},
@@ -115,7 +119,7 @@ def ours(
 
     Args:
         config: the config file.
-        run: a new run folder.
+        run: a new run folder, which is removed again.
         processes: under DDP if there are several.
         threads: of each.
         bare: without the loop.
@@ -126,51 +130,20 @@ def ours(
     variables = {"BENCH_STARTED": str(time.time()), **({"BENCH_BARE": "1"} if bare else {}),
                  **({"BENCH_NATIVE": "1"} if native else {}),
                  **(preload() if tcmalloc else {PRELOAD: ""})}
-    done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"], script=TIMED,
-                    threads=threads, environment=variables)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((run / f"timing-{rank}.json").read_text()) for rank in range(processes)]
-    assert ranks[0]["ranks"] == processes, "another number of processes ran than was asked for"
-    record = ranks[0] | {"total_tokens": [sum(step) for step in zip(*(rank["total_tokens"] for rank in ranks))],
-                         "steps_bytes": max(rank["steps_bytes"] for rank in ranks)}
-    if not bare:
-        summary = json.loads((run / "summary.json").read_text())
-        record["evaluation_loss"] = summary["metrics"]["validation"]["loss"]
-    return record
-
-
-def ceiling(device: torch.device, threads: int) -> float:
-    """Operations a second of products of square bfloat16 matrices, as runs compute them: the best of several sizes and
-    repeats."""
-    torch.set_num_threads(threads)
-    choose_products("bfloat16", device)
-    found = []
-    for size in CEILING_SIZES if device.type == "cpu" else (4096, 8192):
-        left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-        for _ in range(6):
-            started = time.perf_counter()
-            torch.mm(left, right)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            found.append(2 * size**3 / (time.perf_counter() - started))
-    return max(found)
-
-
-def gathered(
-    measure: Mapping[str, Callable[[], dict[str, Any]]], repeats: int, device: torch.device, threads: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Every contestant once, then again: A B A B. Each record holds the ceiling that was measured before it, and the
-    share of processor time that a virtual machine's host took meanwhile (Linux)."""
-    records: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for _ in range(repeats):
-        for name, run in measure.items():
-            top, before = ceiling(device, threads), psutil.cpu_times()
-            records[name].append(run() | {"ceiling_flops": top})
-            spent = [late - early for late, early in zip(psutil.cpu_times(), before)]
-            records[name][-1]["stolen_share"] = spent[before._fields.index("steal")] / sum(spent)
-            found = rates(records[name][-1])
-            print(f"{name}: {found['tokens_per_second']:,.0f} tokens/s", flush=True)
-    return records
+    try:
+        done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"],
+                        script=TIMED, threads=threads, environment=variables)
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-2900:]}"
+        ranks = [json.loads((run / f"timing-{rank}.json").read_text()) for rank in range(processes)]
+        assert ranks[0]["ranks"] == processes, "another number of processes ran than was asked for"
+        record = ranks[0] | {"total_tokens": [sum(step) for step in zip(*(rank["total_tokens"] for rank in ranks))],
+                             "steps_bytes": max(rank["steps_bytes"] for rank in ranks)}
+        if not bare:
+            summary = json.loads((run / "summary.json").read_text())
+            record["evaluation_loss"] = summary["metrics"]["validation"]["loss"]
+        return record
+    finally:
+        shutil.rmtree(run, ignore_errors=True)  # weights and states of several runs would fill a disk
 
 
 def summary_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -198,7 +171,7 @@ def summary_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: spread(values) for name, values in found.items()}
 
 
-def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+def table_of(summaries: Mapping[str, Mapping[str, Any]], failures: Iterable[str] = ()) -> str:
     """Markdown: a row a cell; medians, and the range of the middle step's tokens a second."""
     lines = ["| cell | tokens/s, middle step (range) | supervised/s | samples/s | step p50 / p95 (s) | padding | "
              "of the ceiling | peak memory in steps (GiB) | first step (s) |", "| --- |" + " ---: |" * 8]
@@ -211,22 +184,29 @@ def table_of(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"{middle['supervised_tokens_per_second']:,.0f} | {middle['samples_per_second']:.2f} | "
             f"{middle['step_p50_s']:.2f} / {middle['step_p95_s']:.2f} | {middle['padding_share']:.1%} | {share} | "
             f"{middle.get('peak_allocated_bytes', middle['steps_bytes']) / GIB:.2f} | {middle['first_step_s']:.1f} |")
+    lines += [f"| {name} | **failed** |" + " |" * 7 for name in failures]
     return "\n".join(lines) + "\n"
 
 
 def publish(asked: argparse.Namespace, outcome: Mapping[str, Any], table: str) -> int:
-    """Print and write what was found; 1 where a ratio fell against earlier results."""
+    """Print and write what was found; 1 where a contestant failed, or a ratio fell against earlier results."""
     print(table + "\n" + "\n".join(f"{name}: {value:.3g}" for name, value in outcome["ratios"].items()))
-    for path, text in ((asked.to, json.dumps(outcome, indent=1) + "\n"), (asked.table, table)):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+    save(asked, outcome, table)
+    if outcome.get("failures"):
+        print(f"failed: {'; '.join(outcome['failures'])}", file=sys.stderr)
+        return 1
     if asked.against is None:
         return 0
     lower = fallen(outcome["ratios"], json.loads(asked.against.read_text())["ratios"], asked.at_least)
     for line in lower:
         print(f"fell: {line}", file=sys.stderr)
     return 1 if lower else 0
+
+
+def save(asked: argparse.Namespace, outcome: Mapping[str, Any], table: str) -> None:
+    """Write what was found until now."""
+    write(asked.to, json.dumps(outcome, indent=1) + "\n")
+    write(asked.table, table)
 
 
 def options(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -239,6 +219,23 @@ def options(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--at-least", type=float, default=0.9, help="of the earlier ratio; default 0.9")
 
 
+def outcome_of(suite: str, kept: Kept, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is known of a suite's cells, for the results file."""
+    cells = {str(cell): cell for cell in SUITES[suite]}
+    records = {name: kept.records[name] for name in cells if kept.records.get(name)}
+    summaries = {name: summary_of(found) for name, found in records.items()}
+    ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()
+              if "of_ceiling" in found}
+    measured = {name: cells[name] for name in records}
+    compared, added = overhead_of(measured, summaries)
+    ratios |= compared | allocators_of(measured, summaries) | reuse_of(measured, summaries)
+    ratios |= products_of(measured, summaries)
+    return {**setting, "warm_up_steps": WARM_UP,
+            "cells": {name: asdict(cell) for name, cell in cells.items() if name in {**records, **kept.failures}},
+            "failures": kept.failures, "ratios": ratios, "added_milliseconds": added, "summaries": summaries,
+            "records": records}
+
+
 def main() -> int:
     """Measure a suite, and write what was found."""
     parser = argparse.ArgumentParser(prog="peftune bench throughput", description=__doc__.splitlines()[0])
@@ -247,22 +244,21 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="CELL", help="cells whose names hold these words")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as scratch:
+    here = environment(device)
+    same = {"device": here["device"], "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up"}
+    kept = kept_in(asked.to, same, here["commit"])
+
+    def found() -> tuple[dict[str, Any], str]:
+        outcome = outcome_of(asked.suite, kept, here | same)
+        return outcome, table_of(outcome["summaries"], kept.failures)
+
+    with terms_raised(), tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
-        cells = {str(cell): cell for cell in SUITES[asked.suite] if any(word in str(cell) for word in asked.only)}
-        records = gathered({name: lambda cell=cell: bench.measure(cell) for name, cell in cells.items()},
-                           asked.repeats, device, bench.threads)
-    summaries = {name: summary_of(found) for name, found in records.items()}
-    ratios = {f"{name}: share of the ceiling": found["of_ceiling"]["median"] for name, found in summaries.items()
-              if "of_ceiling" in found}
-    compared, added = overhead_of(cells, summaries)
-    ratios |= compared | allocators_of(cells, summaries) | reuse_of(cells, summaries)
-    ratios |= products_of(cells, summaries)
-    outcome = {**environment(device), "suite": asked.suite, "data": asked.rows.name if asked.rows else "made up",
-               "warm_up_steps": WARM_UP, "cells": {name: asdict(cell) for name, cell in cells.items()},
-               "ratios": ratios, "added_milliseconds": added, "summaries": summaries, "records": records}
-    return publish(asked, outcome, table_of(summaries))
+        wanted = {str(cell): partial(bench.measure, cell) for cell in SUITES[asked.suite]
+                  if any(word in str(cell) for word in asked.only)}
+        gather(wanted, asked.repeats, device, bench.threads, kept, lambda: save(asked, *found()))
+    return publish(asked, *found())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 The run is peftune/train.py's, to its end. `timing-<rank>.json` in the run folder then says, for each step: seconds from
 the end of the step before to its own end, so that all that the loop does between steps counts; tokens with and without
 padding, supervised tokens and examples. And the seconds of each evaluation and checkpoint, the highest resident memory
-within the steps (Linux's VmHWM, set back where the first one begins), and the seconds from BENCH_STARTED, a time of the
-launcher's in the environment, to the end of the first step.
+within the steps (Linux's VmHWM, set back where the first one begins), on a GPU the most that was allocated and reserved
+within them, and the seconds from BENCH_STARTED, a time of the launcher's in the environment, to the end of the first
+step.
 
 BENCH_BARE=1 trains without the loop: forward, backward, clipping and optimizer of the same model on the same batches,
 laid out beforehand, and nothing else. What the loop takes on top of that is its overhead. BENCH_NATIVE=1 leaves
@@ -53,10 +54,15 @@ class Timing:
         self.seconds: dict[str, list[float]] = {"evaluation": [], "checkpoint": []}
         self.evaluated_tokens: list[int] = []
         self.before_bytes = self.steps_bytes = 0
+        self.peaks: dict[str, int | None] = {"peak_reserved_bytes": None, "peak_allocated_bytes": None}
+        """Of the GPU's memory within the steps."""
 
     def begin(self) -> None:
         """The first step begins."""
         self.before_bytes = new_phase()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         self.ends.append(time.perf_counter())
 
     def end(self, *, tokens: int, targets: int, examples: int) -> None:
@@ -86,6 +92,9 @@ class Timing:
         """What is done next is no step; the first such thing ends what counts as their memory."""
         if self.ends and not self.steps_bytes:
             self.steps_bytes = new_phase()
+            if torch.cuda.is_available():
+                self.peaks = {"peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+                              "peak_allocated_bytes": torch.cuda.max_memory_allocated()}
 
     def as_json(self) -> dict[str, Any]:
         """For the file."""
@@ -93,7 +102,7 @@ class Timing:
                 "step_seconds": [after - before for before, after in zip(self.ends, self.ends[1:])],
                 "evaluation_seconds": self.seconds["evaluation"], "evaluation_tokens": self.evaluated_tokens,
                 "checkpoint_seconds": self.seconds["checkpoint"], "before_steps_bytes": self.before_bytes,
-                "steps_bytes": self.steps_bytes, "threads": torch.get_num_threads()}
+                "steps_bytes": self.steps_bytes, **self.peaks, "threads": torch.get_num_threads()}
 
 
 def laid_out(batch: Batch) -> int:
@@ -122,6 +131,8 @@ def bare(built: Any, timing: Timing) -> None:
         run.optimizer.step()
         run.optimizer.zero_grad()
         timing.laid_out = sum(laid_out(batch) for batch in parts)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the loop's step waits too: it reads the loss
         timing.end(tokens=one.tokens, targets=one.targets, examples=one.examples)
     timing.leave_steps()
 
@@ -158,9 +169,7 @@ def main(arguments: list[str]) -> int:
         facts = {"layout": run.layout.name, "micro_batch_tokens": run.micro_batch_tokens,
                  "strategy": run.strategy.name, "ranks": run.strategy.world.ranks,
                  "trainable_parameters": run.facts["trainable_parameters"],
-                 "total_parameters": run.facts["total_parameters"],
-                 "peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-                 "peak_allocated_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None}
+                 "total_parameters": run.facts["total_parameters"]}
         (run.folder / f"timing-{run.strategy.world.rank}.json").write_text(json.dumps(timing.as_json() | facts))
     return EXIT_DONE
 

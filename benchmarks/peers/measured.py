@@ -41,7 +41,8 @@ class Measured(TrainerCallback):
 
     def __init__(self, model: torch.nn.Module, ignore: int = -100) -> None:
         self.ignore = ignore
-        self.now = {"tokens": 0, "total_tokens": 0, "supervised_tokens": 0, "examples": 0}
+        self.now: dict[str, Any] = {"tokens": 0, "total_tokens": 0, "supervised_tokens": 0, "examples": 0}
+        """Numbers, or tensors where the device would be waited for to know them."""
         self.steps: dict[str, list[Any]] = {name: [] for name in self.now}
         self.ends: list[float] = []
         self.first_step_s = 0.0
@@ -56,23 +57,32 @@ class Measured(TrainerCallback):
         ids, mask, labels = named["input_ids"], named.get("attention_mask"), named["labels"]
         positions = named.get("position_ids")
         self.now["total_tokens"] += ids.numel()
-        self.now["tokens"] += ids.numel() if mask is None else int(mask.sum())
-        self.now["supervised_tokens"] += int((labels != self.ignore).sum())
+        self.now["tokens"] += ids.numel() if mask is None else mask.sum()
+        self.now["supervised_tokens"] += (labels != self.ignore).sum()
         packed = mask is None and positions is not None
-        self.now["examples"] += int((positions == 0).sum()) if packed else len(ids)
+        self.now["examples"] += (positions == 0).sum() if packed else len(ids)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         if not self.ends:
             self.before_bytes = new_phase()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
             self.ends.append(time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # our loop's step waits for the device too
         self.ends.append(time.perf_counter())
         if len(self.ends) == 2:
             self.first_step_s = time.time() - float(os.environ["BENCH_STARTED"])
         for name in self.now:
             self.steps[name].append(self.now[name])
             self.now[name] = 0
+
+    def counts(self) -> dict[str, list[int]]:
+        """Of each step."""
+        return {name: [int(value) for value in values] for name, values in self.steps.items()}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         self.steps_bytes = new_phase()
@@ -100,7 +110,7 @@ def finish(done: dict[str, Any], model: Any, clock: Measured) -> None:
     from importlib import metadata
 
     Path(done["to"]).write_text(json.dumps({
-        **clock.steps, "step_seconds": [after - before for before, after in zip(clock.ends, clock.ends[1:])],
+        **clock.counts(), "step_seconds": [after - before for before, after in zip(clock.ends, clock.ends[1:])],
         "first_step_s": clock.first_step_s, "before_steps_bytes": clock.before_bytes, "steps_bytes": clock.steps_bytes,
         "peak_allocated_bytes": clock.peak_allocated_bytes,
         "evaluation_loss": nats / count, "evaluation_tokens": [tokens],

@@ -37,10 +37,14 @@ def add_launch(commands: Any) -> None:
     slurm.add_argument("--notice", type=int, default=180, metavar="SECONDS",
                        help="how long before the limit the run is told to save; default 180")
     slurm.add_argument("--container", metavar="IMAGE", help="a .sif file for Apptainer, or an image for Pyxis")
+    slurm.add_argument("--mount", action="append", default=[], metavar="PATH[:INSIDE]",
+                       help="a folder that the container sees besides the current one; may be repeated")
     kubernetes = _place(places, "kubernetes", _kubernetes, "manifests for kubectl")
     kubernetes.add_argument("--image", required=True, help="of the containers; it has peftune")
     kubernetes.add_argument("--claim", required=True, metavar="NAME[:PATH]",
                             help="a PersistentVolumeClaim that all pods share; mounted at PATH, default /workspace")
+    kubernetes.add_argument("--cpu", metavar="CORES", help="of each pod, such as 64; default: none are reserved")
+    kubernetes.add_argument("--memory", metavar="SIZE", help="of each pod, such as 500Gi; default: none is reserved")
     kubernetes.add_argument("--kind", default="job", choices=("job", "jobset", "trainjob"),
                             help="plain Kubernetes, JobSet, or Kubeflow Trainer; default job")
     for sub in (slurm, kubernetes):
@@ -80,7 +84,7 @@ def _slurm(parsed: argparse.Namespace) -> int:
         options[name.lstrip("-")] = value
     settings = {"python": parsed.python or ("python3" if parsed.container else sys.executable),
                 "container": parsed.container, "interface": parsed.interface}
-    text = sbatch_script(job, options=options, settings=settings)
+    text = sbatch_script(job, options=options, settings=settings, mounts=parsed.mount)
     return _deliver(text, parsed, ["sbatch", "--parsable"])
 
 
@@ -92,7 +96,8 @@ def _kubernetes(parsed: argparse.Namespace) -> int:
                     gpus_per_node=parsed.gpus_per_node, strategy=parsed.strategy)
     claim, _, mount = parsed.claim.partition(":")
     found = manifests(job, kind=parsed.kind, image=parsed.image, claim=claim, mount=mount or "/workspace",
-                      python=parsed.python or "python3", interface=parsed.interface)
+                      python=parsed.python or "python3", interface=parsed.interface, cpu=parsed.cpu,
+                      memory=parsed.memory)
     return _deliver(as_yaml(found), parsed, ["kubectl", "apply", "--filename", "-"])
 
 
@@ -107,7 +112,7 @@ def _hosts(parsed: argparse.Namespace) -> int:
                          interface=parsed.interface)
     for line in lines:
         print(line, file=sys.stdout if parsed.only_print else sys.stderr, flush=True)
-    return EXIT_DONE if parsed.only_print else run_lines(lines)
+    return EXIT_DONE if parsed.only_print else run_lines(lines, others_s=job.others_s)
 
 
 def _deliver(text: str, parsed: argparse.Namespace, send: list[str]) -> int:

@@ -16,8 +16,10 @@ from pathlib import Path
 from peftune.cluster.job import Job
 from peftune.errors import EXIT_DONE, EXIT_OUR_FAULT, EXIT_PREEMPTED, Fault, MachineError
 
-OTHERS_S = 300.0
-"""How long the other machines may go on after one has failed, in seconds: their own watchdogs are to end them."""
+TERM_S = 60.0
+"""How long a machine that was told to end may take before its processes are killed, in seconds."""
+END = "all() { echo $1; for one in $(pgrep -P $1); do all $one; done; }; kill -KILL $(all $(cat %s))"
+"""Ends a launcher with its processes, which are in groups and sessions of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Line:
     command: tuple[str, ...]
     tell: tuple[str, ...]
     """Sends a signal to it, whose number takes the place of {}."""
+    end: tuple[str, ...]
+    """Kills it with all of its processes."""
 
     def __str__(self) -> str:
         return shlex.join(self.command)
@@ -62,14 +66,19 @@ def launch_lines(job: Job, hosts: Sequence[str], *, port: int, ssh: str, python:
         pid_file = f"~/.peftune-{port}-{rank}.pid"  # a home may be shared
         remote = f"cd {shlex.quote(str(Path.cwd()))} && echo $$ > {pid_file} && exec {shlex.join(words)}"
         reach = (*shlex.split(ssh), host)
-        lines.append(Line(host, (*reach, remote), (*reach, f"kill -{{}} $(cat {pid_file})")))
+        lines.append(Line(host, (*reach, remote), tell=(*reach, f"kill -{{}} $(cat {pid_file})"),
+                          end=(*reach, END % pid_file)))
     return lines
 
 
-def run_lines(lines: Sequence[Line]) -> int:
+def run_lines(lines: Sequence[Line], *, others_s: float) -> int:
     """Run all lines until they end; return 75 if one says so, else the first code that is not 0.
 
     Ctrl-C and the signals TERM and USR1 go to the launchers of all machines, whose processes agree where to stop.
+
+    Args:
+        lines: one a machine.
+        others_s: how long the others may go on after one has failed, in seconds: their own watchdogs are to end them.
     """
     with _passing_signals(lines):
         running = [subprocess.Popen(line.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -78,7 +87,7 @@ def run_lines(lines: Sequence[Line]) -> int:
                    for line, process in zip(lines, running)]
         for reader in readers:
             reader.start()
-        _wait(running)
+        _wait(lines, running, others_s)
         for reader in readers:
             reader.join(timeout=5)
     codes = [process.returncode for process in running]
@@ -91,16 +100,30 @@ def run_lines(lines: Sequence[Line]) -> int:
     return EXIT_DONE if not failed else failed[0] if failed[0] > 0 else EXIT_OUR_FAULT
 
 
-def _wait(running: Sequence[subprocess.Popen[str]]) -> None:
-    """Until all have ended; if one fails, the others get OTHERS_S to notice."""
-    deadline = None
-    while any(process.poll() is None for process in running):
-        if deadline is None and any(process.poll() for process in running):
-            deadline = time.monotonic() + OTHERS_S
-        if deadline is not None and time.monotonic() > deadline:
-            for process in running:
+def _wait(lines: Sequence[Line], running: Sequence[subprocess.Popen[str]], others_s: float) -> None:
+    """Until all have ended; if one fails, the others get `others_s` to notice, and TERM_S more to end as they are told.
+
+    What a machine runs does not end with the ssh that has started it.
+    """
+    failed, told = None, False
+    while left := [(line, process) for line, process in zip(lines, running) if process.poll() is None]:
+        if failed is None and any(process.poll() for process in running):
+            failed = time.monotonic()
+        since = 0.0 if failed is None else time.monotonic() - failed
+        if since > others_s and not told:
+            told = True
+            for line, _ in left:
+                _tell(line, signal.SIGTERM)
+        if since > others_s + TERM_S:
+            for line, process in left:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a machine that is not reached any more
+                    subprocess.run(line.end, timeout=20, check=False, start_new_session=True)
                 process.kill()
         time.sleep(0.2)
+
+
+def _tell(line: Line, number: int) -> None:
+    subprocess.Popen([word.replace("{}", str(int(number))) for word in line.tell], start_new_session=True)
 
 
 def _relay(host: str, process: subprocess.Popen[str]) -> None:
@@ -113,7 +136,7 @@ def _relay(host: str, process: subprocess.Popen[str]) -> None:
 def _passing_signals(lines: Sequence[Line]) -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
         for line in lines:
-            subprocess.Popen([word.replace("{}", str(int(number))) for word in line.tell], start_new_session=True)
+            _tell(line, number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

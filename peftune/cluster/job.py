@@ -13,6 +13,9 @@ from peftune.config.schema import RunConfig
 from peftune.errors import Fault, MachineError
 from peftune.parallel.launcher import strategy_for
 
+NCCL_GIVES_UP_S = 600
+"""Where no `hang_timeout` does so before, in seconds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -32,6 +35,12 @@ class Job:
     def processes(self) -> int:
         """Of all machines together."""
         return self.nodes * max(1, self.gpus_per_node)
+
+    @property
+    def others_s(self) -> int:
+        """How long other machines may go on after one has ended, in seconds. Under NCCL their watchdogs end them after
+        `hang_timeout`, and then say whom they miss."""
+        return (self.config.hang_timeout_s or NCCL_GIVES_UP_S) + 300
 
     def train_words(self, arguments: Sequence[str], *, rank: str, main: str) -> list[str]:
         """What the launcher of one machine gets behind `python -m peftune`.

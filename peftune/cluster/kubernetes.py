@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -34,7 +35,7 @@ _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
 
 
 def manifests(job: Job, *, kind: str, image: str, claim: str, mount: str, python: str = "python3",
-              interface: str | None = None) -> list[Manifest]:
+              interface: str | None = None, cpu: str | None = None, memory: str | None = None) -> list[Manifest]:
     """The objects that run `job`.
 
     Args:
@@ -45,11 +46,13 @@ def manifests(job: Job, *, kind: str, image: str, claim: str, mount: str, python
         mount: where they mount it; relative paths of the config begin there.
         python: in the image.
         interface: of the network between the pods.
+        cpu, memory: of each pod, which are reserved for it; None reserves nothing.
 
     Raises:
-        MachineError: the run's output would be lost with its pod.
+        MachineError: the run's output would be lost with its pod, or a quantity is none.
     """
     _check_kept(job, mount)
+    reserved = _quantities(cpu, memory)
     found: list[Manifest] = list(yaml.safe_load_all((presets("kubernetes") / f"{kind}.yaml").read_text("utf-8")))
     workload = found[-1]
     for manifest in found:
@@ -64,16 +67,16 @@ def manifests(job: Job, *, kind: str, image: str, claim: str, mount: str, python
         case "job":
             _one(found, "Service")["spec"]["selector"] = {"batch.kubernetes.io/job-name": job.name}
             workload["spec"]["backoffLimit"] = 3 * job.nodes
-            _fill_job(workload["spec"], job, words, image)
+            _fill_job(workload["spec"], job, words, image, reserved)
             workload["spec"]["template"]["spec"]["subdomain"] = job.name
         case "jobset":
             workload["spec"]["network"]["subdomain"] = job.name
-            _fill_job(workload["spec"]["replicatedJobs"][0]["template"]["spec"], job, words, image)
+            _fill_job(workload["spec"]["replicatedJobs"][0]["template"]["spec"], job, words, image, reserved)
         case _:
             trainer = workload["spec"]["trainer"]
             trainer.update(numNodes=job.nodes, image=image, args=words)
             trainer["command"][2] = trainer["command"][2].replace("/workspace", mount)
-            _set_gpus(trainer["resourcesPerNode"], job.gpus_per_node)
+            _set_resources(trainer["resourcesPerNode"], job.gpus_per_node, reserved)
     for pod in _pods(workload):
         _share(pod, job.name, claim, mount)
     for container in _containers(workload):
@@ -99,15 +102,30 @@ def _one(found: list[Manifest], kind: str) -> Manifest:
     return next(manifest for manifest in found if manifest["kind"] == kind)
 
 
-def _fill_job(spec: Manifest, job: Job, words: list[str], image: str) -> None:
+def _fill_job(spec: Manifest, job: Job, words: list[str], image: str, reserved: Mapping[str, str]) -> None:
     spec["parallelism"] = spec["completions"] = job.nodes
     container = spec["template"]["spec"]["containers"][0]
     container.update(image=image, command=words)
-    _set_gpus(container["resources"], job.gpus_per_node)
+    _set_resources(container["resources"], job.gpus_per_node, reserved)
 
 
-def _set_gpus(resources: Manifest, gpus: int) -> None:
-    resources["limits"] = {"nvidia.com/gpu": gpus} if gpus else {}
+def _set_resources(resources: Manifest, gpus: int, reserved: Mapping[str, str]) -> None:
+    resources["limits"] = {**({"nvidia.com/gpu": gpus} if gpus else {}), **reserved}
+    if reserved:
+        resources["requests"] = dict(reserved)
+
+
+def _quantities(cpu: str | None, memory: str | None) -> dict[str, str]:
+    found = {}
+    for name, value, form, example in (("cpu", cpu, r"\d+(\.\d+)?m?", "64"),
+                                       ("memory", memory, r"\d+(\.\d+)?([kMGTPE]|[KMGTPE]i)", "500Gi")):
+        if value is None:
+            continue
+        if not re.fullmatch(form, value):
+            raise MachineError(Fault(kind="environment", message=f"--{name} {value}: not a quantity of Kubernetes",
+                                     mend=f"such as --{name} {example}"))
+        found[name] = value
+    return found
 
 
 def _pods(node: Any) -> Iterator[Manifest]:

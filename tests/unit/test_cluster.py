@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from peftune.cli import main
+from peftune.cluster import hosts
 from peftune.cluster.hosts import launch_lines, parse_hosts
 from peftune.cluster.job import check_job
 from peftune.cluster.kubernetes import KINDS
@@ -188,6 +189,7 @@ def test_each_host_gets_a_line_of_its_own_and_one_that_passes_signals_on():
             f"exec py -m peftune train {QUICKSTART} --strategy ddp --processes 16 --nodes 2 --node-rank {rank} "
             "--main-node a:1234 --interface ib0")
         assert line.tell[-1] == f"kill -{{}} $(cat ~/.peftune-1234-{rank}.pid)"
+        assert line.end[:4] == line.tell[:4] and f"$(cat ~/.peftune-1234-{rank}.pid)" in line.end[-1]
 
 
 def test_the_machines_of_a_run_get_launch_lines_that_differ_in_their_rank(monkeypatch):
@@ -239,8 +241,8 @@ def test_signals_reach_the_lines_of_all_hosts(tmp_path):
 import sys
 from peftune.cluster.hosts import Line, run_lines
 wait = "echo $$ > {tmp_path}/%s; trap 'echo told; exit 75' USR1; while :; do sleep 0.05; done"
-lines = [Line(n, ("sh", "-c", wait % n), ("sh", "-c", "kill -{{}} $(cat {tmp_path}/%s)" % n)) for n in "ab"]
-sys.exit(run_lines(lines))
+lines = [Line(n, ("sh", "-c", wait % n), ("sh", "-c", "kill -{{}} $(cat {tmp_path}/%s)" % n), ()) for n in "ab"]
+sys.exit(run_lines(lines, others_s=300))
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     deadline = time.monotonic() + 30
@@ -251,3 +253,71 @@ sys.exit(run_lines(lines))
     os.kill(process.pid, signal.SIGUSR1)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 75 and sorted(said.splitlines()) == ["[a] told", "[b] told"]
+
+
+@pytest.mark.parametrize("ignores", [False, True], ids=["that ends when it is told", "that does not"])
+def test_a_machine_that_does_not_notice_the_end_of_another_is_ended_with_its_processes(ignores, tmp_path, monkeypatch):
+    """With a shell in place of ssh, which leaves what it has started behind as ssh does."""
+    monkeypatch.setattr(hosts, "TERM_S", 1.0)
+    pid, child, told = tmp_path / "pid", tmp_path / "child", tmp_path / "told"
+    react = f"echo > {told}; {'' if ignores else 'kill $child; exit 75'}"
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"trap '{react}' TERM\nsetsid sleep 600 &\nchild=$!\necho $child > {child}\n"
+                        f"echo $$ > {pid}\nwhile :; do sleep 0.1; done\n")
+    started = f"setsid sh {launcher} > /dev/null 2>&1 & while kill -0 $!; do sleep 0.1; done 2> /dev/null"
+    lines = [hosts.Line("a", ("sh", "-c", f"until [ -s {pid} ]; do sleep 0.1; done; sleep 0.2; exit 4"), (), ()),
+             hosts.Line("b", ("sh", "-c", started), ("sh", "-c", f"kill -{{}} $(cat {pid})"),
+                        ("sh", "-c", hosts.END % pid))]
+    hosts.run_lines(lines, others_s=0.5)
+    assert told.is_file()
+    for file in (pid, child):
+        stat = Path(f"/proc/{file.read_text().strip()}/stat")
+        assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pods_reserve_the_processors_and_the_memory_that_were_asked_for(kind, capsys):
+    words = ("--kind", kind, "--nodes", 2, "--gpus-per-node", 4)
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason='pip install "peftune[dev]"')
+    known = {"Job": models.IoK8sApiBatchV1Job, "JobSet": models.JobsetV1alpha2JobSet,
+             "TrainJob": models.TrainerV1alpha1TrainJob}
+    plain, found = objects(capsys, *words), objects(capsys, *words, "--cpu", 64, "--memory", "500Gi")
+    name = list(plain)[-1]
+    reserved = {"cpu": "64", "memory": "500Gi"}
+    wanted = {"limits": {"nvidia.com/gpu": 4, **reserved}, "requests": reserved}
+    assert yaml.safe_load(json.dumps(plain).replace('{"limits": {"nvidia.com/gpu": 4}}', json.dumps(wanted))) == found
+    assert found != plain and known[name].from_dict(found[name]).to_dict() == found[name]
+    for wrong in (("--memory", "500"), ("--cpu", "many")):
+        with pytest.raises(MachineError, match=f"{wrong[0]} {wrong[1]}: not a quantity"):
+            objects(capsys, *words, *wrong)
+
+
+def test_a_container_sees_the_mounts_and_an_output_outside_of_them_is_refused(capsys):
+    words = ("slurm", QUICKSTART, "--nodes", 2, "--gpus-per-node", 1, "output_dir=/data/runs/x")
+    rendered(capsys, *words)  # the machines share it
+    for image in ("i.sif", "registry/i:1"):
+        with pytest.raises(MachineError, match=r"(?s)output_dir = /data/runs/x lies outside .*--mount /data/runs"):
+            rendered(capsys, *words, "--container", image)
+        script = rendered(capsys, *words, "--container", image, "--mount", "/data", "--mount", "/a b:/b")
+        assert "\nmounts='/data:/data,/a b:/b'\n" in script
+        rendered(capsys, *words[:-1], "output_dir=runs/x", "--container", image)
+    with pytest.raises(MachineError, match="lies outside"):
+        rendered(capsys, *words[:-1], "output_dir=../x", "--container", "i.sif")
+    with pytest.raises(MachineError, match="--mount without --container"):
+        rendered(capsys, *words, "--mount", "/data")
+
+
+@pytest.mark.parametrize(("image", "wanted"), [
+    ("i.sif", "apptainer exec --nv --bind {0},/data:/data --pwd {0} i.sif"),
+    ("reg/i:1", "--container-image=reg/i:1 --container-mounts={0}:{0},/data:/data --container-workdir={0}")])
+def test_the_script_hands_the_mounts_to_the_container_and_waits_longer_than_the_watchdogs(
+        image, wanted, capsys, tmp_path, monkeypatch):
+    script = rendered(capsys, "slurm", QUICKSTART, "--nodes", 1, "--gpus-per-node", 1, "--container", image,
+                      "--mount", "/data", "hang_timeout=20m")
+    for name, text in (("srun", 'echo "$@"'), ("scontrol", "echo node1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=True, cwd=tmp_path, env={
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NAME": "j", "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"})
+    assert wanted.format(tmp_path) in done.stdout and "--wait=1500 " in done.stdout

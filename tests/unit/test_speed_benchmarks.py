@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -11,11 +19,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks import throughput, twins
+from benchmarks import throughput, turns, twins
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
-from benchmarks.gpu import closure, requirements
+from benchmarks.gpu import NEEDED, closure, parts, requirements
+from benchmarks.launches import ROOT, ended
 from benchmarks.peers import loss_parity, ratios_of
-from benchmarks.speed_cells import Cell
+from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_model
 
 RECORD = {"step_seconds": [9.0, 9.0, 1.0, 3.0], "tokens": [10, 10, 100, 300], "total_tokens": [10, 10, 200, 300],
@@ -117,6 +126,52 @@ def test_peers_are_compared_by_medians_and_losses_with_ours():
     assert loss_parity(found) == {"ours": 0, "hf_grouped": pytest.approx(0.001)}
 
 
+def test_a_contestant_that_fails_does_not_stop_the_others_and_a_later_start_measures_what_lacks(monkeypatch):
+    monkeypatch.setattr(turns, "ceiling", lambda device, threads: 1e12)
+
+    def measured(name):
+        asked.append(name)
+        time.sleep(0.05)  # processors' times are counted in hundredths of a second
+        if name in broken:
+            raise broken[name]
+        return RECORD
+
+    def start(repeats):
+        asked.clear()
+        turns.gather({name: partial(measured, name) for name in "abc"}, repeats, torch.device("cpu"), 1, kept,
+                     lambda: written.append(json.dumps(asdict(kept))))
+        return "".join(asked)
+
+    kept, asked, written = turns.Kept(), [], []
+    late = subprocess.TimeoutExpired(["x"], 600, stderr=b"step 3\n")
+    broken = {"a": late, "b": RuntimeError("out of memory")}
+    assert start(2) == "abcc"  # who has failed has no further turn
+    assert kept.failures == {"a": "no end after 600 s\nstep 3", "b": "out of memory"}
+    assert turns.CUT_OFF in written[0]  # a start that is killed leaves whom it has been measuring
+    broken = {"a": AssertionError("exit 1")}
+    assert start(2) == "abb" and kept.failures == {"a": "exit 1"}
+    broken = {}
+    assert start(2) == "aa" and start(2) == "" and kept.failures == {}
+    assert start(3) == "abc" and {name: len(found) for name, found in kept.records.items()} == dict.fromkeys("abc", 3)
+
+
+def test_a_start_begins_with_those_that_have_not_failed_before():
+    assert list(turns.Kept(failures={"a": turns.CUT_OFF}).turns("abc", 1)) == ["b", "c", "a"]
+
+
+def test_who_has_as_many_results_as_are_asked_for_has_not_failed():
+    kept = turns.Kept({"a": [RECORD]}, {"a": turns.CUT_OFF})
+    assert not list(kept.turns("a", 1)) and not kept.failures
+
+
+def test_results_of_another_suite_are_not_gone_on_with(tmp_path, capsys):
+    turns.write(tmp_path / "new" / "r.json", json.dumps({"suite": "gpu", "data": "x", "records": {"a": [RECORD]}}))
+    assert turns.kept_in(tmp_path / "new" / "r.json", {"suite": "gpu", "data": "x"}, None).records == {"a": [RECORD]}
+    with pytest.raises(SystemExit) as stopped:
+        turns.kept_in(tmp_path / "new" / "r.json", {"suite": "quick", "data": "x"}, None)
+    assert stopped.value.code == 2 and "holds results of another suite\n  mend:" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["1m", "qwen-1m"])
 def test_a_shape_counts_the_weights_that_its_model_and_its_adapter_have(name, tmp_path):
     shape = SHAPES[name]
@@ -131,13 +186,32 @@ def test_a_shape_counts_the_weights_that_its_model_and_its_adapter_have(name, tm
 def test_what_a_machine_lacks_is_named_with_all_that_the_rest_requires():
     found = closure([Requirement("accelerate>=1"), Requirement("numpy<1"), Requirement("no-such-package-here"),
                      Requirement("torch")])
-    assert found["no-such-package-here"] is None and found["numpy"] is None  # the one here does not fit
-    assert found["psutil"] and found["safetensors"]  # accelerate's
+    assert found["no-such-package-here"].version is None and found["numpy"].version is None  # the one here is newer
+    assert found["psutil"].version and found["safetensors"].version  # accelerate's
     assert not any(name.startswith(("torch", "nvidia")) for name in found)
 
 
+def test_a_version_must_fit_all_that_is_asked_of_it_and_all_of_it_is_installed():
+    for words in (("numpy>=2", "numpy<1"), ("numpy<1", "numpy>=2")):
+        need = closure([Requirement(word) for word in words])["numpy"]
+        assert need.version is None and need.asked == "numpy<1,>=2"
+
+
+def test_what_is_needed_depends_on_the_python_where_it_is_to_run():
+    wanted = [Requirement('psutil; python_version >= "3.30"'), Requirement('numpy; python_version < "3.30"')]
+    assert "psutil" not in closure(wanted) and "numpy" in closure(wanted)
+    assert list(closure(wanted, "3.30")) == ["psutil"]
+
+
+def test_a_part_asks_for_what_it_uses():
+    names = {part: {one.name for one in requirements([part])} for part in NEEDED}
+    assert set(NEEDED) == set(parts(Path(), None, 1))
+    assert "bitsandbytes" in names["throughput"] and "pytest" in names["tests"] and "accelerate" in names["peers"]
+    assert not {"deepspeed", "datasets"} & set().union(*names.values()) and "bitsandbytes" not in names["peers"]
+
+
 def test_all_that_runs_on_a_gpu_need_is_here():
-    assert [name for name, version in closure(requirements()).items() if version is None] == []
+    assert [name for name, need in closure(requirements(NEEDED)).items() if need.version is None] == []
 
 
 @pytest.mark.slow
@@ -154,6 +228,19 @@ def test_the_suite_for_gpus_runs_each_kind_of_cell_in_small(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+def test_a_cell_that_fails_is_written_down_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    fits = SUITES["tiny"][0]
+    cells = (replace(fits, dtype="bfloat15"), fits)
+    monkeypatch.setitem(SUITES, "tiny", cells)
+    monkeypatch.setattr("sys.argv", ["throughput", "tiny", "--repeats", "1", "--to", str(tmp_path / "r.json")])
+    assert throughput.main() == 1
+    outcome = json.loads((tmp_path / "r.json").read_text())
+    broken, fine = map(str, cells)
+    assert list(outcome["records"]) == [fine] and "model.dtype" in outcome["failures"][broken]
+    assert f"| {broken} | **failed** |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_smallest_suite_measures_the_true_loop(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["throughput", "tiny", "--repeats", "1", "--to", str(tmp_path / "r.json")])
     assert throughput.main() == 0
@@ -165,3 +252,40 @@ def test_the_smallest_suite_measures_the_true_loop(tmp_path, monkeypatch):
     assert {"tokens_per_second", "of_ceiling", "steps_bytes", "first_step_s", "checkpoint_s", "evaluation_loss",
             "evaluation_tokens_per_second"} <= set(summary)
     assert outcome["commit"] and outcome["packages"]["torch"]
+
+
+def sleeper(folder, *, session: bool) -> list[str]:
+    """A command that starts a process which ignores TERM, and waits for it; the process's number is written down."""
+    inner = (f"import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+             f"pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid())); time.sleep(600)")
+    return [sys.executable, "-c", f"import subprocess, sys; print('begun', flush=True); "
+            f"subprocess.run([sys.executable, '-c', {inner!r}], start_new_session={session})"]
+
+
+@pytest.mark.parametrize("session", [False, True], ids=["of the same session", "of its own session"])
+def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started(session, tmp_path):
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        ended(sleeper(tmp_path, session=session), timeout=2, grace_s=0.5, stdout=subprocess.PIPE)
+    assert late.value.stdout == b"begun\n"
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_benchmark_that_is_told_to_end_takes_along_what_it_has_started(tmp_path):
+    code = f"from benchmarks.launches import ended; ended({sleeper(tmp_path, session=True)!r}, timeout=600)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended, or does so in a second."""
+    for _ in range(20):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
