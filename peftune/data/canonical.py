@@ -85,15 +85,21 @@ def _alpaca(values: Mapping[str, Any]) -> Fields:
 
 
 def _messages(values: Mapping[str, Any]) -> Fields:
-    return _conversation(values, "messages", role="role", content="content")
+    return _answered(_messages_said(values))
+
+
+def _messages_said(values: Mapping[str, Any]) -> Fields:
+    return {"messages": _turns(values, "messages", role="role", content="content"), **_tools(values)}
 
 
 def _sharegpt(values: Mapping[str, Any]) -> Fields:
-    system = values.get("system")
-    fields = _conversation(values, "conversations", role="from", content="value")
-    if isinstance(system, str) and system.strip():
-        fields["messages"].insert(0, {"role": "system", "content": system})
-    return fields
+    return _answered(_sharegpt_said(values))
+
+
+def _sharegpt_said(values: Mapping[str, Any]) -> Fields:
+    messages, system = _turns(values, "conversations", role="from", content="value"), values.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    return {"messages": [*first, *messages], **_tools(values)}
 
 
 def _turns(values: Mapping[str, Any], key: str, *, role: str, content: str) -> list[dict[str, Any]]:
@@ -117,13 +123,16 @@ def _turns(values: Mapping[str, Any], key: str, *, role: str, content: str) -> l
     return messages
 
 
-def _conversation(values: Mapping[str, Any], key: str, *, role: str, content: str) -> Fields:
-    messages = _turns(values, key, role=role, content=content)
+def _answered(fields: Fields) -> Fields:
     if not any(message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
-               for message in messages):
+               for message in fields["messages"]):
         raise RowFault("no assistant turn to learn from", "add one, or delete the row")
+    return fields
+
+
+def _tools(values: Mapping[str, Any]) -> Fields:
     tools = values.get("tools")
-    return {"messages": messages, **({"tools": tools} if isinstance(tools, list) and tools else {})}
+    return {"tools": tools} if isinstance(tools, list) and tools else {}
 
 
 def _ner(values: Mapping[str, Any]) -> Fields:
@@ -196,8 +205,7 @@ def preference_fields(values: Mapping[str, Any]) -> Fields:
         fields |= {"chosen": chosen, "rejected": rejected}
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
-    tools = values.get("tools")
-    return {**fields, **({"tools": tools} if isinstance(tools, list) and tools else {})}
+    return {**fields, **_tools(values)}
 
 
 def _of_conversations(values: Mapping[str, Any]) -> Fields:
@@ -228,23 +236,25 @@ CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
 """Format -> from a row's values to its canonical fields. Raises RowFault."""
 
 
-PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "text")
-"""Columns that `peftune predict` generates from."""
+PROMPT_COLUMNS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction",
+                  "prompt_completion": "prompt", "text": "text"}
+"""Format -> the column that `peftune predict` generates from."""
 
 
-def prompt_messages(values: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The conversation to continue, without the answer it may end in; None where the record holds none."""
-    try:
-        if "instruction" in values:
-            messages = _alpaca({**values, "output": "-"})["messages"]
-        elif "messages" in values or "conversations" in values:
-            key, role, content = (("messages", "role", "content") if "messages" in values
-                                  else ("conversations", "from", "value"))
-            messages = _turns(values, key, role=role, content=content)
-        else:
-            return None
-    except RowFault:
-        return None
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages or None
+def prompt_fields(values: Mapping[str, Any], format: str) -> Fields:
+    """The text to continue, or the conversation to continue, without the answer it may end in, and its tools.
+
+    Raises:
+        RowFault: the record does not hold what the format asks for, or nothing comes before the answer.
+    """
+    if format in ("prompt_completion", "text"):
+        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+    if format == "alpaca":
+        return {"messages": _alpaca({**values, "output": "-"})["messages"][:-1]}
+    fields = (_messages_said if format == "messages" else _sharegpt_said)(values)
+    while fields["messages"] and fields["messages"][-1]["role"] == "assistant":
+        fields["messages"].pop()
+    if not fields["messages"]:
+        raise RowFault(f"{PROMPT_COLUMNS[format]} holds no turn before the assistant's answer",
+                       "add a turn of the user")
+    return fields

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftune.data.canonical import CANONICAL, refuse_surrogates
+from peftune.data.canonical import CANONICAL, PROMPT_COLUMNS, refuse_surrogates
 from peftune.data.rows import Faults, RawRow, Row
 from peftune.data.targets import RowFault
 from peftune.errors import DataError, Fault
@@ -120,3 +120,19 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
         mend=(f"perhaps data.columns={{{', '.join(renames[:3])}}}" if renames
               else "rename them with data.columns={expected: given}"),
     ))
+
+
+def prompt_format(values: Mapping[str, Any], format: str) -> str | None:
+    """The format that a record to generate from has, in training's order; None where no prompt is there.
+
+    Records need no answers, so a column of plain text decides last: beside a prompt it repeats that and the answer.
+
+    Args:
+        values: of the record.
+        format: of the training rows, or auto; taken where the record has its prompt.
+    """
+    there = [name for name in COLUMNS if name in PROMPT_COLUMNS and values.get(PROMPT_COLUMNS[name]) is not None]
+    if format in there:
+        return format
+    whole = [name for name in there if name != "text" and all(column in values for column in COLUMNS[name])]
+    return next(iter([*whole, *there]), None)
