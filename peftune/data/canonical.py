@@ -162,8 +162,11 @@ def _squad(values: Mapping[str, Any]) -> Fields:
             raise RowFault("answers has no text and answer_start of equal length",
                            'write {"text": ["..."], "answer_start": [0]}')
         given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    if given is None or values.get("is_impossible"):
+    if values.get("is_impossible"):
         given = []
+    elif given is None:
+        mend = "data.columns={answers: answer}" if "answer" in values else "add answers, [] where the context has none"
+        raise RowFault(f"answers is {'null' if 'answers' in values else 'missing'}", mend)
     if not isinstance(given, list):
         raise RowFault(f"answers is {_kind(given)}", 'write [{"text": "...", "answer_start": 0}]')
     return {"question": _text(values, "question"), "context": context,
