@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,8 @@ def _classification(values: Mapping[str, Any]) -> Fields:
     members = label if isinstance(label, list) else [label]
     if not all(isinstance(member, str | int | float) for member in members) or label == "":
         raise RowFault(f"label is {_kind(label)}", "write a name, a number, or a list of names")
+    if any(isinstance(member, float) and not math.isfinite(member) for member in members):
+        raise RowFault(f"label is {label!r:.40}: not a finite number", "write a finite number, or delete the row")
     pair = _text(values, "text_pair", empty=True) if values.get("text_pair") is not None else None
     return {"text": _text(values, "text"), "text_pair": pair, "label": label}
 
@@ -148,6 +151,10 @@ def _ner(values: Mapping[str, Any]) -> Fields:
     assert isinstance(words, list) and isinstance(tags, list)
     if len(words) != len(tags):
         raise RowFault(f"{len(words)} tokens and {len(tags)} tags", "write one tag for each token")
+    below = next((n for n, tag in enumerate(tags) if isinstance(tag, int) and tag < 0), None)
+    if below is not None:
+        raise RowFault(f"ner_tags[{below}] is {tags[below]}: numbers of tags begin at 0",
+                       "give each word its tag, O where it is outside; no tag is ignored, -100 neither")
     blank = next((n for n, word in enumerate(words) if not word.strip()), None)
     if blank is not None:
         raise RowFault(f"tokens[{blank}] is blank", "delete it and its tag")
@@ -213,16 +220,36 @@ def preference_fields(values: Mapping[str, Any]) -> Fields:
 
 def _of_conversations(values: Mapping[str, Any]) -> Fields:
     chosen, rejected = (_turns(values, key, role="role", content="content") for key in ("chosen", "rejected"))
-    before = _turns(values, "prompt", role="role", content="content") if isinstance(values.get("prompt"), list) else []
     if chosen[:-1] != rejected[:-1]:
         raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
             raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
-    prompt = [*before, *chosen[:-1]]
-    if not prompt and isinstance(values.get("prompt"), str):
-        prompt = [{"role": "user", "content": values["prompt"]}]
-    return {"messages": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+    return {"messages": _with_prompt(values, chosen[:-1]), "chosen": chosen[-1]["content"],
+            "rejected": rejected[-1]["content"]}
+
+
+def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What both answers share, after those turns of `prompt` that it does not hold itself."""
+    prompt = values.get("prompt")
+    if prompt in (None, ""):
+        return shared
+    if isinstance(prompt, list):
+        before = _turns(values, "prompt", role="role", content="content")
+        if shared[: len(before)] == before:
+            return shared
+        if shared and before[-len(shared):] == shared:
+            return before
+        if not shared or shared[0]["role"] != before[-1]["role"]:
+            return [*before, *shared]
+    else:
+        text = _text(values, "prompt")
+        if not shared:
+            return [{"role": "user", "content": text}]
+        said = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
+        if any(content and (content in text or text.strip() in content) for content in said):
+            return shared
+    raise RowFault("prompt is not what chosen and rejected begin with", "mend the prompt, or leave it out")
 
 
 CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {

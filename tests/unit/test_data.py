@@ -150,6 +150,12 @@ def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
 
 
+@pytest.mark.parametrize("label", [float("nan"), float("-inf"), [0.5, float("nan")]])
+def test_a_label_that_is_no_finite_number_is_a_fault_and_makes_no_regression_of_classes(label):
+    rows, found = canonical([{"text": "a", "label": 1.0}, {"text": "b", "label": label}], ("classification",))
+    assert [row.line for row in rows] == [1] and "not a finite number" in found.faults.kept[0].message
+
+
 def test_columns_are_renamed_and_a_likely_rename_is_suggested():
     rows, _ = canonical([{"sentence": "s", "intent": "i"}], ("classification",),
                         columns={"text": "sentence", "label": "intent"})

@@ -77,7 +77,9 @@ def test_a_single_class_is_no_task():
 
 @pytest.mark.parametrize(("targets", "label"), [
     (Targets("single_label", ("a", "b"), "class"), "c"), (Targets("single_label", ("a", "b"), "class"), ["a"]),
-    (Targets("regression", (), "values"), "many"), (Targets("multi_label", ("a",), "values"), ["a", "z"]),
+    (Targets("regression", (), "values"), "many"), (Targets("regression", (), "values"), "nan"),
+    (Targets("regression", (), "values"), "-inf"), (Targets("regression", (), "values"), 10**400),
+    (Targets("multi_label", ("a",), "values"), ["a", "z"]),
 ])
 def test_a_label_outside_the_set_is_a_row_fault(encoder, targets, label):
     text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32, DataConfig(train="x"))
