@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,8 +135,18 @@ def _answered(fields: Fields) -> Fields:
 
 
 def _tools(values: Mapping[str, Any]) -> Fields:
-    tools = values.get("tools")
-    return {"tools": tools} if isinstance(tools, list) and tools else {}
+    """The functions that may be called: a list of records, or that list as a JSON text."""
+    tools, mend = values.get("tools"), 'write [{"type": "function", "function": {...}}], or leave tools out'
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise RowFault("tools is a text that is no JSON", mend) from None
+    elif isinstance(tools, str | None):
+        tools = []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowFault("tools is no list of records", mend)
+    return {"tools": tools} if tools else {}
 
 
 def _ner(values: Mapping[str, Any]) -> Fields:
@@ -181,8 +192,7 @@ def _squad(values: Mapping[str, Any]) -> Fields:
 
 
 def _answer(answer: Any, context: str) -> Fields:
-    text = answer.get("text") if isinstance(answer, Mapping) else None
-    start = answer.get("answer_start") if isinstance(answer, Mapping) else None
+    text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, Mapping) else (None, None)
     if not isinstance(text, str) or not text or not isinstance(start, int):
         raise RowFault(f"the answer {answer!r:.60} has no text and answer_start",
                        'write {"text": "...", "answer_start": 0}')

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from peftune.config.schema import DataConfig, Source
 from peftune.data.batches import BatchPlan, evaluation_batches
+from peftune.data.canonical import prompt_fields
 from peftune.data.examples import Example
 from peftune.data.formats import Found, canonical_rows
 from peftune.data.prepare import row_faults
@@ -148,6 +149,28 @@ def test_formats_are_found_from_the_columns(values, format, fields):
 def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     rows, found = canonical([values])
     assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
+
+
+TOOLS = [{"type": "function", "function": {"name": "lookup"}}]
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+])
+def test_tools_may_be_a_json_text_in_training_and_prediction_and_else_are_a_fault(row):
+    accepts = ("preference",) if "chosen" in row else CAUSAL
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        rows, found = canonical([{**row, "tools": tools}], accepts)
+        assert rows[0].fields["tools"] == TOOLS
+        if "chosen" not in row:
+            assert prompt_fields({**row, "tools": tools}, found.formats["f.jsonl"])["tools"] == TOOLS
+    for tools in (None, [], "", "[]"):
+        assert "tools" not in canonical([{**row, "tools": tools}], accepts)[0][0].fields
+    for tools in ("lookup", "{}", json.dumps(["lookup"]), {"name": "lookup"}, ["lookup"], 3, "[" * 100_000):
+        rows, found = canonical([{**row, "tools": tools}], accepts)
+        assert not rows and "tools is" in found.faults.kept[0].message
 
 
 @pytest.mark.parametrize("label", [float("nan"), float("-inf"), [0.5, float("nan")]])
