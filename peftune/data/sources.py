@@ -27,7 +27,7 @@ def files_of(source: Source) -> list[Path]:
     """The files a source stands for, sorted by name; none for a hub id.
 
     Raises:
-        DataError: nothing lies there, or a file of an unknown kind.
+        DataError: nothing lies there, a file of an unknown kind, or files with settings for hub data sets.
     """
     path = Path(source.path)
     if path.is_dir():
@@ -48,6 +48,10 @@ def files_of(source: Source) -> list[Path]:
         if file.suffix.lower() not in READERS:
             raise DataError(_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
                                    f"use one of {', '.join(READERS)}"))
+    for key, for_hub in (("split", source.split != "train"), ("streaming", source.streaming)):
+        if for_hub:
+            raise DataError(_fault(source.path, None, f"{key} is for data sets of the hub, and this is a file or a "
+                                   "folder of files", f"leave {key} out, or name a hub data set"))
     return files
 
 

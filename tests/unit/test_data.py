@@ -188,6 +188,27 @@ def test_columns_are_renamed_and_a_likely_rename_is_suggested():
     assert "data.columns={text: sentence, label: intent}" in caught.value.faults[0].mend
 
 
+@pytest.mark.parametrize(("setting", "said"), [
+    ({"split": "nosuch"}, "split is for data sets of the hub"), ({"streaming": True}, "streaming is for data sets"),
+])
+def test_settings_of_hub_data_sets_are_refused_on_files(tmp_path, setting, said):
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}')
+    for path in (tmp_path / "d.jsonl", tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=said):
+            rows_of(path, **setting)
+
+
+def test_a_rename_of_a_column_that_no_row_has_is_a_fault(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "l"}\n')
+    (tmp_path / "b.jsonl").write_text('{"Message": "x", "label": "l"}\n')
+    paths = {"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "b.jsonl")}
+    with pytest.raises(DataError, match="data.columns = {label: nope}: no row has a column nope") as caught:
+        row_faults(DataConfig(**paths, columns={"text": "Message", "label": "nope"}), ("classification",), 0)
+    assert len(caught.value.faults) == 1 and "text, label, Message" in caught.value.faults[0].mend
+    assert not row_faults(DataConfig(**paths, columns={"text": "Message"}), ("classification",), 0)
+    assert not row_faults(DataConfig(**paths, columns={"text": "Message"}), ("classification",), 0, ("train",))
+
+
 def test_every_fault_of_every_file_is_said_at_once(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "l"}\n{"text": ""\n')
     (tmp_path / "b.jsonl").write_text('{"text": "", "label": "l"}\n{"text": "y", "label": null}\n')
