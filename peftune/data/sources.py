@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import Source, Sources
-from peftune.data.hub import hub_fingerprint, read_hub
+from peftune.data.hub import hub_fingerprint, read_hub, refuse_hub_settings
 from peftune.data.rows import Faults, RawRow
 from peftune.errors import DataError, Fault
 
@@ -48,10 +48,7 @@ def files_of(source: Source) -> list[Path]:
         if file.suffix.lower() not in READERS:
             raise DataError(_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
                                    f"use one of {', '.join(READERS)}"))
-    for key, for_hub in (("split", source.split != "train"), ("streaming", source.streaming)):
-        if for_hub:
-            raise DataError(_fault(source.path, None, f"{key} is for data sets of the hub, and this is a file or a "
-                                   "folder of files", f"leave {key} out, or name a hub data set"))
+    refuse_hub_settings(source)
     return files
 
 
@@ -193,6 +190,7 @@ def _questions(values: list[Any]) -> Iterator[Any]:
 
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
+    csv.field_size_limit(2**31 - 1)  # texts may be longer than the 131,072 characters that Python takes of itself
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     header: list[str] = []
     try:
