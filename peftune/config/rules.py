@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftune.config.data_rules import DATA_RULES
 from peftune.config.document import Document
 from peftune.config.refusal import Refusal
 from peftune.config.schema import RunConfig, Source
@@ -164,6 +165,7 @@ RULES: tuple[Refusal[RunConfig], ...] = (
         "this metric scores generated text, and nothing is generated",
         "evaluation.max_new_tokens=128, or evaluation.metric=loss",
     ),
+    *DATA_RULES,
 )
 
 

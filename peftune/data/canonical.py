@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +65,8 @@ def _classification(values: Mapping[str, Any]) -> Fields:
     members = label if isinstance(label, list) else [label]
     if not all(isinstance(member, str | int | float) for member in members) or label == "":
         raise RowFault(f"label is {_kind(label)}", "write a name, a number, or a list of names")
+    if any(isinstance(member, float) and not math.isfinite(member) for member in members):
+        raise RowFault(f"label is {label!r:.40}: not a finite number", "write a finite number, or delete the row")
     pair = _text(values, "text_pair", empty=True) if values.get("text_pair") is not None else None
     return {"text": _text(values, "text"), "text_pair": pair, "label": label}
 
@@ -85,15 +89,21 @@ def _alpaca(values: Mapping[str, Any]) -> Fields:
 
 
 def _messages(values: Mapping[str, Any]) -> Fields:
-    return _conversation(values, "messages", role="role", content="content")
+    return _answered(_messages_said(values))
+
+
+def _messages_said(values: Mapping[str, Any]) -> Fields:
+    return {"messages": _turns(values, "messages", role="role", content="content"), **_tools(values)}
 
 
 def _sharegpt(values: Mapping[str, Any]) -> Fields:
-    system = values.get("system")
-    fields = _conversation(values, "conversations", role="from", content="value")
-    if isinstance(system, str) and system.strip():
-        fields["messages"].insert(0, {"role": "system", "content": system})
-    return fields
+    return _answered(_sharegpt_said(values))
+
+
+def _sharegpt_said(values: Mapping[str, Any]) -> Fields:
+    messages, system = _turns(values, "conversations", role="from", content="value"), values.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    return {"messages": [*first, *messages], **_tools(values)}
 
 
 def _turns(values: Mapping[str, Any], key: str, *, role: str, content: str) -> list[dict[str, Any]]:
@@ -117,13 +127,26 @@ def _turns(values: Mapping[str, Any], key: str, *, role: str, content: str) -> l
     return messages
 
 
-def _conversation(values: Mapping[str, Any], key: str, *, role: str, content: str) -> Fields:
-    messages = _turns(values, key, role=role, content=content)
+def _answered(fields: Fields) -> Fields:
     if not any(message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
-               for message in messages):
+               for message in fields["messages"]):
         raise RowFault("no assistant turn to learn from", "add one, or delete the row")
-    tools = values.get("tools")
-    return {"messages": messages, **({"tools": tools} if isinstance(tools, list) and tools else {})}
+    return fields
+
+
+def _tools(values: Mapping[str, Any]) -> Fields:
+    """The functions that may be called: a list of records, or that list as a JSON text."""
+    tools, mend = values.get("tools"), 'write [{"type": "function", "function": {...}}], or leave tools out'
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise RowFault("tools is a text that is no JSON", mend) from None
+    elif isinstance(tools, str | None):
+        tools = []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowFault("tools is no list of records", mend)
+    return {"tools": tools} if tools else {}
 
 
 def _ner(values: Mapping[str, Any]) -> Fields:
@@ -139,6 +162,10 @@ def _ner(values: Mapping[str, Any]) -> Fields:
     assert isinstance(words, list) and isinstance(tags, list)
     if len(words) != len(tags):
         raise RowFault(f"{len(words)} tokens and {len(tags)} tags", "write one tag for each token")
+    below = next((n for n, tag in enumerate(tags) if isinstance(tag, int) and tag < 0), None)
+    if below is not None:
+        raise RowFault(f"ner_tags[{below}] is {tags[below]}: numbers of tags begin at 0",
+                       "give each word its tag, O where it is outside; no tag is ignored, -100 neither")
     blank = next((n for n, word in enumerate(words) if not word.strip()), None)
     if blank is not None:
         raise RowFault(f"tokens[{blank}] is blank", "delete it and its tag")
@@ -153,8 +180,11 @@ def _squad(values: Mapping[str, Any]) -> Fields:
             raise RowFault("answers has no text and answer_start of equal length",
                            'write {"text": ["..."], "answer_start": [0]}')
         given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    if given is None or values.get("is_impossible"):
+    if values.get("is_impossible"):
         given = []
+    elif given is None:
+        mend = "data.columns={answers: answer}" if "answer" in values else "add answers, [] where the context has none"
+        raise RowFault(f"answers is {'null' if 'answers' in values else 'missing'}", mend)
     if not isinstance(given, list):
         raise RowFault(f"answers is {_kind(given)}", 'write [{"text": "...", "answer_start": 0}]')
     return {"question": _text(values, "question"), "context": context,
@@ -162,8 +192,7 @@ def _squad(values: Mapping[str, Any]) -> Fields:
 
 
 def _answer(answer: Any, context: str) -> Fields:
-    text = answer.get("text") if isinstance(answer, Mapping) else None
-    start = answer.get("answer_start") if isinstance(answer, Mapping) else None
+    text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, Mapping) else (None, None)
     if not isinstance(text, str) or not text or not isinstance(start, int):
         raise RowFault(f"the answer {answer!r:.60} has no text and answer_start",
                        'write {"text": "...", "answer_start": 0}')
@@ -196,22 +225,41 @@ def preference_fields(values: Mapping[str, Any]) -> Fields:
         fields |= {"chosen": chosen, "rejected": rejected}
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
-    tools = values.get("tools")
-    return {**fields, **({"tools": tools} if isinstance(tools, list) and tools else {})}
+    return {**fields, **_tools(values)}
 
 
 def _of_conversations(values: Mapping[str, Any]) -> Fields:
     chosen, rejected = (_turns(values, key, role="role", content="content") for key in ("chosen", "rejected"))
-    before = _turns(values, "prompt", role="role", content="content") if isinstance(values.get("prompt"), list) else []
     if chosen[:-1] != rejected[:-1]:
         raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
             raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
-    prompt = [*before, *chosen[:-1]]
-    if not prompt and isinstance(values.get("prompt"), str):
-        prompt = [{"role": "user", "content": values["prompt"]}]
-    return {"messages": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+    return {"messages": _with_prompt(values, chosen[:-1]), "chosen": chosen[-1]["content"],
+            "rejected": rejected[-1]["content"]}
+
+
+def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What both answers share, after those turns of `prompt` that it does not hold itself."""
+    prompt = values.get("prompt")
+    if prompt in (None, ""):
+        return shared
+    if isinstance(prompt, list):
+        before = _turns(values, "prompt", role="role", content="content")
+        if shared[: len(before)] == before:
+            return shared
+        if shared and before[-len(shared):] == shared:
+            return before
+        if not shared or shared[0]["role"] != before[-1]["role"]:
+            return [*before, *shared]
+    else:
+        text = _text(values, "prompt")
+        if not shared:
+            return [{"role": "user", "content": text}]
+        said = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
+        if any(content and (content in text or text.strip() in content) for content in said):
+            return shared
+    raise RowFault("prompt is not what chosen and rejected begin with", "mend the prompt, or leave it out")
 
 
 CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
@@ -228,23 +276,25 @@ CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
 """Format -> from a row's values to its canonical fields. Raises RowFault."""
 
 
-PROMPT_COLUMNS = ("prompt", "messages", "conversations", "instruction", "text")
-"""Columns that `peftune predict` generates from."""
+PROMPT_COLUMNS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction",
+                  "prompt_completion": "prompt", "text": "text"}
+"""Format -> the column that `peftune predict` generates from."""
 
 
-def prompt_messages(values: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The conversation to continue, without the answer it may end in; None where the record holds none."""
-    try:
-        if "instruction" in values:
-            messages = _alpaca({**values, "output": "-"})["messages"]
-        elif "messages" in values or "conversations" in values:
-            key, role, content = (("messages", "role", "content") if "messages" in values
-                                  else ("conversations", "from", "value"))
-            messages = _turns(values, key, role=role, content=content)
-        else:
-            return None
-    except RowFault:
-        return None
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    return messages or None
+def prompt_fields(values: Mapping[str, Any], format: str) -> Fields:
+    """The text to continue, or the conversation to continue, without the answer it may end in, and its tools.
+
+    Raises:
+        RowFault: the record does not hold what the format asks for, or nothing comes before the answer.
+    """
+    if format in ("prompt_completion", "text"):
+        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+    if format == "alpaca":
+        return {"messages": _alpaca({**values, "output": "-"})["messages"][:-1]}
+    fields = (_messages_said if format == "messages" else _sharegpt_said)(values)
+    while fields["messages"] and fields["messages"][-1]["role"] == "assistant":
+        fields["messages"].pop()
+    if not fields["messages"]:
+        raise RowFault(f"{PROMPT_COLUMNS[format]} holds no turn before the assistant's answer",
+                       "add a turn of the user")
+    return fields

@@ -41,12 +41,9 @@ class ClassCounts:
         """`unit` is what a class is counted in: row, or entity."""
         self._unit = unit
         self._known: dict[str, _Class] = {}
-        self._are_scores = self._are_names = False
 
     def add(self, row: Row, names: Iterable[str], label: object = "") -> None:
         """Count a training row's classes. `label`: as the row has it, where a row has one."""
-        self._are_names |= not isinstance(label, int | float)
-        self._are_scores |= isinstance(label, float) and not label.is_integer()
         for name, count in Counter(names).items():
             known = self._known.setdefault(name, _Class(isinstance(label, int | float)))
             known.examples += count
@@ -55,8 +52,8 @@ class ClassCounts:
                 known.first.append((row.file, row.line))
 
     def findings(self, split: str) -> Iterator[Finding]:
-        """What is to be said of the classes; nothing of regression, which learns fractions."""
-        if not self._known or (self._are_scores and not self._are_names):
+        """What is to be said of the classes of a task that has some."""
+        if not self._known:
             return
         yield from self._spelling(split)
         most = max(known.examples for known in self._known.values())

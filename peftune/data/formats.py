@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftune.data.canonical import CANONICAL, refuse_surrogates
+from peftune.data.canonical import CANONICAL, PROMPT_COLUMNS, refuse_surrogates
 from peftune.data.rows import Faults, RawRow, Row
 from peftune.data.targets import RowFault
 from peftune.errors import DataError, Fault
@@ -44,9 +44,11 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 
 @dataclass(slots=True)
 class Found:
-    """What the reader decided: format of each file, and faults by row."""
+    """What the reader decided: format of each file, and faults by row; and which columns it has seen."""
 
     formats: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, None] = field(default_factory=dict)
+    """Of the first rows of each file, and those of any row that `data.columns` renames."""
     faults: Faults = field(default_factory=Faults)
 
 
@@ -70,10 +72,11 @@ def canonical_rows(
     """
     numbers = itertools.count(first_id)
     for file, rows in itertools.groupby(raw_rows, key=lambda raw: raw.file):
-        first = [(raw, _renamed(raw, columns)) for raw in itertools.islice(rows, LOOKED_AT)]
+        first = [(raw, _renamed(raw, columns, found)) for raw in itertools.islice(rows, LOOKED_AT)]
+        found.columns |= dict.fromkeys(name for raw, _ in first for name in raw.values)
         if file not in found.formats:
             found.formats[file] = _format_of(first, format, accepts)
-        following = ((raw, _renamed(raw, columns)) for raw in rows)
+        following = ((raw, _renamed(raw, columns, found)) for raw in rows)
         for raw, values in itertools.chain(first, following):
             row = _canonical_row(raw, values, found, source, next(numbers))
             if row is not None:
@@ -93,12 +96,20 @@ def _canonical_row(
     return Row(fields, raw.file, raw.line, str(number if own_id is None else own_id), source)
 
 
-def _renamed(raw: RawRow, columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(raw: RawRow, columns: Mapping[str, str], found: Found) -> dict[str, Any]:
     values = dict(raw.values)
     for expected, given in columns.items():
         if given in raw.values:
             values[expected] = raw.values[given]
+            found.columns[given] = None
     return values
+
+
+def useless_renames(columns: Mapping[str, str], found: Found) -> list[Fault]:
+    """Renames of `data.columns` whose column no row has, once all rows are read."""
+    return [Fault(kind="data", message=f"data.columns = {{{expected}: {given}}}: no row has a column {given}",
+                  mend=f"leave {expected} out, or name a column that is there: {', '.join(list(found.columns)[:12])}")
+            for expected, given in columns.items() if found.columns and given not in found.columns]
 
 
 def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, accepts: tuple[str, ...]) -> str:
@@ -120,3 +131,19 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
         mend=(f"perhaps data.columns={{{', '.join(renames[:3])}}}" if renames
               else "rename them with data.columns={expected: given}"),
     ))
+
+
+def prompt_format(values: Mapping[str, Any], format: str) -> str | None:
+    """The format that a record to generate from has, in training's order; None where no prompt is there.
+
+    Records need no answers, so a column of plain text decides last: beside a prompt it repeats that and the answer.
+
+    Args:
+        values: of the record.
+        format: of the training rows, or auto; taken where the record has its prompt.
+    """
+    there = [name for name in COLUMNS if name in PROMPT_COLUMNS and values.get(PROMPT_COLUMNS[name]) is not None]
+    if format in there:
+        return format
+    whole = [name for name in there if name != "text" and all(column in values for column in COLUMNS[name])]
+    return next(iter([*whole, *there]), None)

@@ -64,3 +64,12 @@ def _load_hub(source: Source) -> Any:
             Fault(kind="data", file=source.path, mend=f"paths are relative to the current folder, {Path.cwd()}",
                   message=f"neither a file here nor a data set that can be reached: {reason}")
         ) from error
+
+
+def refuse_hub_settings(source: Source) -> None:
+    """Raise DataError where a source that is files has settings that only hub data sets follow."""
+    for key, is_set in (("split", source.split != "train"), ("streaming", source.streaming)):
+        if is_set:
+            raise DataError(Fault(
+                kind="data", file=source.path, message=f"{key} is for data sets of the hub, and here are files",
+                mend=f"leave {key} out, or name a data set of the hub"))

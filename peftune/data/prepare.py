@@ -152,7 +152,7 @@ def _fill(
         if not spool.rows:
             raise DataError([_empty(name, "the split has no good row", spool), *found.faults.kept])
     known = targets or encoder.targets(spools["train"].read(), config)
-    survey = Survey(encoder.surveyed_as)
+    survey = Survey(encoder.surveyed_as, scores=known.problem == "regression")
     doubts: list[Finding] = []
 
     def look_over() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import Source, Sources
-from peftune.data.hub import hub_fingerprint, read_hub
+from peftune.data.hub import hub_fingerprint, read_hub, refuse_hub_settings
 from peftune.data.rows import Faults, RawRow
 from peftune.errors import DataError, Fault
 
@@ -27,7 +27,7 @@ def files_of(source: Source) -> list[Path]:
     """The files a source stands for, sorted by name; none for a hub id.
 
     Raises:
-        DataError: nothing lies there, or a file of an unknown kind.
+        DataError: nothing lies there, a file of an unknown kind, or files with settings for hub data sets.
     """
     path = Path(source.path)
     if path.is_dir():
@@ -48,6 +48,7 @@ def files_of(source: Source) -> list[Path]:
         if file.suffix.lower() not in READERS:
             raise DataError(_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
                                    f"use one of {', '.join(READERS)}"))
+    refuse_hub_settings(source)
     return files
 
 
@@ -189,6 +190,7 @@ def _questions(values: list[Any]) -> Iterator[Any]:
 
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
+    csv.field_size_limit(2**31 - 1)  # texts may be longer than the 131,072 characters that Python takes of itself
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
     header: list[str] = []
     try:

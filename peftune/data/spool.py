@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from peftune.config.schema import DataConfig, Source
-from peftune.data.formats import Found, canonical_rows
+from peftune.data.formats import Found, canonical_rows, useless_renames
 from peftune.data.rows import Row
 from peftune.data.sources import as_sources, read
 from peftune.data.splits import held_out, split_key
@@ -74,7 +74,8 @@ def spool_rows(
     `progress` hears of the good rows of a split, now and then; how many there will be nobody knows.
 
     Raises:
-        DataError: a source that is not there or fits no format, along with the bad rows of all others.
+        DataError: a source that is not there or fits no format, or a column to rename that no row has, along with the
+            bad rows of all others.
     """
     found = Found()
     spools: dict[str, Spool] = {}
@@ -98,6 +99,8 @@ def spool_rows(
         spools[name] = Spool(path, len(keys), found.faults.count - before)
         if name == "train" and isinstance(config.validation, float) and "validation" in only:
             spools |= _divide(spools["train"], held_out(np.asarray(keys), config.validation))
+    if not broken and set(only) == set(SPLITS):  # some of the files may need no renaming
+        broken = useless_renames(config.columns, found)
     if broken:
         raise DataError([*broken, *found.faults.kept])
     return {name: spools[name] for name in SPLITS if name in spools and name in only}, found

@@ -69,9 +69,9 @@ class Survey:
       B- I- E- or S-.
     """
 
-    def __init__(self, kind: str) -> None:
-        """`kind` is classification, ner, squad, preference or generation."""
-        self._kind = kind
+    def __init__(self, kind: str, *, scores: bool = False) -> None:
+        """`kind` is classification, ner, squad, preference or generation; `scores`: labels are numbers to predict."""
+        self._kind, self._scores = kind, scores
         self._files: dict[str, int] = {}
         self._splits: dict[str, int] = {}
         self._train = ""
@@ -105,7 +105,7 @@ class Survey:
             self._note("exact_duplicate", split, row, f"repeats {self._where(repeated, row)}: {seen.shown!r}")
         listed = self._note_same_input(split, row, seen, number)
         self._look_at_characters(split, row)
-        if self._kind == "classification" and split == self._train:
+        if self._kind == "classification" and split == self._train and not self._scores:
             label = row.fields["label"]
             self._classes.add(row, class_names(label), label)
         elif self._kind == "ner":

@@ -13,6 +13,7 @@ def show_summary(display: Display, folder: str, summary: Metrics, *, done_before
         rows = [[name, value_of(metrics, name), interval_of(metrics, name), value_of(baseline, name),
                  value_of(majority, name)] for name in metric_names(metrics)]
         display.table(split, ["", "trained", "95 % interval", "untrained", "majority"], rows)
+        _warn_of_unscored(display, split, metrics)
     display.say(f"{summary['steps']} steps, {summary['seconds']:.0f} s of training, "
                 f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
                 f"{summary['exit'].replace('_', ' ')}")
@@ -29,3 +30,10 @@ def show_metrics(display: Display, split: str, metrics: Metrics) -> None:
     """Say the metrics of one split."""
     rows = [[name, value_of(metrics, name), interval_of(metrics, name)] for name in metric_names(metrics)]
     display.table(split, ["", "value", "95 % interval"], rows)
+    _warn_of_unscored(display, split, metrics)
+
+
+def _warn_of_unscored(display: Display, split: str, metrics: Metrics) -> None:
+    if left_out := metrics.get("not_generated"):
+        display.warn(f"{left_out:,} rows of {split} have no generated text, so that its scores leave them out: their "
+                     "prompts reach data.max_length, or they are text without a prompt")

@@ -19,9 +19,11 @@ def metric_names(metrics: Metrics) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """Four digits after the point; a dash for what is undefined."""
+    """Four digits after the point, none of a count; a dash for what is undefined."""
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

@@ -101,7 +101,8 @@ def predictions(
 
 
 def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metrics:
-    """Loss in nats a token and perplexity; scores of generated text where there is some."""
+    """Loss in nats a token and perplexity; scores of generated text where there is some, and how many rows have none.
+    """
     result: Metrics = {}
     loss = mean_loss(records)
     sums_N2 = np.array([(record["loss_sum"], record["num_targets"]) for record in records])
@@ -113,6 +114,8 @@ def metrics(records: Sequence[Record], targets: Targets, resample: bool) -> Metr
         for name, value, resampled in generated.generation_scores(
                 [r["prediction"] for r in answered], [r["reference"] for r in answered]):
             put(result, name, value, resampled if resample else None)
+        if len(answered) < len(records):
+            result["not_generated"] = len(records) - len(answered)
     return result
 
 

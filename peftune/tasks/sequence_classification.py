@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,9 +77,13 @@ def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
     if targets.problem == "regression":
         try:
             value = float(label)
+        except OverflowError:
+            value = math.inf
         except (TypeError, ValueError):
             raise RowFault(f"label {label!r:.40} is not a number",
                            "write a number, or data.problem_type=auto") from None
+        if not math.isfinite(value):
+            raise RowFault(f"label {label!r:.40} is not a finite number", "write a finite number, or delete the row")
         return [value], value
     if targets.problem == "single_label" and isinstance(label, list):
         raise RowFault("label is a list in a single-label task", "data.problem_type=multi_label")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peftune.data.canonical import PROMPT_COLUMNS, prompt_messages
+from peftune.data.canonical import PROMPT_COLUMNS, prompt_fields
 from peftune.data.chat import Span, TemplateMismatch, assistant_spans, last_assistant_span, render, round_trip_fault
 from peftune.data.examples import Example
+from peftune.data.formats import prompt_format
 from peftune.data.targets import RowFault
 from peftune.tasks.task import TextEncoder
 
@@ -93,21 +94,19 @@ def prompt_tokens(fields: Mapping[str, Any], text: TextEncoder) -> Example:
     """A prompt, a conversation or an instruction -> the ids that generation continues; its end is kept when cut.
 
     Raises:
-        RowFault: none of them is there, or the template refuses it.
+        RowFault: none of them is there, it is broken, or the template refuses it.
     """
-    try:
-        if "prompt" in fields or "text" in fields:
-            prompt = fields.get("prompt", fields.get("text"))
-            if not isinstance(prompt, str) or not prompt:
-                raise RowFault("prompt is missing or empty", 'write {"prompt": "..."}')
-            encoding = text.tokenizer(prompt)["input_ids"]
-            ids = encoding[:-1] if encoding and encoding[-1] == text.tokenizer.eos_token_id else encoding
-        else:
-            messages = prompt_messages(fields)
-            if messages is None:
-                raise RowFault(f"none of {', '.join(PROMPT_COLUMNS)} is there", 'write {"prompt": "..."}')
-            whole = render(text.tokenizer, messages, fields.get("tools"), generation_prompt=True)
-            ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
-    except TemplateMismatch as error:
-        raise RowFault(str(error), "mend the row") from None
+    format = prompt_format(fields, text.data.format)
+    if format is None:
+        raise RowFault(f"none of {', '.join(PROMPT_COLUMNS.values())} is there", 'write {"prompt": "..."}')
+    asked = prompt_fields(fields, format)
+    if "prompt" in asked:
+        encoding = text.tokenizer(asked["prompt"])["input_ids"]
+        ids = encoding[:-1] if encoding and encoding[-1] == text.tokenizer.eos_token_id else encoding
+    else:
+        try:
+            whole = render(text.tokenizer, asked["messages"], asked.get("tools"), generation_prompt=True)
+        except TemplateMismatch as error:
+            raise RowFault(str(error), "mend the row") from None
+        ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
     return Example(ids[-text.max_length:], [], 0, len(ids), {"prompt_length": min(len(ids), text.max_length)})

@@ -77,7 +77,7 @@ def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
 
 def _name(tag: str | int, targets: Targets) -> str:
     """A tag's name; numbers count along `data.labels`."""
-    if isinstance(tag, int) and tag < len(targets.names):
+    if isinstance(tag, int) and 0 <= tag < len(targets.names):
         return targets.names[tag]
     if tag not in targets.names:
         shown = ", ".join(targets.names[:12]) + (", ..." if len(targets.names) > 12 else "")

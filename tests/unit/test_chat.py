@@ -5,11 +5,12 @@ from transformers import AutoTokenizer
 
 from peftune.config.schema import DataConfig
 from peftune.data.chat import CHATML, TemplateMismatch, assistant_spans, choose_template
-from peftune.data.rows import Row
+from peftune.data.formats import Found, canonical_rows
+from peftune.data.rows import RawRow, Row
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError
 from peftune.numerics.losses import IGNORE
-from peftune.tasks.causal_lm import encode, encode_prompt
+from peftune.tasks.causal_lm import CAUSAL_LM, encode, encode_prompt
 from peftune.tasks.task import TextEncoder
 
 LLAMA3 = (
@@ -127,6 +128,50 @@ def test_a_prompt_to_continue_equals_the_prompt_that_was_trained_on(tokenizer):
     assert list(prompt.input_ids) == list(example.input_ids[: example.record["prompt_length"]])
     with pytest.raises(RowFault):
         encode_prompt({"label": 3}, text)
+
+
+@pytest.mark.parametrize(("row", "format"), [
+    ({"prompt": "last question", "prompt_id": "0", "messages": conversation(2, True)}, "messages"),
+    ({"instruction": "name it", "input": "printer", "output": "it", "text": "### name it ### it"}, "alpaca"),
+    ({"system": "be brief", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+     "sharegpt"),
+    ({"prompt": "the printer", "completion": " is broken", "instruction": "look"}, "prompt_completion"),
+])
+def test_a_prompt_is_read_as_the_training_row_was_whatever_other_columns_there_are(tokenizer, row, format):
+    choose_template(tokenizer, "plain")
+    found = Found()
+    (trained,) = canonical_rows([RawRow(row, "f", 1)], format="auto", accepts=CAUSAL_LM.formats, columns={}, source=0,
+                                first_id=0, found=found)
+    assert found.formats == {"f": format}
+    example = encoded(tokenizer, trained.fields)
+    without = {key: value for key, value in row.items() if key not in ("output", "completion")}
+    for record in (row, without) if format != "prompt_completion" else (row,):
+        (prompt,) = encode_prompt(record, TextEncoder(tokenizer, 200, DataConfig(train="x")))
+        assert list(prompt.input_ids) == list(example.input_ids[: example.record["prompt_length"]])
+
+
+def test_the_format_of_the_run_decides_which_prompt_is_read(tokenizer):
+    choose_template(tokenizer, "plain")
+    row = {"messages": conversation(1, False), "prompt": "the printer", "text": "the badge"}
+
+    def read(format):
+        (prompt,) = encode_prompt(row, TextEncoder(tokenizer, 200, DataConfig(train="x", format=format)))
+        return tokenizer.decode(prompt.input_ids)
+
+    assert read("prompt_completion") == "the printer" and read("text") == "the badge"
+    assert read("alpaca") == read("auto") != "the printer"
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({"messages": [{"role": "user", "content": ["hi"]}]}, "turn 1 of messages: content is a list, not a text"),
+    ({"messages": [{"role": "developer", "content": "x"}]}, "unknown role 'developer'"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, "messages holds no turn before"),
+    ({"prompt": ["hi"]}, "prompt is a list, not a text"),
+])
+def test_a_broken_prompt_is_said_to_be_broken_and_not_to_be_missing(tokenizer, record, said):
+    with pytest.raises(RowFault) as caught:
+        encode_prompt(record, TextEncoder(tokenizer, 200, DataConfig(train="x")))
+    assert said in caught.value.message
 
 
 def test_plain_text_that_is_split_predicts_every_token_once(tokenizer):

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from peftune.config.data_rules import EXPECTED_COLUMNS
 from peftune.config.document import Document
 from peftune.config.load import dump, load, validate
 from peftune.config.names import FAMILIAR, key_paths, right_spelling
 from peftune.config.rules import FORMATS, METRICS, RULES
 from peftune.config.schema import RunConfig
+from peftune.data.formats import COLUMNS
 from peftune.errors import ConfigError
 
 MINIMAL = "task: causal_lm\nmodel: {name_or_path: m}\ndata: {train: t.jsonl}\n"
@@ -130,9 +132,25 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
         ["evaluation.metric=rouge_l", "evaluation.max_new_tokens=0"],
         ["train.lora_plus_ratio=4", "adapter.method=ia3"], ["train.optimizer=sgd", "adapter.method=adalora"],
         ["model.gradient_checkpointing=true", "adapter.method=prefix_tuning"],
+        ["data.columns={txt: text}"], ["data.validation=[{path: v.jsonl, weight: 5}]"],
+        ["data.test=[{path: v.jsonl, weight: 5}]"], ["task=causal_lm", "data.labels=[a, b]"],
+        ["task=sequence_classification", "data.labels=[a, a]"],
+        ["task=causal_lm", "data.problem_type=regression"],
+        ["task=sequence_classification", "data.chat_template=none.jinja"],
     ]
     said = [fault for overrides in breaking for fault in faults_of(config(tmp_path), *overrides)]
     assert any(rule.why in fault.message and fault.mend == rule.mend for fault in said)
+
+
+@pytest.mark.parametrize("labels", ["[]", "[a, '']", "[a, ' ']", "[a, b, a]"])
+def test_classes_without_a_name_of_their_own_are_refused_where_they_stand(labels, tmp_path):
+    (fault,) = faults_of(config(tmp_path), "task=sequence_classification", f"data.labels={labels}")
+    assert fault.message.startswith("data.labels = ") and "a name of its own" in fault.message
+
+
+def test_every_column_that_a_format_needs_may_be_renamed():
+    for task, formats in FORMATS.items():
+        assert {column for name in formats for column in COLUMNS[name]} <= set(EXPECTED_COLUMNS[task])
 
 
 def test_the_metrics_named_in_the_rules_are_those_the_tasks_give():

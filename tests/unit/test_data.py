@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from peftune.config.schema import DataConfig, Source
 from peftune.data.batches import BatchPlan, evaluation_batches
+from peftune.data.canonical import prompt_fields
 from peftune.data.examples import Example
 from peftune.data.formats import Found, canonical_rows
 from peftune.data.prepare import row_faults
@@ -102,6 +103,13 @@ def test_broken_records_of_a_csv_are_each_named_at_the_line_where_they_begin(tmp
     assert "never closes: it takes all 2 lines" in said.message and "close the quote" in said.mend
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_field_of_a_csv_may_be_of_any_length(tmp_path, kind):
+    path, long = tmp_path / f"d.{kind}", "word " * 30_000
+    path.write_text(f"text\n{long}\n")
+    assert rows_of(path) == [{"text": long}]
+
+
 @pytest.mark.parametrize(("content", "line", "said"), [
     ('text,"label\ngood,x\nbad,y\n', 1, "a quote opens in this record and never closes: it takes all 3 lines, in the"),
     ('\ntext,"la"bel"\ngood,x\nbad,y\n', 2, "broken CSV: ',' expected after '\"', in the header: no row is read"),
@@ -150,6 +158,34 @@ def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
 
 
+TOOLS = [{"type": "function", "function": {"name": "lookup"}}]
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+])
+def test_tools_may_be_a_json_text_in_training_and_prediction_and_else_are_a_fault(row):
+    accepts = ("preference",) if "chosen" in row else CAUSAL
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        rows, found = canonical([{**row, "tools": tools}], accepts)
+        assert rows[0].fields["tools"] == TOOLS
+        if "chosen" not in row:
+            assert prompt_fields({**row, "tools": tools}, found.formats["f.jsonl"])["tools"] == TOOLS
+    for tools in (None, [], "", "[]"):
+        assert "tools" not in canonical([{**row, "tools": tools}], accepts)[0][0].fields
+    for tools in ("lookup", "{}", json.dumps(["lookup"]), {"name": "lookup"}, ["lookup"], 3, "[" * 100_000):
+        rows, found = canonical([{**row, "tools": tools}], accepts)
+        assert not rows and "tools is" in found.faults.kept[0].message
+
+
+@pytest.mark.parametrize("label", [float("nan"), float("-inf"), [0.5, float("nan")]])
+def test_a_label_that_is_no_finite_number_is_a_fault_and_makes_no_regression_of_classes(label):
+    rows, found = canonical([{"text": "a", "label": 1.0}, {"text": "b", "label": label}], ("classification",))
+    assert [row.line for row in rows] == [1] and "not a finite number" in found.faults.kept[0].message
+
+
 def test_columns_are_renamed_and_a_likely_rename_is_suggested():
     rows, _ = canonical([{"sentence": "s", "intent": "i"}], ("classification",),
                         columns={"text": "sentence", "label": "intent"})
@@ -157,6 +193,27 @@ def test_columns_are_renamed_and_a_likely_rename_is_suggested():
     with pytest.raises(DataError) as caught:
         canonical([{"sentence": "s", "intent": "i"}], ("classification",))
     assert "data.columns={text: sentence, label: intent}" in caught.value.faults[0].mend
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ({"split": "nosuch"}, "split is for data sets of the hub"), ({"streaming": True}, "streaming is for data sets"),
+])
+def test_settings_of_hub_data_sets_are_refused_on_files(tmp_path, setting, said):
+    (tmp_path / "d.jsonl").write_text('{"text": "x"}')
+    for path in (tmp_path / "d.jsonl", tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=said):
+            rows_of(path, **setting)
+
+
+def test_a_rename_of_a_column_that_no_row_has_is_a_fault(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "l"}\n')
+    (tmp_path / "b.jsonl").write_text('{"Message": "x", "label": "l"}\n')
+    paths = {"train": str(tmp_path / "a.jsonl"), "validation": str(tmp_path / "b.jsonl")}
+    with pytest.raises(DataError, match="no row has a column nope") as caught:
+        row_faults(DataConfig(**paths, columns={"text": "Message", "label": "nope"}), ("classification",), 0)
+    assert len(caught.value.faults) == 1 and "text, label, Message" in caught.value.faults[0].mend
+    assert not row_faults(DataConfig(**paths, columns={"text": "Message"}), ("classification",), 0)
+    assert not row_faults(DataConfig(**paths, columns={"text": "Message"}), ("classification",), 0, ("train",))
 
 
 def test_every_fault_of_every_file_is_said_at_once(tmp_path):

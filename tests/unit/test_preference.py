@@ -53,9 +53,30 @@ TURN = {"role": "user", "content": "q"}
      "rejected": [{"role": "assistant", "content": "b"}]},
     {"chosen": [TURN, {"role": "assistant", "content": "a"}],
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
+    {"prompt": [TURN], "chosen": [TURN, {"role": "assistant", "content": "a"}],
+     "rejected": [TURN, {"role": "assistant", "content": "b"}]},
+    {"prompt": "User: q", "chosen": [TURN, {"role": "assistant", "content": "a"}],
+     "rejected": [TURN, {"role": "assistant", "content": "b"}]},
 ])
 def test_preference_rows_come_in_several_shapes(values):
     assert preference_fields(values) == {"messages": [TURN], "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(("prompt", "whole"), [
+    ([{"role": "system", "content": "s"}], ["system", "user"]),
+    ([{"role": "system", "content": "s"}, TURN], ["system", "user"]),
+    ([{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}], ["user", "assistant", "user"]),
+])
+def test_turns_that_the_prompt_and_the_conversations_share_are_there_once(prompt, whole):
+    sides = {key: [TURN, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    assert [turn["role"] for turn in preference_fields({"prompt": prompt, **sides})["messages"]] == whole
+
+
+@pytest.mark.parametrize("prompt", ["another", 3, [{"role": "user", "content": "another"}]])
+def test_a_prompt_that_the_conversations_contradict_is_a_row_fault(prompt):
+    sides = {key: [TURN, {"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    with pytest.raises(RowFault, match="prompt is"):
+        preference_fields({"prompt": prompt, **sides})
 
 
 @pytest.mark.parametrize("values", [

@@ -133,6 +133,19 @@ def test_an_answer_that_is_not_where_it_is_said_to_be_is_a_row_fault(answer, sai
     assert said in caught.value.mend
 
 
+@pytest.mark.parametrize(("row", "said", "mend"), [
+    ({}, "answers is missing", "add answers, []"), ({"answers": None}, "answers is null", "add answers, []"),
+    ({"is_impossible": False}, "answers is missing", "add answers, []"),
+    ({"answer": [ANSWER]}, "answers is missing", "data.columns={answers: answer}"),
+])
+def test_a_question_without_answers_is_a_row_fault_and_not_one_that_has_none(row, said, mend):
+    with pytest.raises(RowFault) as caught:
+        CANONICAL["squad"]({"question": "q?", "context": CONTEXT, **row})
+    assert caught.value.message == said and mend in caught.value.mend
+    for none in ({"answers": []}, {"is_impossible": True}):
+        assert CANONICAL["squad"]({"question": "q?", "context": CONTEXT, **none})["answers"] == []
+
+
 def test_the_official_nested_file_gives_a_row_a_question(tmp_path):
     path = tmp_path / "dev.json"
     path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": CONTEXT, "qas": [

@@ -13,9 +13,9 @@ QUESTION = "how many bridges cross the river between the old town and the port"
 PASSAGE = "four bridges cross the river " * 20
 
 
-def look(kind, train=(), validation=(), test=()):
+def look(kind, train=(), validation=(), test=(), **options):
     """Findings by kind, or by kind and split where that is not train."""
-    survey = Survey(kind)
+    survey = Survey(kind, **options)
     for split, rows in (("train", train), ("validation", validation), ("test", test)):
         for line, fields in enumerate(rows, start=1):
             survey.add(split, Row(fields, f"{split}.jsonl", line, str(line)))
@@ -229,8 +229,11 @@ def test_four_rows_a_class_and_a_fiftieth_are_enough():
     assert not look("classification", rows)
 
 
-def test_numbers_with_fractions_are_no_classes():
-    assert not look("classification", [classed("bad", 0.5), classed("fine", 3), classed("good", 4.5)])
+@pytest.mark.parametrize("form", [float, str])
+def test_numbers_to_predict_are_no_classes_however_they_are_written(form):
+    rows = [classed(text, form(label)) for text, label in (("bad", 0.5), ("fine", 3), ("good", 4.5))]
+    assert not look("classification", rows, scores=True)
+    assert "few_examples" in look("classification", rows)
 
 
 @pytest.mark.parametrize("odd", ["pos ", "Pos", "POS", "pos\u00a0"])

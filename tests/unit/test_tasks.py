@@ -15,6 +15,8 @@ from peftune.config.schema import DataConfig
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError
+from peftune.observe.display import Display
+from peftune.report.closing import show_metrics
 from peftune.tasks.causal_lm import metrics as text_metrics
 from peftune.tasks.generated import Words, generation_scores
 from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
@@ -79,7 +81,9 @@ def test_a_single_class_is_no_task():
 
 @pytest.mark.parametrize(("targets", "label"), [
     (Targets("single_label", ("a", "b"), "class"), "c"), (Targets("single_label", ("a", "b"), "class"), ["a"]),
-    (Targets("regression", (), "values"), "many"), (Targets("multi_label", ("a",), "values"), ["a", "z"]),
+    (Targets("regression", (), "values"), "many"), (Targets("regression", (), "values"), "nan"),
+    (Targets("regression", (), "values"), "-inf"), (Targets("regression", (), "values"), 10**400),
+    (Targets("multi_label", ("a",), "values"), ["a", "z"]),
 ])
 def test_a_label_outside_the_set_is_a_row_fault(encoder, targets, label):
     text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32, DataConfig(train="x"))
@@ -169,6 +173,17 @@ def test_text_metrics_score_generations_and_perplexity():
     result = with_intervals(text_metrics(records, Targets("next_token"), True))
     assert result["loss"] == 1.0 and result["perplexity"] == pytest.approx(np.e, rel=1e-5)
     assert result["exact_match"] == 0.5 and result["rouge_l"] == pytest.approx(0.75)
+
+
+def test_rows_that_the_scores_of_generated_text_leave_out_are_counted_and_warned_of(capsys):
+    right = {"loss_sum": 2.0, "num_targets": 2, "prediction": "the cat", "reference": "the cat"}
+    cut = {"loss_sum": 2.0, "num_targets": 2, "reference": None}
+    result = with_intervals(text_metrics([right, cut, cut], Targets("next_token"), True))
+    assert result["not_generated"] == 2 and result["exact_match"] == 1.0
+    show_metrics(Display(), "test", result)
+    assert "2 rows of test have no generated text" in " ".join(capsys.readouterr().out.split())
+    for records in ([right], [cut]):
+        assert "not_generated" not in text_metrics(records, Targets("next_token"), False)
 
 
 def test_better_knows_which_way_a_metric_improves_and_never_prefers_an_undefined_value():

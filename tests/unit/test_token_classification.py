@@ -10,6 +10,7 @@ from seqeval.scheme import IOB2, IOBES
 from transformers import AutoTokenizer
 
 from peftune.config.schema import DataConfig, Source
+from peftune.data.canonical import CANONICAL
 from peftune.data.layouts import lay_out
 from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
@@ -112,6 +113,14 @@ def test_numbers_count_along_the_labels_of_the_config(text):
     assert example.record["reference"] == ["B-x", "I-x"]
     with pytest.raises(RowFault, match="3 tags"):
         encode(row(["a"], ["B-y"]), targets, text)
+
+
+@pytest.mark.parametrize("tag", [-1, -100])
+def test_a_number_below_zero_is_no_tag(text, tag):
+    with pytest.raises(RowFault, match=rf"ner_tags\[1\] is {tag}: numbers of tags begin at 0"):
+        CANONICAL["ner"]({"tokens": ["a", "b"], "ner_tags": [0, tag]})
+    with pytest.raises(RowFault, match="3 tags"):
+        encode(row(["a"], [tag]), Targets("bio", ("O", "B-x", "I-x")), text)
 
 
 def random_records(scheme, count=60):
