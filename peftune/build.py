@@ -217,7 +217,7 @@ def _run(
         trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
-                          layout if division else PADDED)
+                          layout if division else PADDED, warn=display.warn_once)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):
         RankBudget(model, optimizer, steps=run.steps, done=state.step - state.skipped_steps)

@@ -96,7 +96,7 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
     reference = _reference(config, model, task, world) if task.needs_reference else None
     evaluator = Evaluator(
         task, _targets(text, config.task, Path(folder)), text.tokenizer, world, autocast(config.model, world.device),
-        config.evaluation.max_new_tokens, reference, display.progress)
+        config.evaluation.max_new_tokens, reference, display.progress, warn=display.warn_once)
     return Trained(config, model, text, evaluator)
 
 
