@@ -160,7 +160,8 @@ def _method(config: RunConfig) -> str:
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
     world.progress.at(PREPARING)
     with display.phase("data") as notes:
-        text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data)
+        text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data,
+                         config.adapter)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity(),
                                  progress=display.progress)
         data = open_prepared(prepared_on_each_machine(world, work))

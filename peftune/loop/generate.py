@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
-from peftune.model.adapters import base_of, learns_prompt
+from peftune.model.adapters import base_of, learns_prompt, virtual_tokens_of
 from peftune.model.load import longest_input
 from peftune.numerics.dealing import padded_groups
 
@@ -56,15 +56,15 @@ def generate_texts(
         token: called at each token of a batch.
         warn: told where the model's positions end too early.
     """
-    limit = longest_input(base_of(model).config, MOST_TOKENS)
+    limit = longest_input(base_of(model).config, MOST_TOKENS, virtual_tokens_of(model))
     prompts = {key: _kept(prompt, limit, max_new_tokens) for key, prompt in prompts.items()}
     keys = list(prompts)
     texts: dict[int, str] = {}
     lengths = [len(prompts[key]) for key in keys]
     rooms = [min(max_new_tokens, limit - length) for length in lengths]
     if calls(int(min(rooms, default=max_new_tokens) < max_new_tokens)):
-        warn(f"the model has {limit:,} positions: prompts of more than {max(0, limit - max_new_tokens):,} tokens get "
-             f"fewer than {max_new_tokens:,} new ones, and those of {limit:,} or more lose their beginning")
+        warn(f"the model has {limit:,} positions for text: prompts of more than {max(0, limit - max_new_tokens):,} "
+             f"tokens get fewer than {max_new_tokens:,} new ones, and those of {limit:,} or more lose their beginning")
     groups = _groups(lengths, rooms, by_length=learns_prompt(model))
     for room, group in _in_step(groups, calls):
         before()

@@ -141,6 +141,24 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
+def virtual_tokens(adapter: AdapterConfig | None, task: str, *, adds_tokens: bool = False) -> int:
+    """Tokens of the prompt that is to be learned: they lie before each text, and take positions of the model.
+
+    Raises:
+        ConfigError: see `peft_config`.
+    """
+    return 0 if adapter is None else _virtual_tokens(peft_config(adapter, task, (), adds_tokens=adds_tokens))
+
+
+def virtual_tokens_of(model: nn.Module) -> int:
+    """The same of a model in memory."""
+    return _virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
+
+
+def _virtual_tokens(config: PeftConfig) -> int:
+    return config.num_virtual_tokens or 0 if isinstance(config, PromptLearningConfig) else 0
+
+
 def learns_prompt(model: nn.Module) -> bool:
     """Whether the adapter is a prompt in front of the text, or in the attention's cache."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning

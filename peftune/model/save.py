@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
-from peftune.model.adapters import BaseTunerLayer, base_of
+from peftune.model.adapters import BaseTunerLayer, base_of, virtual_tokens_of
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
 from peftune.model.earlier import ADAPTER
 from peftune.model.foreign import reading
@@ -51,7 +51,7 @@ def save_model(
     """
     base = base_of(model)
     base.config.architectures = [type(base).__name__]
-    with _as_published(base, tokenizer):
+    with _as_published(base, tokenizer, virtual_tokens_of(model)):
         if isinstance(model, PeftModel):
             _save_adapter(model, weights, folder)
         else:
@@ -84,13 +84,14 @@ def _adapts_embeddings(model: PeftModel) -> bool:
 
 
 @contextmanager
-def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Iterator[None]:
     """The settings that training changes for itself, set for the folder's later users."""
     config, quantised = base.config, quantised_here(base)
     if quantised:  # true of the weights in memory, not of the checkpoint that the folder's users will load
         in_memory = config.quantization_config
         del config.quantization_config
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, longest_input(config, PUBLISHED_LIMIT_TOKENS)
+    limit = tokenizer.model_max_length
+    tokenizer.model_max_length = longest_input(config, PUBLISHED_LIMIT_TOKENS, prompt_tokens)
     cached = config.to_dict().get("use_cache")
     if cached is not None:
         config.use_cache = True

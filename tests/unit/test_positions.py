@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from peftune.cli import main
 from peftune.loop.generate import _in_step, generate_texts
-from tests.conftest import summary
+from tests.conftest import summary, write_config
 
 POSITIONS = 64
 
@@ -40,7 +41,7 @@ def continued(converse, learned_positions, write_rows):
 def test_answers_end_where_the_model_has_no_further_position(continued, train, capsys):
     folder = train(continued)
     said = capsys.readouterr().out
-    assert said.count("the model has 64 positions: prompts of more than 24 tokens get fewer than 40 new ones") == 1
+    assert said.count("64 positions for text: prompts of more than 24 tokens get fewer than 40 new ones") == 1
     records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
     assert sum(record["prediction"] is not None for record in records) > 5
     assert summary(folder)["metrics"]["validation"]["rouge_l"] is not None
@@ -73,3 +74,37 @@ def test_ranks_write_as_many_tokens_at_a_time():
     assert _in_step(mine, lambda room: next(wanted)) == [(20, [0]), (20, []), (7, [1]), (5, []), (3, [2])]
     wanted = iter([20, 20, 7, 5, 3, 0])
     assert _in_step(theirs, lambda room: next(wanted)) == [(20, [0]), (20, [1]), (7, []), (5, [2]), (3, [3])]
+
+
+LONG = [{"text": f"ticket {number}: " + "the printer is broken and " * 40, "label": "ab"[number % 2]}
+        for number in range(20)]
+PROMPTS = [{"method": "prompt_tuning", "num_virtual_tokens": 20}, {"method": "prefix_tuning", "num_virtual_tokens": 20}]
+
+
+@pytest.mark.parametrize("adapter", PROMPTS, ids=lambda adapter: adapter["method"])
+def test_a_learned_prompt_and_the_longest_text_share_the_positions_of_an_encoder(
+        adapter, classify, write_rows, train, tmp_path, capsys):
+    data = {"train": write_rows("long.jsonl", LONG), "validation": write_rows("held.jsonl", LONG[:6])}
+    settings = {**classify, "adapter": adapter, "data": {**data, "max_length": 400}}
+    folder = train(settings, "train.max_steps=2")
+    assert "reads at most 108 tokens beside the 20 of the learned prompt" in capsys.readouterr().out
+    assert json.loads((folder / "final" / "tokenizer_config.json").read_text())["model_max_length"] == 108
+    assert main(["evaluate", str(folder)]) == 0
+    texts = write_rows("new.jsonl", [{"text": row["text"]} for row in LONG[:3]])
+    assert main(["predict", str(folder), "--input", texts, "--output", str(tmp_path / "said.jsonl")]) == 0
+    capsys.readouterr()
+    assert main(["check", str(write_config(settings, tmp_path / "checked")), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["train"]["truncated"] == 20
+
+
+@pytest.mark.parametrize("adapter", PROMPTS, ids=lambda adapter: adapter["method"])
+def test_a_learned_prompt_a_text_and_its_answer_share_the_positions_of_a_decoder(adapter, continued, train, capsys):
+    folder = train({**continued, "adapter": adapter})
+    assert "the model has 44 positions for text: prompts of more than 4 tokens" in capsys.readouterr().out
+    assert summary(folder)["metrics"]["validation"]["rouge_l"] is not None
+
+
+def test_a_learned_prompt_that_leaves_no_position_for_text_is_refused(classify, tmp_path, capsys):
+    settings = {**classify, "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 128}}
+    assert main(["check", str(write_config(settings, tmp_path / "checked"))]) == 2
+    assert "the model has 128 positions, and none is left for text" in capsys.readouterr().out
