@@ -155,6 +155,11 @@ def virtual_tokens_of(model: nn.Module) -> int:
     return _virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
 
 
+def trains_base_biases(config: PeftConfig) -> bool:
+    """Whether biases of the base train beside the adapter. PEFT attaches no second adapter of that kind."""
+    return vars(config).get("bias", "none") != "none"
+
+
 def _virtual_tokens(config: PeftConfig) -> int:
     return config.num_virtual_tokens or 0 if isinstance(config, PromptLearningConfig) else 0
 

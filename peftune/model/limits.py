@@ -91,6 +91,14 @@ LIMITS: tuple[Refusal[Asked], ...] = (
         "a bias of B cannot be joined with the adapter beneath", "adapter.lora_bias=false",
     ),
     Refusal(
+        "bias", lambda a: a.values.get("bias", "none") != "none" and _joins(a),
+        "PEFT takes no second adapter beside one that trains biases of the base", "adapter.bias=none",
+    ),
+    Refusal(
+        "bias", lambda a: a.values.get("bias", "none") != "none" and a.task == "preference",
+        "the reference is the model without its adapter, which would keep the trained biases", "adapter.bias=none",
+    ),
+    Refusal(
         "init_lora_weights", lambda a: a.start in ("corda", "lora_ga"),
         "it needs statistics that PEFT gathers in steps of their own before, and writes into the base weights",
         "adapter.init_lora_weights=eva, which reads the data too, or pissa",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
-from peftune.model.adapters import BaseTunerLayer, base_of, virtual_tokens_of
+from peftune.model.adapters import BaseTunerLayer, base_of, trains_base_biases, virtual_tokens_of
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
 from peftune.model.earlier import ADAPTER
 from peftune.model.foreign import reading
@@ -208,7 +208,7 @@ def reload_deviation(
 
     An adapter is loaded a second time beside the live one, through peft, on the same frozen weights; a whole model is
     loaded through transformers. Where no rank holds those weights whole, `folder` is loaded with its base in host
-    memory.
+    memory; where the adapter trains biases of its base, with a base of its own.
 
     Args:
         model: unwrapped.
@@ -221,7 +221,7 @@ def reload_deviation(
         divided: the live model's weights are divided among the ranks.
         quantization: as `model.quantization`.
     """
-    if isinstance(model, PeftModel) and not divided:
+    if isinstance(model, PeftModel) and not divided and not trains_base_biases(model.active_peft_config):
         was_training = model.training
         model.eval()
         with autocast(live.device):
