@@ -160,7 +160,7 @@ def _method(config: RunConfig) -> str:
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
     world.progress.at(PREPARING)
     with display.phase("data") as notes:
-        text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data)
+        text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data, config.adapter)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity(),
                                  progress=display.progress)
         data = open_prepared(prepared_on_each_machine(world, work))
@@ -218,7 +218,7 @@ def _run(
         trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ())
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
-                          layout if division or layout.equal_lengths else PADDED)
+                          layout if division or layout.equal_lengths else PADDED, warn=display.warn_once)
     run = _assembled_run(config, wrapped, strategy, optimizer, data, layout, evaluator, journal, metric, facts)
     if is_adalora(model):
         RankBudget(model, optimizer, steps=run.steps, done=state.step - state.skipped_steps)

@@ -124,7 +124,7 @@ class Talk:
         from peftune.tasks.supervision import prompt_tokens
 
         text = self.trained.text
-        room = longest_input(text.config, MOST_TOKENS) - self.max_new_tokens
+        room = longest_input(text.config, MOST_TOKENS) - text.virtual_tokens - self.max_new_tokens
         try:
             example = prompt_tokens({"messages": [*self.messages, {"role": "user", "content": said}]},
                                     replace(text.encoder.text, max_length=MOST_TOKENS))

@@ -17,7 +17,7 @@ from peftune.data.findings import as_faults
 from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
 from peftune.data.store import Split
 from peftune.errors import DataError, Fault, faults_of
-from peftune.model.adapters import peft_config
+from peftune.model.adapters import virtual_tokens
 from peftune.model.division import refuse_undividable
 from peftune.model.quantize import quantization_of, require_bitsandbytes
 from peftune.numerics.losses import IGNORE
@@ -57,17 +57,18 @@ def check(config: RunConfig, strategy: str | None = None, sequence_ranks: int = 
     if strategy is not None:
         faults += strategy_faults(config, strategy)
     faults += sequence_faults(config, sequence_ranks)
+    prompt: list[int] = []
     if config.adapter is not None:
         adapter = config.adapter
         adds_tokens = bool(config.model.added_tokens or config.model.added_special_tokens)
-        faults += faults_of(lambda: peft_config(adapter, config.task, (), adds_tokens=adds_tokens))
+        faults += faults_of(lambda: prompt.append(virtual_tokens(adapter, config.task, adds_tokens=adds_tokens)))
     if config.train.optimizer.endswith("8bit"):
         faults += faults_of(lambda: require_bitsandbytes(f"train.optimizer = {config.train.optimizer!r}"))
     opened: list[tuple[Prepared, Text]] = []
     model: list[Fault] = []
 
     def open_data() -> None:
-        text = open_text(task, config.model, config.data)
+        text = open_text(task, config.model, config.data).behind(prompt[0] if prompt else 0)
         model.extend(faults_of(lambda: quantization_of(
             config.model, text.config, adapted=config.adapter is not None,
             divided=(strategy or "").startswith(DIVIDED))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ least: room for sums in another order."""
 ROW_TOKENS, ROWS = 2048, 16
 """Bounds on what is compared: enough to see a wrong scale anywhere, little enough for a CPU."""
 SPLITS = ("test", "validation")
+SIZE = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?\s*[KMGT]B", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,9 @@ def _refuse(wanted: Wanted, config: RunConfig, adapter: Adapter | None) -> None:
             raise refused("--dtype: an adapter is exported as it is", "add --merge, or leave --dtype out")
         if wanted.gguf:
             raise refused("--gguf: an adapter alone is no model", "add --merge")
+    if SIZE.fullmatch(wanted.shard_size) is None:
+        raise refused(f"--max-shard-size {wanted.shard_size}: no size of a file",
+                      "a number of KB, MB, GB or TB: 500MB, 5GB")
     if wanted.merge and adapter is not None:
         refuse_unmergeable(adapter, wanted.source)
     if wanted.into == "original" and not (wanted.merge and adapter is not None):

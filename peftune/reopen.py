@@ -26,7 +26,7 @@ from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderE
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.loop.layout import choose_layout
 from peftune.loop.road import road_notes
-from peftune.model.adapters import has_adapter
+from peftune.model.adapters import has_adapter, virtual_tokens_of
 from peftune.model.load import PROBLEM_TYPES
 from peftune.model.next_token import end_in_losses
 from peftune.model.precision import DTYPES, autocast, weight_dtype
@@ -90,6 +90,7 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
         model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
                              dtype=weight_dtype(config.model, adapted=adapted), **_loading(config, world),
                              ).to(world.device).eval()
+        text = text.behind(virtual_tokens_of(model))
         notes.append(str(folder))
         if task.next_token:
             end_in_losses(model)
@@ -100,7 +101,7 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
                               longest=config.data.max_length, autocast=precision, world=world)
     evaluator = Evaluator(
         task, _targets(text, config.task, Path(folder)), text.tokenizer, world, precision,
-        config.evaluation.max_new_tokens, reference, display.progress, layout=layout)
+        config.evaluation.max_new_tokens, reference, display.progress, layout=layout, warn=display.warn_once)
     return Trained(config, model, text, evaluator)
 
 

@@ -48,6 +48,7 @@ class Evaluator:
     """Another one where rows are divided. Generation does not divide them."""
     known: KnownStates = field(default_factory=KnownStates)
     """Batches of splits that it knows start behind the frozen layers."""
+    warn: Callable[[str], None] = lambda text: None
 
     def batch(self, examples: Sequence[Example], positions: Sequence[int]) -> Batch:
         """Examples of a split as an evaluation lays them out."""
@@ -181,6 +182,6 @@ def _add_generations(
         model, evaluator.tokenizer, prompts, max_new_tokens=evaluator.max_new_tokens, device=evaluator.world.device,
         autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total),
         calls=evaluator.world.largest, joint=evaluator.lockstep, before=evaluator.agree,
-        token=evaluator.world.progress.tick)
+        token=evaluator.world.progress.tick, warn=evaluator.warn)
     for i, text in texts.items():
         by_position[i]["prediction"] = text

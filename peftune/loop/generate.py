@@ -18,11 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
-from peftune.model.adapters import learns_prompt
+from peftune.model.adapters import base_of, learns_prompt, virtual_tokens_of
+from peftune.model.load import longest_input
 from peftune.numerics.dealing import padded_groups
 
 BUDGET_TOKENS = 8192
 """Padded prompt tokens plus new tokens of a batch."""
+MOST_TOKENS = 1 << 30
+"""What a model without a table of positions reads."""
 
 
 @torch.no_grad()
@@ -31,12 +34,13 @@ def generate_texts(
     max_new_tokens: int, device: torch.device, autocast: Callable[[], AbstractContextManager[None]],
     progress: Callable[[int, int], None] = lambda done, total: None,
     calls: Callable[[int], int] = lambda mine: mine, joint: bool = False, before: Callable[[], None] = lambda: None,
-    token: Callable[[], None] = lambda: None,
+    token: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None,
 ) -> dict[int, str]:
     """Key -> prompt ids to key -> generated text, special tokens removed.
 
     Decoding is greedy, so that a score can be had again. It stops at the end-of-text token, or at any further
-    stop token that the model's generation config names.
+    stop token that the model's generation config names, and where the model has no further position. A prompt that
+    takes all positions loses its beginning.
 
     Args:
         model: unwrapped, in evaluation mode.
@@ -46,25 +50,29 @@ def generate_texts(
         device: of the model.
         autocast: precision of the forward passes.
         progress: called with prompts done and their number.
-        calls: this rank's number of batches -> the largest of all ranks'.
+        calls: a number of this rank -> the largest of all ranks'.
         joint: forward passes are joint: each batch goes on until every rank's is done.
         before: called before each batch, equally often on all ranks.
         token: called at each token of a batch.
+        warn: told where the model's positions end too early.
     """
+    limit = longest_input(base_of(model).config, MOST_TOKENS, virtual_tokens_of(model))
+    prompts = {key: _kept(prompt, limit, max_new_tokens) for key, prompt in prompts.items()}
     keys = list(prompts)
     texts: dict[int, str] = {}
-    settings = _settings(model, tokenizer, max_new_tokens)
-    lengths = [len(prompts[key]) + max_new_tokens for key in keys]
-    groups = padded_groups(lengths, BUDGET_TOKENS)
-    if learns_prompt(model):
-        groups = [same for group in groups for same in _of_equal_length(group, lengths)]
-    groups += [[]] * (calls(len(groups)) - len(groups))
-    for group in groups:
+    lengths = [len(prompts[key]) for key in keys]
+    rooms = [min(max_new_tokens, limit - length) for length in lengths]
+    if calls(int(min(rooms, default=max_new_tokens) < max_new_tokens)):
+        warn(f"the model has {limit:,} positions for text: prompts of more than {max(0, limit - max_new_tokens):,} "
+             f"tokens get fewer than {max_new_tokens:,} new ones, and those of {limit:,} or more lose their beginning")
+    groups = _groups(lengths, rooms, by_length=learns_prompt(model))
+    for room, group in _in_step(groups, calls):
         before()
         if not group and not joint:
             continue
         members = [keys[i] for i in group]
         examples = [Example(prompts[key], [0], 0, len(prompts[key]), {}) for key in members]
+        settings = _settings(model, tokenizer, room)
         batch = lay_out(examples, members, kind="class", width=0, pad_id=settings.pad_token_id, device=device,
                         left=True)
         with autocast():
@@ -142,9 +150,34 @@ class _EachToken(LogitsProcessor):
         return scores
 
 
-def _of_equal_length(group: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Padding would lie between a learned prompt and the text, and PEFT passes no positions that skip it."""
-    return [[i for i in group if lengths[i] == length] for length in dict.fromkeys(lengths[i] for i in group)]
+def _kept(prompt: Sequence[int], limit: int, max_new_tokens: int) -> Sequence[int]:
+    """The prompt, or the end of one that leaves no position for an answer."""
+    return prompt if len(prompt) < limit else prompt[-max(limit - max_new_tokens, (limit + 1) // 2):]
+
+
+def _groups(lengths: Sequence[int], rooms: Sequence[int], *, by_length: bool) -> list[tuple[int, list[int]]]:
+    """Batches of prompts, each after the number of its new tokens, the largest number first.
+
+    Prompts with another room do not share a batch, so that what one is given does not depend on the others. With
+    `by_length` those of another length do not either: padding would lie between a learned prompt and the text, and PEFT
+    passes no positions that skip it.
+    """
+    kinds = [(room, length if by_length else 0) for room, length in zip(rooms, lengths, strict=True)]
+    groups = padded_groups([length + room for length, room in zip(lengths, rooms, strict=True)], BUDGET_TOKENS)
+    found = [(kind[0], [i for i in group if kinds[i] == kind])
+             for group in groups for kind in dict.fromkeys(kinds[i] for i in group)]
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def _in_step(groups: Sequence[tuple[int, list[int]]], calls: Callable[[int], int]) -> list[tuple[int, list[int]]]:
+    """The groups, and an empty one where only other ranks have one more with as many new tokens.
+
+    In joint forward passes a rank goes on until the others are done, and must have positions for that.
+    """
+    rest, aligned = list(groups), []
+    while room := calls(rest[0][0] if rest else 0):
+        aligned.append((room, rest.pop(0)[1] if rest and rest[0][0] == room else []))
+    return aligned
 
 
 def _settings(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:

@@ -22,6 +22,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -118,16 +119,32 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         raise ModelError(Fault(kind="model", message=f"adapter.target_modules: {str(error).split('. ')[0]}",
                                mend=_target_names(model, config))) from None
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        named = "target_modules" in vars(config)
+        targets = f", or adapter.target_modules ({_target_names(model, config)})" if named else ""
         raise ModelError(Fault(
             kind="model", message=f"adapter.method = {config.peft_type.value.lower()} does not fit "
-            f"{type(model).__name__}: {error}", mend=f"set adapter.target_modules ({_target_names(model, config)})",
+            f"{type(model).__name__}: {error}", mend=f"mend the field that it names{targets}",
         )) from error
+    _refuse_unmatched(adapted, config)
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
     if takes_factors(start):
         start_from_factors(adapted, str(start))
     return adapted
+
+
+def _refuse_unmatched(model: PeftModel, config: PeftConfig) -> None:
+    """Raise ModelError where a pattern gives a rank or alpha of its own to no layer: PEFT would take no notice."""
+    if vars(config).get("target_parameters"):
+        return  # patterns name parameters there
+    layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    faults = [Fault(kind="model", message=f"adapter.{field}: {key!r} matches no layer that is adapted",
+                    mend=f"the end of a layer's name, such as {layers[0].removeprefix('base_model.model.')}")
+              for field in ("rank_pattern", "alpha_pattern") for key in vars(config).get(field) or {}
+              if layers and all(get_pattern_key([key], name) != key for name in layers)]
+    if faults:
+        raise ModelError(faults)
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -139,6 +156,29 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model without its adapter, or itself."""
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
+
+
+def virtual_tokens(adapter: AdapterConfig | None, task: str, *, adds_tokens: bool = False) -> int:
+    """Tokens of the prompt that is to be learned: they lie before each text, and take positions of the model.
+
+    Raises:
+        ConfigError: see `peft_config`.
+    """
+    return 0 if adapter is None else _virtual_tokens(peft_config(adapter, task, (), adds_tokens=adds_tokens))
+
+
+def virtual_tokens_of(model: nn.Module) -> int:
+    """The same of a model in memory."""
+    return _virtual_tokens(model.active_peft_config) if isinstance(model, PeftModel) else 0
+
+
+def trains_base_biases(config: PeftConfig) -> bool:
+    """Whether biases of the base train beside the adapter. PEFT attaches no second adapter of that kind."""
+    return vars(config).get("bias", "none") != "none"
+
+
+def _virtual_tokens(config: PeftConfig) -> int:
+    return config.num_virtual_tokens or 0 if isinstance(config, PromptLearningConfig) else 0
 
 
 def learns_prompt(model: nn.Module) -> bool:

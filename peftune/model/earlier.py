@@ -86,7 +86,8 @@ def frozen_beneath(name: str) -> tuple[LoraConfig, Path]:
     found = f"is {earlier.peft_type.value.lower()}"
     if type(earlier) is LoraConfig:
         found = "has " + ", ".join(what for what, has in (
-            ("DoRA", earlier.use_dora), ("biases", earlier.lora_bias), ("a trained layer", earlier.modules_to_save),
+            ("DoRA", earlier.use_dora), ("biases", earlier.lora_bias or earlier.bias != "none"),
+            ("a trained layer", earlier.modules_to_save),
             ("trained token rows", earlier.trainable_token_indices)) if has)
     if found != "has ":
         raise ConfigError(Fault(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PromptLearningConfig
+from peft import AdaLoraConfig, LoraConfig, OFTConfig, PeftConfig, PromptLearningConfig
 
 from peftune.config.refusal import Refusal
 from peftune.config.schema import GENERATIVE, AdapterConfig
@@ -39,6 +39,8 @@ class Asked:
 
 SHIFTING = frozenset({"prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"})
 """Methods that put a prompt in front of the text, so that outputs of tokens move."""
+LENGTH_IS_GIVEN = frozenset({"prompt_tuning", "p_tuning", "prefix_tuning"})
+"""Methods whose prompt is as long as the config says."""
 FINISHED = "give a folder in model.name_or_path that has the earlier adapter merged (peftune export --merge)"
 
 
@@ -56,7 +58,42 @@ def _joins(asked: Asked) -> bool:
     return _is_lora(asked) and (takes_factors(asked.start) or asked.adapter.stack_on is not None)
 
 
+def _is_no_count(asked: Asked, field: str, least: int) -> bool:
+    """Whether a field has a value that is no whole number of `least` at least."""
+    value = asked.values.get(field)
+    return value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least)
+
+
+def _lacks_prompt(asked: Asked) -> bool:
+    return asked.method in LENGTH_IS_GIVEN and asked.adapter.init_from is None and not (
+        asked.values.get("num_virtual_tokens"))
+
+
 LIMITS: tuple[Refusal[Asked], ...] = (
+    Refusal(
+        "peft_type", lambda a: "peft_type" in a.values,
+        "adapter.method names the method", "adapter.method with that name, and leave adapter.peft_type out",
+    ),
+    Refusal(
+        "inference_mode", lambda a: bool(a.values.get("inference_mode")),
+        "the adapter would be frozen, and nothing would train", "leave it out",
+    ),
+    Refusal(
+        "method", lambda a: a.method == "xlora",
+        "it mixes adapters that are trained already, by a pass of the model before each pass", "adapter.method=lora",
+    ),
+    Refusal(
+        "method", lambda a: a.method == "poly",
+        "it needs the number of a task beside each example's text, which no format here gives", "adapter.method=lora",
+    ),
+    Refusal(
+        "r", lambda a: a.has("r") and _is_no_count(a, "r", 0 if a.config_class is OFTConfig else 1),
+        "a rank is a whole number, and 1 at least", "adapter.r=16",
+    ),
+    Refusal(
+        "num_virtual_tokens", lambda a: _lacks_prompt(a) or _is_no_count(a, "num_virtual_tokens", 1),
+        "the length of the prompt is a whole number, and 1 at least", "adapter.num_virtual_tokens=20",
+    ),
     Refusal(
         "method", lambda a: a.method in SHIFTING and a.task in ("token_classification", "question_answering"),
         "a prompt in front of the text moves the outputs of its tokens away from their labels",
@@ -89,6 +126,14 @@ LIMITS: tuple[Refusal[Asked], ...] = (
     Refusal(
         "lora_bias", lambda a: bool(a.values.get("lora_bias")) and _joins(a),
         "a bias of B cannot be joined with the adapter beneath", "adapter.lora_bias=false",
+    ),
+    Refusal(
+        "bias", lambda a: a.values.get("bias", "none") != "none" and _joins(a),
+        "PEFT takes no second adapter beside one that trains biases of the base", "adapter.bias=none",
+    ),
+    Refusal(
+        "bias", lambda a: a.values.get("bias", "none") != "none" and a.task == "preference",
+        "the reference is the model without its adapter, which would keep the trained biases", "adapter.bias=none",
     ),
     Refusal(
         "init_lora_weights", lambda a: a.start in ("corda", "lora_ga"),

@@ -174,16 +174,16 @@ def _owner(model: PreTrainedModel, key: str) -> str:
     return key.rpartition(".")[0] if head == model.base_model_prefix else head
 
 
-def longest_input(model_config: PreTrainedConfig, wanted: int) -> int:
+def longest_input(model_config: PreTrainedConfig, wanted: int, virtual_tokens: int = 0) -> int:
     """Tokens an example may have: `wanted`, or the size of a learned position table where that is smaller.
 
-    Rotary models have no such table.
+    Rotary models have no such table. In it a learned prompt of so many virtual tokens takes positions too.
     """
     text = model_config.get_text_config()
     rows = getattr(text, "max_position_embeddings", None)  # families without positions lack the field
     if rows is None or getattr(text, "rope_parameters", None) is not None:  # families without rotation lack it
         return wanted
-    return min(wanted, rows - first_position(model_config))
+    return min(wanted, rows - first_position(model_config) - virtual_tokens)
 
 
 def first_position(model_config: PreTrainedConfig) -> int:

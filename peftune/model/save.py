@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
-from peftune.model.adapters import BaseTunerLayer, base_of
+from peftune.model.adapters import BaseTunerLayer, base_of, trains_base_biases, virtual_tokens_of
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
 from peftune.model.earlier import ADAPTER
 from peftune.model.foreign import reading
@@ -51,7 +51,7 @@ def save_model(
     """
     base = base_of(model)
     base.config.architectures = [type(base).__name__]
-    with _as_published(base, tokenizer):
+    with _as_published(base, tokenizer, virtual_tokens_of(model)):
         if isinstance(model, PeftModel):
             _save_adapter(model, weights, folder)
         else:
@@ -84,13 +84,14 @@ def _adapts_embeddings(model: PeftModel) -> bool:
 
 
 @contextmanager
-def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> Iterator[None]:
     """The settings that training changes for itself, set for the folder's later users."""
     config, quantised = base.config, quantised_here(base)
     if quantised:  # true of the weights in memory, not of the checkpoint that the folder's users will load
         in_memory = config.quantization_config
         del config.quantization_config
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, longest_input(config, PUBLISHED_LIMIT_TOKENS)
+    limit = tokenizer.model_max_length
+    tokenizer.model_max_length = longest_input(config, PUBLISHED_LIMIT_TOKENS, prompt_tokens)
     cached = config.to_dict().get("use_cache")
     if cached is not None:
         config.use_cache = True
@@ -207,7 +208,7 @@ def reload_deviation(
 
     An adapter is loaded a second time beside the live one, through peft, on the same frozen weights; a whole model is
     loaded through transformers. Where no rank holds those weights whole, `folder` is loaded with its base in host
-    memory.
+    memory; where the adapter trains biases of its base, with a base of its own.
 
     Args:
         model: unwrapped.
@@ -220,7 +221,7 @@ def reload_deviation(
         divided: the live model's weights are divided among the ranks.
         quantization: as `model.quantization`.
     """
-    if isinstance(model, PeftModel) and not divided:
+    if isinstance(model, PeftModel) and not divided and not trains_base_biases(model.active_peft_config):
         was_training = model.training
         model.eval()
         with autocast(live.device):

@@ -57,6 +57,7 @@ class Display:
         self._told: float | None = None
         """When a log was last told of the evaluation that is going on."""
         self._steps = 0
+        self._warned: set[str] = set()
 
     def say(self, text: str) -> None:
         """One line."""
@@ -65,6 +66,12 @@ class Display:
     def warn(self, text: str) -> None:
         """One line that should not be overlooked."""
         self._print(f"note: {text}", "yellow")
+
+    def warn_once(self, text: str) -> None:
+        """The same for what would be said again and again."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def alarm(self, text: str) -> None:
         """Something that is wrong."""

@@ -12,6 +12,7 @@ from peftune.config.schema import RunConfig, Source
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.targets import Targets
 from peftune.errors import Fault, ModelError, PeftuneError
+from peftune.model.adapters import virtual_tokens
 from peftune.model.load import adjust_config, longest_input
 from peftune.model.resolve import load_model_config, resolve
 from peftune.model.vocabulary import NO_ROWS, NewRows
@@ -90,16 +91,18 @@ def known_of(config: RunConfig) -> Known:
 
     Raises:
         ModelError: the model's config cannot be had.
+        ConfigError: an adapter that cannot work.
     """
     task = TASKS[config.task](config.train, config.evaluation)
     try:
         if not _is_local(config.data.train):
             raise ModelError(Fault(kind="data", message="the data does not lie here"))
-        text = open_text(task, config.model, config.data)
+        text = open_text(task, config.model, config.data, config.adapter)
         data = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=text.identity()))
     except PeftuneError as error:
         source = _source(config)
-        limit = longest_input(load_model_config(config.model, source), config.data.max_length)
+        limit = longest_input(load_model_config(config.model, source), config.data.max_length,
+                              virtual_tokens(config.adapter, config.task))
         why = str(error).splitlines()[0]
         lengths = lengths_without_data(limit, config.train.batch_size, config.train.max_steps or 0,
                                        scored=config.data.validation is not None or config.data.test is not None)

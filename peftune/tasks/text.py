@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import transformers
 from huggingface_hub import is_offline_mode
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from peftune.config.schema import DataConfig, ModelConfig
+from peftune.config.schema import AdapterConfig, DataConfig, ModelConfig
 from peftune.data.chat import choose_template
 from peftune.data.prepare import Prepared
+from peftune.errors import ConfigError, Fault
+from peftune.model.adapters import virtual_tokens
 from peftune.model.load import longest_input
 from peftune.model.resolve import load_model_config, load_tokenizer, resolve
 from peftune.tasks.task import BoundEncoder, Task, TextEncoder
@@ -33,8 +35,25 @@ class Text:
     template: str
     """Which chat template is in use, for a person; none where the task has no conversations."""
     encoder: BoundEncoder
+    virtual_tokens: int = 0
+    """Of a learned prompt before each text."""
     hub_is_silent: bool = False
     """Asked for a cached model, the hub did not answer."""
+
+    def behind(self, virtual_tokens: int) -> Text:
+        """The same with a learned prompt before each text, which leaves examples fewer of the model's positions.
+
+        Raises:
+            ConfigError: it leaves none.
+        """
+        limit = longest_input(self.config, self.encoder.text.data.max_length, virtual_tokens)
+        if limit < 1:
+            raise ConfigError(Fault(
+                kind="config", message=f"adapter.num_virtual_tokens = {virtual_tokens}: the model has "
+                f"{limit + virtual_tokens} positions, and none is left for text",
+                mend="fewer virtual tokens, such as 20"))
+        encoder = replace(self.encoder, text=replace(self.encoder.text, max_length=limit))
+        return replace(self, encoder=encoder, virtual_tokens=virtual_tokens)
 
     def identity(self) -> dict[str, Any]:
         """What the tokens of a row depend on besides the data section: tokenizer, template, task, and our code."""
@@ -49,12 +68,12 @@ class Text:
                 "eos": tokenizer.eos_token, "pad": tokenizer.pad_token, "code": code.hexdigest()}
 
 
-def open_text(task: Task, model: ModelConfig, data: DataConfig) -> Text:
-    """Find the model, read its config and tokenizer, choose the chat template.
+def open_text(task: Task, model: ModelConfig, data: DataConfig, adapter: AdapterConfig | None = None) -> Text:
+    """Find the model, read its config and tokenizer, choose the chat template. `adapter`: what is to be trained.
 
     Raises:
         ModelError, MachineError: the model or its tokenizer cannot be had.
-        ConfigError: no such chat template.
+        ConfigError: no such chat template, or an adapter that cannot work.
     """
     was_off = is_offline_mode()
     source = resolve(model)
@@ -63,7 +82,8 @@ def open_text(task: Task, model: ModelConfig, data: DataConfig) -> Text:
     template = choose_template(tokenizer, data.chat_template) if task.converses else "none"
     limit = longest_input(config, data.max_length)
     encoder = BoundEncoder(task, TextEncoder(tokenizer, limit, data))
-    return Text(source, config, tokenizer, template, encoder, hub_is_silent=is_offline_mode() and not was_off)
+    text = Text(source, config, tokenizer, template, encoder, hub_is_silent=is_offline_mode() and not was_off)
+    return text.behind(virtual_tokens(adapter, task.name))
 
 
 def quiet_libraries() -> None:
@@ -89,7 +109,8 @@ def data_notes(data: Prepared, text: Text, config: DataConfig) -> list[str]:
     if text.hub_is_silent:
         notes.append("the hub does not answer: the model is the cached one")
     if text.encoder.text.max_length < config.max_length:
-        notes.append(f"the model reads at most {text.encoder.text.max_length} tokens")
+        beside = f" beside the {text.virtual_tokens} of the learned prompt" if text.virtual_tokens else ""
+        notes.append(f"the model reads at most {text.encoder.text.max_length} tokens{beside}")
     return notes
 
 

@@ -196,6 +196,7 @@ def test_a_learned_prompt_is_not_merged_but_exported_as_it_is(run, capsys):
 @pytest.mark.parametrize(("options", "said"), [
     (["--merge", "--gguf"], "llama.cpp"), (["--gguf"], "add --merge"), (["--dtype", "float16"], "add --merge"),
     (["--into", "original"], "add --merge"), (["--merge", "--gguf", "--llama-cpp", "/nowhere"], "convert_hf_to_gguf"),
+    (["--merge", "--max-shard-size", "lots"], "a number of KB, MB, GB or TB"),
 ])
 def test_what_cannot_be_exported_is_said_with_the_mend(run, monkeypatch, capsys, options, said):
     monkeypatch.delenv("LLAMA_CPP", raising=False)

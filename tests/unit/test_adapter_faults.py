@@ -1,0 +1,38 @@
+"""Faults of the adapter section: each is said once, by its key, before anything is trained."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peftune.config.schema import AdapterConfig
+from peftune.errors import ConfigError, ModelError
+from peftune.model.adapters import attach, peft_config
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"method": "poly"}, "the number of a task"),
+    ({"method": "xlora"}, "trained already"),
+    ({"inference_mode": True}, "nothing would train"),
+    ({"peft_type": "IA3"}, "adapter.method names the method"),
+    ({"r": 0}, "adapter.r: a rank is a whole number"),
+    ({"r": "8"}, "adapter.r: a rank is a whole number"),
+    ({"r": True}, "adapter.r: a rank is a whole number"),
+    ({"method": "prompt_tuning"}, "the length of the prompt"),
+    ({"method": "prefix_tuning", "num_virtual_tokens": "8"}, "the length of the prompt"),
+])
+def test_a_field_that_no_run_can_train_with_is_refused_by_its_key(fields, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        peft_config(AdapterConfig(**fields), "causal_lm", ())
+    assert len(caught.value.faults) == 1 and caught.value.faults[0].mend
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_for_a_layer_that_is_not_adapted_is_refused(field, decoder):
+    def attached(pattern):
+        model = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+        return attach(model, peft_config(AdapterConfig(target_modules=["q_proj"], **{field: pattern}), "causal_lm", ()))
+
+    attached({"q_proj": 4, "layers.0.self_attn.q_proj": 8})
+    with pytest.raises(ModelError, match=f"adapter.{field}: 'v_proj' matches no layer") as caught:
+        attached({"q_proj": 4, "v_proj": 4})
+    assert "self_attn.q_proj" in caught.value.faults[0].mend
