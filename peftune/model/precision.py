@@ -62,6 +62,6 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 def disable_gradient_checkpointing(model: nn.Module) -> None:
     """Keep each layer's activations again, if they were recomputed."""
-    recomputing: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    recomputing: list[Any] = [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
     for module in recomputing:
         module.gradient_checkpointing = False
