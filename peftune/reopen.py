@@ -23,6 +23,7 @@ from peftune.data.sources import as_sources, fingerprint, read_records
 from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
+from peftune.loop.checkpoint import is_checkpoint, load_weights_of
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.loop.layout import choose_layout
 from peftune.loop.road import road_notes
@@ -70,14 +71,27 @@ def held_out(config: RunConfig) -> str:
 
 
 def open_trained(path: str, config_path: str | None, world: World, display: Display) -> Trained:
-    """Open a run folder (its final/), a folder of weights inside one (best/), or a bare model with a config.
+    """Open a run folder (its final/), a folder of weights inside one (best/, a checkpoint), or a bare model with a
+    config.
 
     Raises:
-        RunFolderError: a run that has no final/ yet.
+        RunFolderError: a run that has no final/ yet, or a checkpoint that cannot be put into a published model.
         ConfigError: a bare model without a config.
         ModelError: weights that cannot be loaded, or a classifier without classes.
     """
-    return open_weights(*find_trained(path, config_path), world, display)
+    folder = Path(path)
+    if not is_checkpoint(folder):
+        return open_weights(*find_trained(path, config_path), world, display)
+    run = folder.resolve().parent.parent
+    published = [run / name for name in ("final", "best") if (run / name / "config.json").is_file()]
+    if not published:
+        raise RunFolderError(Fault(
+            kind="run_folder", file=path, message=f"a checkpoint is read into a published model, and {run} has neither "
+            "final/ nor best/", mend="let the run finish: start it again and it continues"))
+    trained = open_weights(*find_trained(str(published[0]), config_path), world, display)
+    load_weights_of(folder, trained.model, published[0])
+    display.say(f"with the weights of {folder}")
+    return trained
 
 
 def open_weights(folder: str, config: RunConfig, world: World, display: Display) -> Trained:
@@ -203,6 +217,10 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
         ModelError: the files do not say for which task the model is.
     """
     path = Path(name)
+    if is_checkpoint(path):
+        raise RunFolderError(Fault(
+            kind="run_folder", file=name, message="is a checkpoint, which only evaluate, without --tasks, and predict "
+            "can read", mend=f"give {path.resolve().parent.parent}"))
     for run, weights in ((path, path / "final"), (path.parent, path)):
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
             if not (weights / "config.json").is_file():

@@ -65,6 +65,38 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strate
     return state
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds what a checkpoint holds, or lies where a run keeps its own; it may be damaged."""
+    place = folder.resolve()
+    here = place.parent.name == "checkpoints" and place.name.startswith("step-") and place.is_dir()
+    return ((folder / "state.json").is_file() or here) and not (folder / "config.json").is_file()
+
+
+@torch.no_grad()
+def load_weights_of(folder: Path, model: nn.Module, published: Path) -> None:
+    """Put a checkpoint's weights, and nothing else of it, into a model that was loaded from a published folder.
+
+    Raises:
+        RunFolderError: the checkpoint is damaged, or its weights are not those that the folder has.
+    """
+    verify(folder)
+    try:
+        reader = PieceReader(sorted(folder.glob(f"tensors-*{SAFE}")))
+        read = ((name, reader(name)) for name in reader.names() if "|" not in name)
+        found = {name: tensor for name, tensor in read if tensor is not None}
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise _damaged(folder, str(error)) from None
+    live, adapter = dict(model.named_parameters()), published / f"adapter_model{SAFE}"
+    wanted = len(load_file(adapter)) if adapter.is_file() else len(live)
+    if len(found) != wanted or any(name not in live or tensor.shape != live[name].shape
+                                   for name, tensor in found.items()):
+        raise RunFolderError(Fault(
+            kind="run_folder", file=str(folder), message="its weights are published in another form than they train "
+            f"in, and cannot be put into the model of {published}", mend=f"give {published}"))
+    for name, tensor in found.items():
+        live[name].copy_(tensor)
+
+
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes its checksums, and what was wrong with newer ones."""
     wrong = []

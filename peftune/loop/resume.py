@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from peftune.errors import Fault, RunFolderError
-from peftune.loop.checkpoint import all_checkpoints, differing_keys, newest_whole, verify
+from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, verify
 from peftune.loop.lock import LOCK
 from peftune.loop.publish import published, recover, write_text
 from peftune.loop.state import TrainState
@@ -120,7 +120,7 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], da
 
 def _refuse_other_folder(folder: Path) -> None:
     """A run folder, or any other that is no checkpoint, damaged or whole."""
-    if (folder / "state.json").is_file() or folder.resolve().parent.name == "checkpoints":
+    if is_checkpoint(folder):
         return
     if not (folder / "config.yaml").is_file():
         raise _error(folder, "resume: is no checkpoint: it has no state.json", "resume=auto, or "

@@ -11,7 +11,7 @@ import peftune
 from peftune import configure, fine_tune, open_run
 from peftune.config.schema import DataConfig, ModelConfig, RunConfig
 from peftune.errors import ConfigError, DataError, RunFolderError
-from tests.conftest import ROOT, write_config
+from tests.conftest import ROOT, metric_rows, write_config
 
 
 def test_a_run_from_python_has_the_scores_and_predictions_of_the_commands(classify, train, tmp_path):
@@ -46,6 +46,40 @@ def test_rows_cut_from_training_data_that_have_changed_are_not_scored(classify, 
     write_rows(rows.name, kept)
     with pytest.raises(DataError, match=r"train\.jsonl: .* have changed since: rows that the run has learned from"):
         run.evaluate("validation")
+
+
+@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("task", ["classify", "converse"])
+def test_a_checkpoint_scores_as_the_run_did_at_its_step(task, adapter, request, train):
+    from peftune.reopen import open_trained, opened, score
+
+    settings = {**request.getfixturevalue(task), "adapter": adapter, "checkpoint": {"every_steps": 3, "keep": 9}}
+    folder = train(settings)
+    known = {row["step"]: row["loss"] for row in metric_rows(folder, "validation")}
+    assert len(set(known.values())) == 3
+    for step in (3, 6):
+        with opened(only_json=True) as (world, display):
+            checkpoint = folder / "checkpoints" / f"step-00000{step}"
+            found = score(open_trained(str(checkpoint), None, world, display), "validation")
+        assert found.metrics["loss"] == pytest.approx(known[step], rel=1e-6)
+
+
+def test_a_checkpoint_that_cannot_be_read_says_what_can(classify, train):
+    from peftune.reopen import find_trained, open_trained, opened
+
+    folder = train({**classify, "adapter": {"method": "lora", "r": 4, "init_lora_weights": "pissa"}})
+    checkpoint = str(folder / "checkpoints" / "step-000006")
+    with opened(only_json=True) as (world, display):
+        with pytest.raises(RunFolderError, match="published in another form than they train in") as refused:
+            open_trained(checkpoint, None, world, display)
+        assert refused.value.faults[0].mend == f"give {folder}/final"
+        open_trained(f"{folder}/final", None, world, display)
+        with pytest.raises(RunFolderError, match="is a checkpoint, which only evaluate"):
+            find_trained(checkpoint, None, needs_data=False)
+        (folder / "final").rename(folder / "a")
+        (folder / "best").rename(folder / "b")
+        with pytest.raises(RunFolderError, match="has neither final/ nor best/"):
+            open_trained(checkpoint, None, world, display)
 
 
 def test_the_same_rows_cut_by_another_seed_are_not_scored_and_those_of_other_files_are(
