@@ -16,13 +16,16 @@ from peftune.data.examples import Example
 from peftune.data.findings import as_faults
 from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
 from peftune.data.store import Split
-from peftune.errors import DataError, Fault, faults_of
+from peftune.data.targets import Targets
+from peftune.errors import DataError, Fault, PeftuneError, faults_of
 from peftune.model.adapters import virtual_tokens
 from peftune.model.division import refuse_undividable
+from peftune.model.hollow import hollow_model
 from peftune.model.quantize import quantization_of, require_bitsandbytes
 from peftune.numerics.losses import IGNORE
 from peftune.observe.display import Display, Piece
 from peftune.observe.trackers import check_trackers
+from peftune.plan.choose import UNTRACEABLE, subject_of
 from peftune.tasks import TASKS
 from peftune.tasks.task import chosen_metric
 from peftune.tasks.text import Text, open_text, quiet_libraries
@@ -46,6 +49,8 @@ class Checked:
 
 def check(config: RunConfig, strategy: str | None = None, sequence_ranks: int = 1) -> Checked:
     """Look at trackers, adapter fields, model name, tokenizer and data, without loading weights.
+
+    The adapter is attached to a model without values, once nothing else is wrong.
 
     With a strategy, also at what it cannot do, and with several ranks to share a sequence at what they cannot.
 
@@ -77,6 +82,8 @@ def check(config: RunConfig, strategy: str | None = None, sequence_ranks: int = 
         folder = prepare(config.data, text.encoder, seed=config.seed, identity=text.identity(), inspect=True)
         opened.append((open_prepared(folder), text))
         chosen_metric(task, opened[0][0].targets, config.evaluation.metric)
+        if config.adapter is not None and not faults + model:
+            model.extend(faults_of(lambda: _attach(config, text, opened[0][0].targets)))
 
     found = faults_of(open_data)
     faults += model
@@ -89,6 +96,22 @@ def check(config: RunConfig, strategy: str | None = None, sequence_ranks: int = 
     found += [replace(fault, severity=severity) for fault in data.faults]
     found += as_faults(data.findings, "warning")
     return Checked(faults + found, data, text)
+
+
+def _attach(config: RunConfig, text: Text, targets: Targets) -> None:
+    """Attach the adapter to the model without values.
+
+    Raises:
+        ConfigError, ModelError: it does not fit.
+    """
+    subject = subject_of(config, text, targets)
+    try:
+        hollow_model(config.model, config.adapter, subject.source, subject.model_config, subject.task.auto_class,
+                     task=config.task, new_head=subject.task.new_head, rows=subject.rows)
+    except PeftuneError:
+        raise
+    except UNTRACEABLE:
+        return  # the model or the adapter's start asks for values: training says whether it fits
 
 
 def _raise(faults: list[Fault]) -> None:

@@ -142,7 +142,8 @@ class Planner:
         """Plan a case.
 
         Raises:
-            ModelError: the model's code asks its tensors for values, so that it cannot be planned.
+            ModelError: the model's code asks its tensors for values, so that it cannot be planned, or the adapter does
+                not fit it.
         """
         device, lengths = case.device, self.known.lengths
         if case.config.data.too_long == "truncate":  # two strings, of a pair or a question, may be longer than that
@@ -151,6 +152,8 @@ class Planner:
         try:
             choice = choose_memory(self._tracer(case.config), lengths, room_bytes=room, division=case.division,
                                    device=device)
+        except PeftuneError:
+            raise  # the adapter does not fit
         except UNTRACEABLE as error:
             raise ModelError(Fault(
                 kind="model", message=f"this model cannot be planned: {(str(error).splitlines() or [''])[0][:300]}",

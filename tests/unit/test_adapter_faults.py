@@ -4,9 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from peftune.cli import main
 from peftune.config.schema import AdapterConfig
-from peftune.errors import ConfigError, ModelError
+from peftune.errors import ConfigError, ModelError, guarded
 from peftune.model.adapters import attach, peft_config
+from peftune.train import main as train
+from tests.conftest import write_config
+from tests.unit.test_methods import METHODS
 
 
 @pytest.mark.parametrize(("fields", "said"), [
@@ -36,3 +40,25 @@ def test_a_pattern_for_a_layer_that_is_not_adapted_is_refused(field, decoder):
     with pytest.raises(ModelError, match=f"adapter.{field}: 'v_proj' matches no layer") as caught:
         attached({"q_proj": 4, "v_proj": 4})
     assert "self_attn.q_proj" in caught.value.faults[0].mend
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"target_modules": ["nope"]}, "Target modules {'nope'} not found"),
+    ({"rank_pattern": {"nope": 4}}, "adapter.rank_pattern: 'nope' matches no layer"),
+    ({"r": 0}, "adapter.r: a rank is a whole number"),
+    ({"method": "loha", "target_modules": ["embed_tokens"]}, "adapter.method = loha does not fit"),
+])
+def test_check_and_plan_say_what_training_would_refuse(command, fields, said, converse, tmp_path, capsys):
+    config = write_config({**converse, "adapter": {"method": "lora", **fields}}, tmp_path / "config")
+    assert guarded(main, [command, str(config)]) == 2
+    told = capsys.readouterr()
+    assert said in " ".join((told.out + told.err).split()) and "measures it" not in told.out + told.err
+    assert guarded(train, [str(config)]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_check_has_nothing_against_a_method_that_trains(name, converse, tmp_path, capsys):
+    config = write_config({**converse, "adapter": METHODS[name]}, tmp_path / "config")
+    assert main(["check", str(config)]) == 0, capsys.readouterr().out
