@@ -38,6 +38,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "tokens": ("words", "token"),
     "context": ("passage", "paragraph", "document"),
     "question": ("query",),
+    "answers": ("answer",),
     "chosen": ("preferred", "accepted", "winner"),
     "rejected": ("dispreferred", "loser"),
 }

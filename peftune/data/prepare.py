@@ -150,7 +150,7 @@ def _fill(
         raise DataError(found.faults.kept)
     for name, spool in spools.items():
         if not spool.rows:
-            raise DataError([_empty(name, "the split has no good row", spool), *found.faults.kept])
+            raise DataError([*found.faults.kept, _empty(name, "the split has no good row", spool)])
     known = targets or encoder.targets(spools["train"].read(), config)
     survey = Survey(encoder.surveyed_as, scores=known.problem == "regression")
     doubts: list[Finding] = []
@@ -216,7 +216,7 @@ def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterato
 
 
 def _empty(name: str, why: str, spool: Spool) -> Fault:
-    file = next((row.file for row in _first(spool)), name)
+    file = next((row.file for row in _first(spool)), None)
     return Fault(kind="data", file=file, message=f"{name}: {why}",
                  mend="mend or add rows, or raise data.max_length if they were dropped for their length")
 

@@ -36,16 +36,16 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
     """
     names = (*config.added_tokens, *config.added_special_tokens)
     known = [name for name in names if name in tokenizer.get_vocab()] if names else []
-    if known or len({*names}) < len(names):
-        raise _error(f"{', '.join(known) or 'one of them'} is a token already",
+    known += [name for name in names if names.count(name) > 1 and name not in known][:1]
+    if known:
+        raise _error(config, known[0], f"{', '.join(known)} is a token already",
                      "leave it out; adapter.trainable_token_indices trains rows of known tokens")
     for part, special in ((config.added_tokens, False), (config.added_special_tokens, True)):
         tokenizer.add_tokens([AddedToken(name, special=special, normalized=False) for name in part],
                              special_tokens=special)
     for name in names:
         if tokenizer.tokenize(name) != [name]:
-            raise _error(f"the tokenizer does not take {name!r} as one token",
-                         "choose another name")
+            raise _error(config, name, f"the tokenizer does not take {name!r} as one token", "choose another name")
 
 
 def new_rows(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> NewRows:
@@ -55,8 +55,9 @@ def new_rows(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> NewRows
     return NewRows(tuple(ids), len(tokenizer), ids[0]) if ids else NO_ROWS
 
 
-def _error(message: str, mend: str) -> ModelError:
-    return ModelError(Fault(kind="model", message=f"model.added_tokens: {message}", mend=mend))
+def _error(config: ModelConfig, name: str, message: str, mend: str) -> ModelError:
+    key = "added_special_tokens" if name in config.added_special_tokens else "added_tokens"
+    return ModelError(Fault(kind="model", message=f"model.{key}: {message}", mend=mend))
 
 
 @torch.no_grad()

@@ -64,6 +64,7 @@ def _init(parsed: argparse.Namespace) -> int:
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
     classes = f", {len(found.classes)} classes" if found.classes else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
+    classes += f"; not read: {', '.join(found.unread)} (--columns text_pair=NAME reads one)" if found.unread else ""
     print(f"{name}: {found.task}{columns}{classes}\nnext: peftune check {name}, then peftune train {name}")
     return EXIT_DONE
 

@@ -18,6 +18,8 @@ FITTING_SHARE = 0.9
 """Of the rows looked at, so many must hold what a format asks for."""
 MOST_CLASSES, ROWS_A_CLASS, LONGEST_CLASS = 20, 5, 60
 """A column of classes has few values, or at least so many rows for each, none longer than that."""
+PAIRS = (("premise", "hypothesis"), ("question", "sentence"), ("query", "document"), ("query", "passage"))
+"""Names of the two texts of a pair; others end in 1 and 2, or a and b."""
 Values = Mapping[str, Any]
 
 
@@ -31,6 +33,8 @@ class Guess:
     """Renames, as {expected name: name in the file}."""
     classes: tuple[str, ...] = ()
     problem: str = "auto"
+    unread: tuple[str, ...] = ()
+    """Columns of text beside the one that is classified."""
 
 
 def guess(file: str, rows: Sequence[Values], task: str | None, columns: Mapping[str, str]) -> Guess:
@@ -59,7 +63,11 @@ def guess(file: str, rows: Sequence[Values], task: str | None, columns: Mapping[
         raise DataError(Fault(kind="data", file=file, message=f"columns {', '.join(names)} suit no task ({wanted})",
                               mend="say which is which: --columns text=THE_COLUMN label=ANOTHER"))
     format, renames = next((pair for pair in found if pair[0] != "text"), found[0])  # any row has a text
-    return Guess(TASK_OF[format], format, {**renames, **columns}, *_labels(rows, format, renames))
+    texts = _texts_beside(rows, {**renames, **columns}) if format == "classification" else []
+    if format == "classification" and (pair := _pair(renames.get("text", "text"), texts, columns)):
+        renames = {**renames, **pair}
+        texts = [name for name in texts if name not in renames.values()]
+    return Guess(TASK_OF[format], format, {**renames, **columns}, *_labels(rows, format, renames), tuple(texts))
 
 
 def _named(
@@ -69,7 +77,7 @@ def _named(
     names = list(dict.fromkeys(name for row in rows for name in row))
     for format in formats:
         renames: dict[str, str] = {}
-        for expected in COLUMNS[format]:
+        for expected in (*COLUMNS[format], *(("answers",) if format == "squad" else ())):
             usual = (expected, *(OTHER_NAMES.get(expected, ()) if loose else ()))
             same = [name for one in usual for name in names
                     if name == one or (loose and name.lower() == one and name not in renames.values())]
@@ -77,7 +85,7 @@ def _named(
                 renames[expected] = given[expected]
             elif same:
                 renames[expected] = same[0]
-        if len(set(renames.values())) == len(COLUMNS[format]):
+        if renames.keys() >= set(COLUMNS[format]) and len(set(renames.values())) == len(renames):
             yield format, {expected: name for expected, name in renames.items() if expected != name}
 
 
@@ -102,6 +110,30 @@ def _by_content(
         raise DataError(Fault(kind="data", file=file, message=f"several columns could be the classes: "
                               f"{', '.join(labels)}", mend=f"say which: --columns text={text} label={labels[0]}"))
     yield "classification", {"text": text, "label": labels[0]}
+
+
+def _texts_beside(rows: Sequence[Values], renames: Mapping[str, str]) -> list[str]:
+    """Columns that hold several words in most rows, besides those that are read."""
+    read = {*renames.values(), *({"text", "label"} - renames.keys()), "text_pair"}
+    words = {name: [" " in str(row[name]).strip() for row in rows if isinstance(row.get(name), str)]
+             for name in dict.fromkeys(name for row in rows for name in row) if name not in read}
+    return [name for name, several in words.items() if 2 * sum(several) > len(rows)]
+
+
+def _pair(text: str, others: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Both texts of a pair, told by their names; nothing where there is none."""
+    for other in () if "text_pair" in given else others:
+        if _name_a_pair(text, other):
+            return {"text": text, "text_pair": other} if text != "text" else {"text_pair": other}
+        if _name_a_pair(other, text) and "text" not in given:
+            return {"text": other, "text_pair": text}
+    return {}
+
+
+def _name_a_pair(first: str, second: str) -> bool:
+    first, second = first.lower(), second.lower()
+    return (first, second) in PAIRS or (
+        len(first) > 1 and first[:-1] == second[:-1] and (first[-1], second[-1]) in (("1", "2"), ("a", "b")))
 
 
 def _are_classes(values: Sequence[Any]) -> bool:

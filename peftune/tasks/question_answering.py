@@ -96,7 +96,8 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]
     """A record with question and context -> its windows."""
     for key in ("question", "context"):
         if not isinstance(fields.get(key), str) or not fields[key].strip():
-            raise RowFault(f"the key {key} is missing or empty", 'write {"question": "...", "context": "..."}')
+            raise RowFault(f"the key {key} is missing or empty", 'write {"question": "...", "context": "..."}, or name '
+                           f"its column with --config and data.columns={{{key}: NAME}}")
     shown = {key: fields[key] for key in ("question", "context")}
     return [Example(ids, [], 0, len(ids), {**shown, "window": number, "offsets": offsets}, segments)
             for number, (ids, segments, offsets) in enumerate(_windows(shown["question"], shown["context"], text))]

@@ -101,8 +101,11 @@ def _target(label: Any, targets: Targets) -> tuple[list[float], Any]:
 def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]:
     """Ids of `text` and perhaps `text_pair`, special tokens included; the longest part is cut first."""
     if not isinstance(fields.get("text"), str) or not fields["text"].strip():
-        raise RowFault("the key text is missing or empty", 'write {"text": "..."}')
+        raise RowFault("the key text is missing or empty", 'write {"text": "..."}, or name its column with --config '
+                       "and data.columns={text: NAME}")
     pair = fields.get("text_pair")
+    if pair is not None and not isinstance(pair, str):
+        raise RowFault(f"text_pair is {pair!r:.40}, not a text", "write it in quotes, or leave it out")
     encoding = text.tokenizer(fields["text"], pair)
     full_length = len(encoding["input_ids"])
     if full_length > text.max_length:

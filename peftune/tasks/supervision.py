@@ -98,7 +98,8 @@ def prompt_tokens(fields: Mapping[str, Any], text: TextEncoder) -> Example:
     """
     format = prompt_format(fields, text.data.format)
     if format is None:
-        raise RowFault(f"none of {', '.join(PROMPT_COLUMNS.values())} is there", 'write {"prompt": "..."}')
+        raise RowFault(f"none of {', '.join(PROMPT_COLUMNS.values())} is there", 'write {"prompt": "..."}, or name its '
+                       "column with --config and data.columns={prompt: NAME}")
     asked = prompt_fields(fields, format)
     if "prompt" in asked:
         encoding = text.tokenizer(asked["prompt"])["input_ids"]

@@ -124,7 +124,8 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]
     if words is None and isinstance(fields.get("text"), str):
         words = fields["text"].split()
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-        raise RowFault("neither tokens, a list of words, nor a text is there", 'write {"tokens": ["...", ...]}')
+        raise RowFault("neither tokens, a list of words, nor a text is there", 'write {"tokens": ["...", ...]}, or '
+                       "name their column with --config and data.columns={tokens: NAME}")
     return [encode_words(words, text)]
 
 

@@ -115,9 +115,11 @@ def test_an_encoder_learns_added_tokens_too(classify, write_rows, tmp_path):
     assert (logits(loaded, inputs) - live).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("names", "said"), [(["p"], "p is a token already"), (["<a>", "<a>"], "token already"),
-                                             ([""], "as one token")])
-def test_a_token_that_cannot_be_added_is_refused(names, said, decoder):
-    model = ModelConfig(name_or_path=decoder, added_tokens=names)
-    with pytest.raises(PeftuneError, match=said):
+@pytest.mark.parametrize("key", ["added_tokens", "added_special_tokens"])
+@pytest.mark.parametrize(("names", "said"), [(["p"], "p is a token already"),
+                                             (["<a>", "<a>"], "<a> is a token already"), ([""], "as one token")])
+def test_a_token_that_cannot_be_added_is_refused_under_its_own_key(key, names, said, decoder):
+    model = ModelConfig.model_validate({"name_or_path": decoder, key: names})
+    with pytest.raises(PeftuneError, match=said) as caught:
         load_tokenizer(model, decoder, generates=True)
+    assert caught.value.faults[0].message.startswith(f"model.{key}: ")

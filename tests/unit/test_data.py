@@ -237,6 +237,20 @@ def test_a_missing_file_does_not_hide_the_faults_of_the_others(tmp_path):
     assert sorted(str(fault.line) for fault in caught.value.faults) == ["1", "None"]
 
 
+def test_a_file_without_a_good_row_leads_with_what_is_wrong_in_it(tmp_path):
+    from peftune.data.prepare import prepare
+    from peftune.tasks.sequence_classification import SEQUENCE_CLASSIFICATION
+    from peftune.tasks.task import BoundEncoder, TextEncoder
+
+    (tmp_path / "a.csv").write_bytes("text,label\nné,x\n".encode("latin-1"))
+    config = DataConfig(train=str(tmp_path / "a.csv"), validation=None)
+    encoder = BoundEncoder(SEQUENCE_CLASSIFICATION, TextEncoder(None, 9, config))
+    with pytest.raises(DataError) as caught:
+        prepare(config, encoder, seed=0, identity={}, inspect=True)
+    first, last = caught.value.faults
+    assert "not UTF-8" in str(first) and str(last).startswith("train: the split has no good row")
+
+
 def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():
     rows = [{"text": str(number % 30)} for number in range(60)]
 

@@ -60,12 +60,31 @@ def test_each_task_is_found_from_the_columns_of_its_data(name, here):
      {"messages": "dialogue"}),
     ({"words": ["Ada", "sleeps"], "tags": ["B-person", "O"]}, "token_classification",
      {"tokens": "words", "ner_tags": "tags"}),
+    ({"question": "Who?", "context": "Ada sleeps", "answer": [{"text": "Ada", "answer_start": 0}]},
+     "question_answering", {"answers": "answer"}),
     ({"content": "no class in sight", "id": "7"}, "causal_lm", {"text": "content"}),
 ])
 def test_other_usual_names_are_renamed(row, task, columns, here):
     (here / "rows.jsonl").write_text(json.dumps(row) + "\n")
     init("rows.jsonl")
     assert (load(["rows.yaml"]).task, load(["rows.yaml"]).data.columns) == (task, columns)
+
+
+@pytest.mark.parametrize(("first", "second"), [("sentence1", "sentence2"), ("premise", "hypothesis"), ("Q_a", "Q_b")])
+def test_both_texts_of_a_pair_are_taken(first, second, here, capsys):
+    rows = "".join(f"a text {n}\tits counterpart {n} which is longer\t{n / 7}\n" for n in range(20))
+    (here / "pairs.tsv").write_text(f"{first}\t{second}\tscore\n{rows}")
+    init("pairs.tsv")
+    assert load(["pairs.yaml"]).data.columns == {"text": first, "text_pair": second, "label": "score"}
+    assert "not read" not in capsys.readouterr().out
+
+
+def test_a_second_column_of_texts_that_is_not_read_is_said(here, capsys):
+    rows = "".join(f"about {n},the whole message {n},{'xy'[n % 2]},id{n}\n" for n in range(20))
+    (here / "mails.csv").write_text(f"subject,body,team,key\n{rows}")
+    init("mails.csv")
+    assert load(["mails.yaml"]).data.columns == {"text": "body", "label": "team"}
+    assert "; not read: subject (--columns text_pair=NAME" in capsys.readouterr().out
 
 
 def test_fractions_in_a_csv_file_are_scores_to_predict(here):

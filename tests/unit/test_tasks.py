@@ -19,7 +19,7 @@ from peftune.observe.display import Display
 from peftune.report.closing import show_metrics
 from peftune.tasks.causal_lm import metrics as text_metrics
 from peftune.tasks.generated import Words, generation_scores
-from peftune.tasks.sequence_classification import encode, learn_targets, majority, metrics, predictions
+from peftune.tasks.sequence_classification import encode, encode_prompt, learn_targets, majority, metrics, predictions
 from peftune.tasks.task import TextEncoder, better, with_intervals
 from tests.conftest import ROOT
 
@@ -97,6 +97,17 @@ def test_a_pair_of_texts_is_told_apart_by_segments(encoder):
     row = Row({"text": "the printer", "text_pair": "is broken", "label": "a"}, "f", 1, "0")
     (example,) = encode(row, Targets("single_label", ("a", "b"), "class"), text)
     assert set(example.segment_ids) == {0, 1} and len(example.segment_ids) == len(example.input_ids)
+
+
+@pytest.mark.parametrize(("record", "said"), [
+    ({"text": "x", "text_pair": 5}, "text_pair is 5, not a text"), ({"text": "x", "text_pair": ["y"]}, "text_pair is"),
+    ({"Message": "x"}, "the key text is missing"),
+])
+def test_a_record_that_holds_no_texts_cannot_be_predicted(encoder, record, said):
+    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), 32, DataConfig(train="x"))
+    with pytest.raises(RowFault, match=said) as caught:
+        encode_prompt(record, text)
+    assert "text_pair" in record or "data.columns={text: NAME}" in caught.value.mend
 
 
 def test_single_label_metrics_are_those_of_scikit_learn():
