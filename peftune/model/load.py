@@ -24,6 +24,8 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 """Our names of a classifier's problem -> transformers' `config.problem_type`."""
+ROBERTA_S_KIND = frozenset({"camembert", "data2vec-text", "esm", "ibert", "longformer", "markuplm", "mpnet"})
+"""Families by `model_type` that count positions from the padding id, as RoBERTa does."""
 INITIAL_SPREAD = 0.02
 """Standard deviation of a new output layer's weights where the model's config names none: transformers' own."""
 
@@ -180,8 +182,8 @@ def longest_input(model_config: PreTrainedConfig, wanted: int, virtual_tokens: i
     Rotary models have no such table. In it a learned prompt of so many virtual tokens takes positions too.
     """
     text = model_config.get_text_config()
-    rows = getattr(text, "max_position_embeddings", None)  # families without positions lack the field
-    if rows is None or getattr(text, "rope_parameters", None) is not None:  # families without rotation lack it
+    rows = getattr(text, "max_position_embeddings", None) or -1  # families without positions lack it, or say -1
+    if rows < 1 or getattr(text, "rope_parameters", None) is not None:  # families without rotation lack it
         return wanted
     return min(wanted, rows - first_position(model_config) - virtual_tokens)
 
@@ -189,7 +191,7 @@ def longest_input(model_config: PreTrainedConfig, wanted: int, virtual_tokens: i
 def first_position(model_config: PreTrainedConfig) -> int:
     """Position id of the first token: 0, but after the padding id for RoBERTa's kind, which lose those rows."""
     text = model_config.get_text_config()
-    counts_from_padding = any(kind in text.model_type for kind in ("roberta", "camembert", "xlm-roberta"))
+    counts_from_padding = "roberta" in text.model_type or text.model_type in ROBERTA_S_KIND
     return text.pad_token_id + 1 if counts_from_padding else 0
 
 

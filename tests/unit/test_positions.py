@@ -5,10 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from peftune.cli import main
 from peftune.loop.generate import _in_step, generate_texts
+from peftune.model.load import longest_input
 from tests.conftest import summary, write_config
 
 POSITIONS = 64
@@ -108,3 +109,20 @@ def test_a_learned_prompt_that_leaves_no_position_for_text_is_refused(classify, 
     settings = {**classify, "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 128}}
     assert main(["check", str(write_config(settings, tmp_path / "checked"))]) == 2
     assert "the model has 128 positions, and none is left for text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["bert", "camembert", "data2vec-text", "gpt2", "mpnet", "roberta", "xlm-roberta"])
+def test_a_text_may_be_as_long_as_the_table_of_positions_has_rows_for(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                                  num_attention_heads=4, max_position_embeddings=24, pad_token_id=1)
+    model, limit = AutoModel.from_config(config).eval(), longest_input(config, 40)
+    ids = torch.full((1, limit + 1), 7)
+    model(input_ids=ids[:, :limit])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids)
+
+
+def test_a_model_of_relative_positions_has_no_table_that_ends():
+    config = AutoConfig.for_model("xlnet", vocab_size=61, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    assert longest_input(config, 40) == 40
