@@ -16,7 +16,7 @@ from typing import Any
 from peftune.config.schema import DataConfig
 from peftune.data.findings import Finding, Place
 from peftune.data.formats import Found
-from peftune.data.rows import Faults, Row
+from peftune.data.rows import Faults
 from peftune.data.sources import as_sources, fingerprint
 from peftune.data.spool import SPLITS, Progress, Spool, needed_sources, spool_rows
 from peftune.data.store import Split
@@ -150,7 +150,7 @@ def _fill(
         raise DataError(found.faults.kept)
     for name, spool in spools.items():
         if not spool.rows:
-            raise DataError([*found.faults.kept, _empty(name, "the split has no good row", spool)])
+            raise DataError([*found.faults.kept, _empty(name, "the split has no good row", config)])
     known = targets or encoder.targets(spools["train"].read(), config)
     survey = Survey(encoder.surveyed_as, scores=known.problem == "regression")
     doubts: list[Finding] = []
@@ -169,7 +169,7 @@ def _fill(
         outcome.counts.rows += spools[name].bad
         outcome.counts.bad += spools[name].bad
         if not outcome.counts.kept and not faults.count:
-            raise DataError(_empty(name, f"no row is left to use: {_told(outcome.counts)}", spools[name]))
+            raise DataError(_empty(name, f"no row is left to use: {_told(outcome.counts)}", config))
         spools[name].path.unlink()
     findings = [*survey.findings(), *doubts, *(finding for name, outcome in outcomes.items()
                                       for finding in _length_findings(name, outcome, config))]
@@ -215,14 +215,11 @@ def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterato
                       counts.dropped_no_target, tuple(outcome.no_target))
 
 
-def _empty(name: str, why: str, spool: Spool) -> Fault:
-    file = next((row.file for row in _first(spool)), None)
-    return Fault(kind="data", file=file, message=f"{name}: {why}",
+def _empty(name: str, why: str, config: DataConfig) -> Fault:
+    sources = needed_sources(config, (name,))
+    given = sources.get(name) or sources["train"]  # a held-out part lies in the files of train
+    return Fault(kind="data", file=given[0].path, message=f"{name}: {why}",
                  mend="mend or add rows, or raise data.max_length if they were dropped for their length")
-
-
-def _first(spool: Spool) -> Iterator[Row]:
-    return iter([next(spool.read())]) if spool.rows else iter(())
 
 
 def _told(counts: Counts) -> str:

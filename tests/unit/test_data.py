@@ -248,7 +248,8 @@ def test_a_file_without_a_good_row_leads_with_what_is_wrong_in_it(tmp_path):
     with pytest.raises(DataError) as caught:
         prepare(config, encoder, seed=0, identity={}, inspect=True)
     first, last = caught.value.faults
-    assert "not UTF-8" in str(first) and str(last).startswith("train: the split has no good row")
+    assert "not UTF-8" in str(first)
+    assert str(last).startswith(f"{tmp_path / 'a.csv'}: train: the split has no good row")
 
 
 def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():
