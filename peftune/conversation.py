@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # torch comes with it, and help must not wait for it
     from peftune.reopen import Trained
 
 WORDS = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer"
-MOST_TOKENS = 1 << 30
 
 
 def add_chat(commands: Any) -> None:
@@ -120,7 +119,7 @@ class Talk:
     def _prompt(self, said: str) -> list[int]:
         """The conversation so far as the model was trained to read it."""
         from peftune.data.targets import RowFault
-        from peftune.model.load import longest_input
+        from peftune.model.load import MOST_TOKENS, longest_input
         from peftune.tasks.supervision import prompt_tokens
 
         text = self.trained.text

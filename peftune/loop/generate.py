@@ -19,13 +19,11 @@ from transformers.generation.streamers import BaseStreamer
 from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
 from peftune.model.adapters import base_of, learns_prompt, virtual_tokens_of
-from peftune.model.load import longest_input
+from peftune.model.load import MOST_TOKENS, longest_input
 from peftune.numerics.dealing import padded_groups
 
 BUDGET_TOKENS = 8192
 """Padded prompt tokens plus new tokens of a batch."""
-MOST_TOKENS = 1 << 30
-"""What a model without a table of positions reads."""
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from peftune.loop.publish import (
 )
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
+from peftune.parallel.names import processes_here
 from peftune.parallel.pieces import Piece, write_pieces
 from peftune.parallel.strategy import Strategy
 
@@ -155,8 +156,8 @@ class Saver:
         if self._asynchronous != "auto":
             return self._asynchronous
         size = sum(piece.values.numel() * piece.values.element_size() for piece in pieces)
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each of them copies as much
-        small, tight = size < BACKGROUND_BYTES, 2 * size * here > psutil.virtual_memory().available
+        available = psutil.virtual_memory().available // processes_here()  # each of them copies as much
+        small, tight = size < BACKGROUND_BYTES, 2 * size > available
         return self._strategy.world.any(not small) and not self._strategy.world.any(tight)
 
     def _publish(self, folder: Path, state: TrainState, random_states: Sequence[dict[str, Tensor]]) -> None:

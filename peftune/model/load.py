@@ -26,6 +26,8 @@ PROBLEM_TYPES = {
 """Our names of a classifier's problem -> transformers' `config.problem_type`."""
 ROBERTA_S_KIND = frozenset({"camembert", "data2vec-text", "esm", "ibert", "longformer", "markuplm", "mpnet"})
 """Families by `model_type` that count positions from the padding id, as RoBERTa does."""
+MOST_TOKENS = 1 << 30
+"""What a model without a table of positions is taken to read."""
 INITIAL_SPREAD = 0.02
 """Standard deviation of a new output layer's weights where the model's config names none: transformers' own."""
 

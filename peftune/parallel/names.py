@@ -26,6 +26,11 @@ SEQUENCES, SEQUENCES_ON = "PARALLELISM_CONFIG_SP_SIZE", "ACCELERATE_USE_PARALLEL
 """Environment variables in which accelerate hands that down."""
 
 
+def processes_here() -> int:
+    """How many of the run's processes share this machine, as the launcher says; one without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def launched_kind() -> Literal["zero", "fsdp2", "plain"]:
     """What `accelerate launch` was told by its config or flags."""
     if _on("ACCELERATE_USE_DEEPSPEED"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftune.errors import Fault, MachineError, PeftuneError
 from peftune.parallel.host_memory import keep_few_products
-from peftune.parallel.names import ASKED
+from peftune.parallel.names import ASKED, processes_here
 from peftune.parallel.progress import Progress
 
 T = TypeVar("T")
@@ -151,7 +151,7 @@ def open_world() -> World:
     state = PartialState(cpu=use_cpu, timeout=EXCHANGE_LIMIT)
     if state.num_processes != asked:
         raise _wrong_world(f"{asked} processes were asked for, {state.num_processes} run together")
-    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _share_cores(processes_here())
     if use_cpu:
         keep_few_products()
     return World(state.process_index, state.num_processes, state.local_process_index, state.device, state.backend)

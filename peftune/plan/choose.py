@@ -21,7 +21,7 @@ from peftune.model.load import adjust_config, local_source
 from peftune.model.vocabulary import new_rows
 from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
-from peftune.parallel.names import BY_MODULE
+from peftune.parallel.names import BY_MODULE, processes_here
 from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import GPU_SLACK, Device
 from peftune.plan.divide import Division
@@ -199,8 +199,7 @@ def room_bytes(device: torch.device, dtype: str) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
         return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = psutil.virtual_memory().available // here
+    free = psutil.virtual_memory().available // processes_here()
     limit = os.environ.get(LIMIT)
     most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
     beside = BESIDE_TENSORS["float32"] + WIDENED if dtype == "bfloat16" and lacks_bfloat16() else BESIDE_TENSORS[dtype]
