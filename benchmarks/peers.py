@@ -1,18 +1,19 @@
 """Are we faster than others on the same examples? peftune, transformers' Trainer with peft, and TRL take turns.
 
     peftune bench peers [60m | llama-8b] [--rows instructions.jsonl] [--only ours hf_grouped]
-                        [--trl-python VENV/bin/python] [--intents intents.jsonl]
+                        [--trl-python VENV/bin/python] [--intents intents.jsonl] [--micro-rows 8]
                         [--repeats 1] [--to results.json] [--add] [--table table.md]
 
 LoRA r 16 on all linear layers of a Llama of 60 million weights in bfloat16, one epoch, the same token ids, steps of
-equally many examples, micro-batches of equally many tokens, the same threads; constant rate, AdamW, gradients clipped
-at 1. llama-8b, for a GPU of 80 GB: the sizes of Llama 3.1 8B, rows that fill 4,096 tokens, one of them a micro-batch,
-activations recomputed by all. With --intents, a classifier instead: MiniLM on rows of {"text", "label"}. The scripts in
-benchmarks/peers/ are short and need nothing of ours. TRL needs an environment of its own; without --trl-python it is
-left out.
+equally many examples, the same threads; constant rate, AdamW, gradients clipped at 1. The peers' micro-batches hold
+--micro-rows rows, ours as many tokens as those do with their padding; where a micro-batch has as many rows as a step,
+ours hold a step too. llama-8b, for a GPU of 80 GB: the sizes of Llama 3.1 8B, rows that fill 4,096 tokens, one of them
+a micro-batch, activations recomputed by all. With --intents, a classifier instead: MiniLM on rows of {"text", "label"}.
+The scripts in benchmarks/peers/ are short and need nothing of ours. TRL needs an environment of its own; without
+--trl-python it is left out.
 
 What is chosen for the peers, in their favour: no recomputed activations where they fit, SDPA, fused AdamW, the
-examples' token ids made beforehand, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's
+examples' token ids made beforehand, tcmalloc where it is installed, as ours has, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's
 packed rows hold several examples each; its steps take as many tokens as the others' do, to within one packed row.
 
 Results are written after each run. One that fails is written down with its last lines, the others go on, and the exit
@@ -45,10 +46,11 @@ from benchmarks.subjects import SHAPES, save_config, save_rows, token_rows, work
 from benchmarks.throughput import GIB, Bench, options, ours, publish, save, summary_of
 from benchmarks.turns import Kept, gather, kept_in
 from peftune.observe.manifest import environment
+from peftune.parallel.host_memory import PRELOAD, preload
 
 SCRIPTS = Path(__file__).resolve().parent / "peers"
 CELLS: Mapping[str, tuple[Cell, int]] = {
-    "60m": (Cell(rows=96, batch_size=16), 8),
+    "60m": (Cell(rows=192, batch_size=16), 8),
     "llama-8b": (Cell(shape="llama-8b", rows=32, batch_size=4, max_length=4096, micro_batch_tokens=4096,
                       full_rows=True, recompute=True), 1)}
 """What is trained, and rows of a peer's micro-batch."""
@@ -107,6 +109,16 @@ class Contest:
         return json.loads(to.read_text())
 
 
+def micro_batch_tokens(rows: Sequence[Mapping[str, Any]], rows_a_micro_batch: int, examples_a_step: int) -> int:
+    """Tokens of a peer's micro-batch of random rows, with padding; all that a step may have where that is one."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    if rows_a_micro_batch >= examples_a_step:
+        return sum(sorted(lengths)[-examples_a_step:])
+    sizes = [rows_a_micro_batch * max(lengths[at:at + rows_a_micro_batch])
+             for at in range(0, len(lengths) - rows_a_micro_batch + 1, rows_a_micro_batch)]
+    return round(statistics.mean(sizes))
+
+
 def causal(bench: Bench, cell: Cell, rows_a_micro_batch: int) -> Contest:
     """Instructions."""
     contest = Contest(bench.folder, bench.config(cell), {
@@ -117,8 +129,9 @@ def causal(bench: Bench, cell: Cell, rows_a_micro_batch: int) -> Contest:
     shape = SHAPES[cell.shape]
     tokens = sum(len(row["input_ids"]) for row in contest.train)
     contest.flops_per_token = work_flops(contest.train, shape, shape.adapters(RANK["r"]), contest.config) / tokens
+    held = micro_batch_tokens(contest.train, rows_a_micro_batch, cell.batch_size)
     text = contest.config.read_text().replace(f"tokens_per_micro_batch: {cell.micro_batch_tokens}",
-                                              f"tokens_per_micro_batch: {tokens * rows_a_micro_batch // cell.rows}")
+                                              f"tokens_per_micro_batch: {held}")
     contest.config.write_text(text)
     return contest
 
@@ -205,16 +218,20 @@ def main() -> int:
     options(parser, repeats=1)
     parser.add_argument("--intents", type=Path, help='JSON lines of {"text", "label"}: compare classifiers instead')
     parser.add_argument("--only", nargs="+", choices=["ours", *CAUSAL], default=["ours", *CAUSAL])
+    parser.add_argument("--micro-rows", type=int, help="rows of a peer's micro-batch; default 8, of llama-8b 1")
     parser.add_argument("--trl-python", help="python of an environment with TRL")
     parser.add_argument("--add", action="store_true", help="add repeats to the records in --to")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with terms_raised(), tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
+        os.environ.update(preload())  # the same allocator for all
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
-        contest = encoder(bench, asked.intents.resolve()) if asked.intents else causal(bench, *CELLS[asked.cell])
+        cell, micro_rows = CELLS[asked.cell]
+        contest = (encoder(bench, asked.intents.resolve()) if asked.intents else
+                   causal(bench, cell, asked.micro_rows or micro_rows))
         here = environment(device)
-        same = {"device": here["device"], "data": (asked.intents or asked.rows or Path("made up")).name,
+        same = {"device": here["device"], "preloaded": os.environ.get(PRELOAD, ""), "data": (asked.intents or asked.rows or Path("made up")).name,
                 "setting": {**contest.values, "model": Path(contest.values["model"]).name}}
         kept = kept_in(asked.to, same, here["commit"])
         earlier = max(map(len, kept.records.values()), default=0) if asked.add else 0

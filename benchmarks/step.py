@@ -31,16 +31,16 @@ from peftune.config.schema import RunConfig
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.run import Run
 from peftune.loop.step import train_step
-from peftune.model import short_attention
+from peftune.model import packing
 from peftune.model.lean import LeanGatedMLP, LeanLoraLinear, LeanRMSNorm, make_lean
 from peftune.observe.manifest import environment
 from peftune.plan.live import LiveBytes
 
 ATTENTION = "attention"
-SHORT = short_attention.SHORT
+ATTENDS = packing.attends
 VARIANTS: Mapping[str, tuple[type[nn.Module] | str, ...]] = {
     "plain": (), "norms": (LeanRMSNorm,), "LoRA layers": (LeanLoraLinear,),
-    "LoRA layers, gated blocks": (LeanLoraLinear, LeanGatedMLP), "short attention": (ATTENTION,),
+    "LoRA layers, gated blocks": (LeanLoraLinear, LeanGatedMLP), "attention": (ATTENTION,),
     "all": (LeanRMSNorm, LeanLoraLinear, LeanGatedMLP, ATTENTION)}
 """What is lean. A gated block needs a lean LoRA layer."""
 WARM_UP, STEPS = 1, 4
@@ -66,7 +66,7 @@ class Subject:
         """Take the stretch of steps; the last one is followed byte by byte and not timed."""
         for module, plain in self.plain.items():
             module.__class__ = self.lean[module] if self.lean[module] in VARIANTS[variant] else plain
-        short_attention.SHORT = SHORT if ATTENTION in VARIANTS[variant] else 0
+        packing.attends = ATTENDS if ATTENTION in VARIANTS[variant] else lambda *_, **__: False
         with torch.no_grad():
             for parameter, value in zip(self._trained(), self.start, strict=True):
                 parameter.copy_(value)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from peftune.data.examples import Batch, Example, TargetKind
 from peftune.numerics.dealing import Grouping, equal_groups, packed_groups, padded_groups
+from peftune.numerics.few_shapes import filled_up
 from peftune.numerics.losses import IGNORE
 
 
@@ -49,6 +50,8 @@ class Layout:
     """Position id of a sequence's first token."""
     division: Division | None = None
     """Who shares each row, where one device holds a part of it alone. For segments of token targets."""
+    few_sizes: bool = False
+    """Packed rows are filled up with tokens that no sequence and no loss sees, to one of few sizes (`filled_up`)."""
     equal_lengths: bool = False
     """Padded rows of a micro-batch are equally long, so that there is no padding: the model's results depend on it."""
 
@@ -84,7 +87,7 @@ def lay_out(
     model's output layer finds the first or last token, and carries the lengths by which its body packs them
     (`model/packing.py`).
 
-    A divided row is filled up with a sequence that no loss looks at, until its ranks hold equally many tokens. The
+    A divided row is filled up with sequences that no loss looks at, until its ranks hold equally many tokens. The
     batch then holds this rank's part, with the targets and owners of one token more: the next part's first, which this
     part's last one predicts.
 
@@ -101,11 +104,14 @@ def lay_out(
     sequences = [part for example in examples for part in _sequences(example, kind)]
     if not sequences:
         sequences = [_Sequence([pad_id], [IGNORE])] * (2 if kind == "pair" else 1)
-    lengths = tuple(len(sequence.ids) for sequence in sequences)
+    lengths = borders = tuple(len(sequence.ids) for sequence in sequences)
     by_token = kind in ("token", "pair")
     one_row = layout.kind != "padded" and by_token
     if layout.division is not None:
-        sequences += _filler(sum(lengths), layout.division.ranks, pad_id)
+        sequences += _filler(-sum(lengths) % layout.division.ranks, pad_id)
+        borders = tuple(len(sequence.ids) for sequence in sequences)
+    elif one_row and layout.few_sizes:
+        sequences += _filler(filled_up(sum(lengths)) - sum(lengths), pad_id)
     columns = _joined(sequences, layout, pad_id) if one_row else _rows(sequences, pad_id, left, by_token)
     if layout.division is not None:
         columns = _part_of(columns, layout.division)
@@ -113,7 +119,7 @@ def lay_out(
     targets = token_targets if by_token else _example_targets(examples, kind, width)
     inputs: dict[str, Any] = {name: _tensor(array, device) for name, array in columns.items()}
     if layout.kind != "padded":
-        inputs |= _borders(tuple(len(sequence.ids) for sequence in sequences), layout, device, one_row)
+        inputs |= _borders(borders, layout, device, one_row)
     return Batch(
         inputs=inputs, targets=_tensor(targets, device), owners=_tensor(owners, device), lengths=lengths,
         positions=tuple(positions), tokens=sum(lengths) if examples else 0,
@@ -124,7 +130,8 @@ def rows_of(values: Tensor, batch: Batch, *, fill: float) -> Tensor:
     """Values of each token [B, T, ...], however they are laid out -> a row a sequence [S, longest, ...]."""
     if values.shape[0] == len(batch.lengths):
         return values
-    return pad_sequence(list(values[0].split(list(batch.lengths))), batch_first=True, padding_value=fill)
+    real = values[0, : sum(batch.lengths)]
+    return pad_sequence(list(real.split(list(batch.lengths))), batch_first=True, padding_value=fill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +149,9 @@ def _sequences(example: Example, kind: TargetKind) -> list[_Sequence]:
             _Sequence(example.input_ids[cut:], example.targets[cut:])]
 
 
-def _filler(tokens: int, ranks: int, pad_id: int) -> list[_Sequence]:
-    missing = -tokens % ranks
-    return [_Sequence([pad_id] * missing, [IGNORE] * missing)] if missing else []
+def _filler(tokens: int, pad_id: int) -> list[_Sequence]:
+    """Of one token each: together they may be longer than a model's table of positions."""
+    return [_Sequence([pad_id], [IGNORE])] * tokens
 
 
 def _part_of(columns: Mapping[str, np.ndarray], division: Division) -> dict[str, np.ndarray]:

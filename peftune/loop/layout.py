@@ -19,6 +19,7 @@ from peftune.model.load import first_position
 from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
 from peftune.model.padding import padding_fault
 from peftune.model.precision import DTYPES
+from peftune.numerics.few_shapes import makes_code_slowly
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.world import World
 
@@ -57,14 +58,15 @@ def choose_layout(
     if wanted == "padded":
         return _padded(config, proof, rotating, "")
     first = first_position(model_config)
-    kind = None if config.compile else use_packing(model, pooled=pooled, first_position=first)
+    few_sizes = division is None and world.device.type == "cpu" and makes_code_slowly(DTYPES[config.dtype])
+    kind = None if config.compile else use_packing(model, pooled=pooled, first_position=first, few_sizes=few_sizes)
     if rotating:
         why = rotating
     elif kind is None or (kind == "varlen" and division is not None):
         why = ("model.compile needs rows of equal shape" if config.compile else
                f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end")
     else:
-        layout = Layout(kind, first)
+        layout = Layout(kind, first, few_sizes=few_sizes)
         tried = longest if division is None else min(longest, TRIED_TOKENS)
         lengths = max(2, tried // 2), tried, 2, 2
         fault = proof.of_packing(layout, lengths)

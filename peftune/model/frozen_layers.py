@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peftune.model.adapters import base_of
@@ -68,7 +69,7 @@ class FrozenLayers:
         if found is None or found.requires_grad:
             return None
         if len(found) == 1:
-            return found[0]
+            return found[0, : sum(lengths)]
         return torch.cat([row[:length] for row, length in zip(found, lengths, strict=True)])
 
     def _pass_on(self, plain: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -76,8 +77,9 @@ class FrozenLayers:
 
     def _end(self, plain: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._given_TD is not None:
-            packed = len(hidden) == 1
-            return self._given_TD[None] if packed else in_rows(self._given_TD, self._lengths)
+            if len(hidden) > 1:
+                return in_rows(self._given_TD, self._lengths)
+            return pad(self._given_TD, (0, 0, 0, hidden.shape[1] - len(self._given_TD)))[None]
         output = plain(hidden, *args, **kwargs)
         if self._taking:
             self._taken = output if isinstance(output, Tensor) else None

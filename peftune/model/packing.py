@@ -15,15 +15,17 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from peftune.model.adapters import base_of
+from peftune.model.cpu_attention import attend, attends
 from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of, places, takes_places
 from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
-from peftune.model.short_attention import attend_short, longest_taken
+from peftune.numerics.few_shapes import filled_up
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
@@ -38,7 +40,7 @@ def segment_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention within each sequence: transformers' SDPA, called once for each run of neighbouring sequences of equal
-    length, or `attend_short` where that is faster.
+    length, or `attend` where that is faster.
 
     Without `segment_lengths` it is transformers' SDPA itself. No score between two sequences is ever computed.
 
@@ -65,23 +67,20 @@ def segment_attention(
 def _by_segments(
     module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
 ) -> Tensor:
-    """[1, H, T, D] -> [1, T, H, D]."""
-    most = longest_taken(query, key, value, dropout=kwargs.get("dropout", 0.0), window=kwargs.get("sliding_window"))
-    parts = [list(part) for _, part in groupby(lengths, key=lambda length: max(length, most))]
+    """[1, H, T, D] -> [1, T, H, D]; zeros behind the last sequence."""
+    dropout, window = kwargs.get("dropout", 0.0), kwargs.get("sliding_window")
+    if attends(query, key, value, max(lengths), dropout=dropout, window=window):
+        scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+        return attend(query, key, value, lengths, scale=scale, causal=_is_causal(module, kwargs))
+    parts = [list(part) for _, part in groupby(lengths)]
     tokens = [sum(part) for part in parts]
-    outputs = []
+    behind = query.shape[2] - sum(tokens)
     # a split's gradient is written once; that of each slice is a whole tensor of zeros
-    split = (x.split(tokens, dim=2) for x in (query, key, value))
-    for part, q, k, v in zip(parts, *split, strict=True):
-        outputs.append((_short if part[0] <= most else _run)(module, q, k, v, part, kwargs))
+    split = (x.split([*tokens, behind], dim=2)[:-1] for x in (query, key, value))
+    outputs = [_run(module, q, k, v, part, kwargs) for part, q, k, v in zip(parts, *split, strict=True)]
+    if behind:
+        outputs.append(outputs[0].new_zeros(1, behind, *outputs[0].shape[2:]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _short(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], kwargs: dict[str, Any]
-) -> Tensor:
-    scale = kwargs.get("scaling") or query.shape[3] ** -0.5
-    return attend_short(query, key, value, lengths, scale=scale, causal=_is_causal(module, kwargs))
 
 
 def _run(
@@ -121,7 +120,7 @@ def register() -> None:
 
 
 def use_packing(
-    model: PreTrainedModel | PeftModel, *, pooled: bool, first_position: int
+    model: PreTrainedModel | PeftModel, *, pooled: bool, first_position: int, few_sizes: bool = False
 ) -> Literal["segments", "varlen"] | None:
     """Prepare a model for packed batches; without them it computes what it did before.
 
@@ -129,6 +128,7 @@ def use_packing(
         model: changed in place.
         pooled: the output layer reads one token a sequence, from padded rows.
         first_position: position id of a sequence's first token.
+        few_sizes: a row that is packed here is filled up, see `Layout.few_sizes`.
 
     Returns:
         segments or varlen; None where this attention or adapter cannot keep sequences apart.
@@ -144,13 +144,13 @@ def use_packing(
         return None
     if pooled:
         body = base.base_model
-        body.register_forward_pre_hook(partial(_pack_inputs, first_position), with_kwargs=True)
+        body.register_forward_pre_hook(partial(_pack_inputs, first_position, few_sizes), with_kwargs=True)
         body.register_forward_hook(_pad_outputs, with_kwargs=True)
     return "varlen" if attention in VARLEN else "segments"
 
 
 def _pack_inputs(
-    first_position: int, body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    first_position: int, few_sizes: bool, body: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Padded rows with `segment_lengths` -> one row; output layers outside the body still see the padded ids."""
     if "segment_lengths" not in kwargs:
@@ -159,11 +159,13 @@ def _pack_inputs(
     packed = {**dict(zip(names, args, strict=True)), **kwargs}
     lengths = packed["segment_lengths"]
     real = packed.pop("attention_mask").bool()
+    missing = filled_up(sum(lengths)) - sum(lengths) if few_sizes else 0
     for name in ("input_ids", "token_type_ids"):
         if packed.get(name) is not None:
-            packed[name] = packed[name][real][None]
+            packed[name] = pad(packed[name][real][None], (0, missing))
     device = packed["input_ids"].device
-    packed["position_ids"] = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    packed["position_ids"] = pad(positions, (0, missing))[None]
     packed["position_ids"] += first_position
     if body.config._attn_implementation in VARLEN:
         ends = torch.tensor([0, *accumulate(packed.pop("segment_lengths"))], dtype=torch.int32, device=device)
@@ -191,11 +193,12 @@ def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 
 
 def in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[T, D] -> [N, L, D], filled up with zeros. Its gradient is one selection; pad_sequence's copies all for each."""
+    """[T, D] -> [N, L, D], filled up with zeros, without what lies behind the sequences. Its gradient is one selection;
+    pad_sequence's copies all for each."""
     columns = torch.arange(max(lengths))
     real_NL = columns < torch.tensor(lengths)[:, None]
     at_T = torch.arange(real_NL.numel())[real_NL.flatten()].to(hidden_TD.device)
-    rows = hidden_TD.new_zeros(real_NL.numel(), hidden_TD.shape[1]).index_copy(0, at_T, hidden_TD)
+    rows = hidden_TD.new_zeros(real_NL.numel(), hidden_TD.shape[1]).index_copy(0, at_T, hidden_TD[: len(at_T)])
     return rows.view(*real_NL.shape, -1)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from peftune.numerics.few_shapes import filled_up, makes_code_slowly
 from peftune.numerics.losses import token_cross_entropy
 
 Head = Callable[[Tensor], Tensor]
@@ -42,6 +44,19 @@ def head_cross_entropy(head: Head, hidden_ND: Tensor, ids_N: Tensor, *, rows: in
         ids_N: the tokens they predict, int64.
         rows: tokens of a chunk.
     """
+    tokens = len(ids_N)
+    if hidden_ND.device.type == "cpu" and makes_code_slowly(_product_dtype(hidden_ND)):
+        missing = filled_up(tokens) - tokens
+        hidden_ND, ids_N = pad(hidden_ND, (0, 0, 0, missing)), pad(ids_N, (0, missing))
+    return _in_chunks(head, hidden_ND, ids_N, rows)[:tokens]
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _in_chunks(head: Head, hidden_ND: Tensor, ids_N: Tensor, rows: int) -> Tensor:
     if torch.is_grad_enabled() and not head(hidden_ND[:0].detach()).requires_grad and hidden_ND.requires_grad:
         nats: Tensor = _FrozenHead.apply(hidden_ND, ids_N, head, rows)
         return nats

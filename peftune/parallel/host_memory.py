@@ -1,4 +1,4 @@
-"""What a process holds of host memory beside its tensors: by its allocator, and by oneDNN's caches."""
+"""What a process holds of host memory beside its tensors, by its allocator."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ measured by `peftune bench plan_budget`. glibc may hold more still where nothing
 cannot put a block where an equal one was freed, only where there is more."""
 MAPPING = "MALLOC_MMAP_THRESHOLD_"
 """glibc's variable: a block from that size on is mapped by itself, and given back when freed, which costs time."""
-CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-KEPT_PRODUCTS = 128
-"""A run keeps the code of so many shapes of products. oneDNN and torch's ideep would each keep 1,024, of half a
-megabyte; packed micro-batches seldom have a shape twice, and making one takes less than a millisecond."""
-
-
-def keep_few_products() -> None:
-    """Bound the caches of code for products. They read it once, before a process's first product in bfloat16."""
-    for name in CAPACITIES:
-        os.environ.setdefault(name, str(KEPT_PRODUCTS))
 
 
 def preload() -> dict[str, str]:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from peftune.errors import Fault, MachineError, PeftuneError
-from peftune.parallel.host_memory import keep_few_products
+from peftune.numerics.few_shapes import keep_few_products
 from peftune.parallel.names import ASKED, processes_here
 from peftune.parallel.progress import Progress
 

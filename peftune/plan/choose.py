@@ -18,7 +18,9 @@ from peftune.data.targets import Targets
 from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
+from peftune.model.precision import DTYPES
 from peftune.model.vocabulary import new_rows
+from peftune.numerics.few_shapes import makes_code_slowly
 from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
 from peftune.parallel.names import BY_MODULE, processes_here
@@ -38,6 +40,8 @@ SHARE = 0.92
 BESIDE_TENSORS = {"float32": 80 * 2**20, "bfloat16": 224 * 2**20}
 """What a run on a CPU adds to its process beside tensors, in bytes by `model.dtype`: code that oneDNN makes for shapes,
 pages of libraries, Python's objects, the plan itself."""
+MORE_CODE = 96 * 2**20
+"""What bfloat16's are more, in bytes, where code for twice as many shapes is kept (`keep_few_products`)."""
 WIDENED = 32 * 2**20
 """What float32's are more, in bytes, where bfloat16 is multiplied in float32: factors as they are widened."""
 LIMIT = "PEFTUNE_MEMORY_BYTES"
@@ -143,8 +147,9 @@ def footprint_at(
                    new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
     rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
                         divided=division.weights_too)
+    few_sizes = device.on_cpu and division.sharing == 1 and makes_code_slowly(DTYPES[config.model.dtype])
     return footprint(tracer.line(work, Road(
-        recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE)), division, device)
+        recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE, few_sizes)), division, device)
 
 
 def largest_that_fits(size_of: Callable[[int], int], low: int, top: int, room: int) -> int | None:
@@ -202,5 +207,9 @@ def room_bytes(device: torch.device, dtype: str) -> int:
     free = psutil.virtual_memory().available // processes_here()
     limit = os.environ.get(LIMIT)
     most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
-    beside = BESIDE_TENSORS["float32"] + WIDENED if dtype == "bfloat16" and lacks_bfloat16() else BESIDE_TENSORS[dtype]
+    beside = BESIDE_TENSORS[dtype]
+    if dtype == "bfloat16" and lacks_bfloat16():
+        beside = BESIDE_TENSORS["float32"] + WIDENED
+    elif makes_code_slowly(DTYPES[dtype]):
+        beside += MORE_CODE
     return int(SHARE * most) - beside

@@ -52,6 +52,8 @@ class Road:
     """Ranks that share each row."""
     by_module: bool = False
     """Weights are gathered module by module, see `BY_MODULE`."""
+    few_sizes: bool = False
+    """Packed rows are filled up, see `Layout.few_sizes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +142,10 @@ class Models:
 
 def _layout(model: Any, subject: Subject, road: Road) -> Layout:
     first = first_position(subject.model_config)
-    kind = use_packing(model, pooled=subject.task.pooled, first_position=first)
-    return PADDED if kind is None else Layout(kind, first, LastPart(road.sharing) if road.sharing > 1 else None)
+    kind = use_packing(model, pooled=subject.task.pooled, first_position=first, few_sizes=road.few_sizes)
+    if kind is None:
+        return PADDED
+    return Layout(kind, first, LastPart(road.sharing) if road.sharing > 1 else None, road.few_sizes)
 
 
 def _hold_model(live: LiveBytes, model: nn.Module, *, adapted: bool) -> None:

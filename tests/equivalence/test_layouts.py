@@ -118,10 +118,10 @@ def loss_and_gradients(
     return losses.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def packed_layout(model: nn.Module, task: str) -> Layout:
-    kind = use_packing(model, pooled=task == "sequence_classification", first_position=0)
+def packed_layout(model: nn.Module, task: str, *, few_sizes: bool = False) -> Layout:
+    kind = use_packing(model, pooled=task == "sequence_classification", first_position=0, few_sizes=few_sizes)
     assert kind == "segments"
-    return Layout(kind)
+    return Layout(kind, few_sizes=few_sizes)
 
 
 def assert_equal(mine: torch.Tensor, other: torch.Tensor, what: str, scale: float | None = None) -> None:
@@ -130,11 +130,14 @@ def assert_equal(mine: torch.Tensor, other: torch.Tensor, what: str, scale: floa
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * largest, msg=lambda text: f"{what}: {text}")
 
 
+@pytest.mark.parametrize("few_sizes", [False, True], ids=["", "filled up"])
 @pytest.mark.parametrize(("family", "task"), CASES)
-def test_packed_losses_and_gradients_equal_padded_ones(family: str, task: str) -> None:
-    model = a_model(family, task)
+def test_packed_losses_and_gradients_equal_padded_ones(family: str, task: str, few_sizes: bool) -> None:
+    model, tokens = a_model(family, task), []
     losses, gradients = loss_and_gradients(model, task, PADDED)
-    packed_losses, packed_gradients = loss_and_gradients(model, task, packed_layout(model, task))
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: tokens.append(inputs[0].shape[-1]))
+    packed_losses, packed_gradients = loss_and_gradients(model, task, packed_layout(model, task, few_sizes=few_sizes))
+    assert tokens and all((count % 32 == 0) == few_sizes for count in tokens)
     assert_equal(packed_losses, losses, "losses")
     assert packed_gradients.keys() == gradients.keys()
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -163,10 +166,11 @@ def fault_of(
                          autocast=torch.no_grad, pooled=pooled)
 
 
+@pytest.mark.parametrize("few_sizes", [False, True], ids=["", "filled up"])
 @pytest.mark.parametrize(("family", "task"), CASES)
-def test_the_proof_before_a_run_finds_no_fault_in_packing(family: str, task: str) -> None:
+def test_the_proof_before_a_run_finds_no_fault_in_packing(family: str, task: str, few_sizes: bool) -> None:
     model = a_model(family, task)
-    layout = packed_layout(model, task)
+    layout = packed_layout(model, task, few_sizes=few_sizes)
     assert fault_of(model, layout, pooled=task == "sequence_classification") is None
 
 

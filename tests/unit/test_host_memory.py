@@ -7,38 +7,16 @@ import sys
 import psutil
 import pytest
 
-from peftune.parallel.host_memory import (
-    CAPACITIES,
-    KEPT_PRODUCTS,
-    MAPPING,
-    PRELOAD,
-    TCMALLOCS,
-    preload,
-    return_free_memory,
-)
+from peftune.parallel.host_memory import MAPPING, PRELOAD, TCMALLOCS, preload, return_free_memory
 from peftune.parallel.launcher import choose_launch
 from tests.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has LD_PRELOAD and /proc")
 MIB = 2**20
-SHAPES = 300
-PRODUCTS = f"""
-import sys, torch
-from peftune.parallel.host_memory import keep_few_products
-if sys.argv[1] == "few":
-    keep_few_products()
-rows, weight = torch.randn({SHAPES}, 64, dtype=torch.bfloat16), torch.randn(64, 64, dtype=torch.bfloat16)
-def each_shape():
-    for count in range(2, {SHAPES}):
-        torch.mm(rows[:count], weight)
-each_shape()
-with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
-    each_shape()
-"""
 
 
 def answer(code: str, *words: str, **environment: str) -> str:
-    clean = {name: value for name, value in os.environ.items() if name not in (PRELOAD, MAPPING, *CAPACITIES)}
+    clean = {name: value for name, value in os.environ.items() if name not in (PRELOAD, MAPPING)}
     done = subprocess.run([sys.executable, "-c", code, *words], env={**clean, **environment}, cwd=ROOT, check=True,
                           capture_output=True, text=True)
     return done.stdout.strip()
@@ -72,12 +50,3 @@ def test_memory_that_nothing_uses_goes_back_to_the_system():
     before = psutil.Process().memory_info().rss
     return_free_memory("cpu")
     assert before - psutil.Process().memory_info().rss > 100 * MIB and last
-
-
-def test_few_products_are_kept():
-    kept, made_anew = "create:cache_hit", "create:cache_miss"
-    by_default, bounded = answer(PRODUCTS, "all"), answer(PRODUCTS, "few")
-    if "create:" not in by_default:
-        pytest.skip("oneDNN does not make this processor's products in bfloat16")
-    assert by_default.count(made_anew) == bounded.count(kept) == 0
-    assert by_default.count(kept) == bounded.count(made_anew) > KEPT_PRODUCTS

@@ -23,7 +23,7 @@ from benchmarks import throughput, turns, twins
 from benchmarks.arithmetic import fallen, percentile, rates, spread, step_flops
 from benchmarks.gpu import NEEDED, closure, parts, requirements
 from benchmarks.launches import ROOT, ended
-from benchmarks.peers import loss_parity, ratios_of
+from benchmarks.peers import loss_parity, micro_batch_tokens, ratios_of
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_model
 
@@ -112,6 +112,12 @@ def test_known_layers_are_compared_by_steps_and_by_all_that_computing_them_once_
                  for name, rate, seconds in zip(cells, (200.0, 100.0, 5.0), (40, 60, 1), strict=True)}
     assert twins.reuse_of(cells, summaries) == pytest.approx({
         f"{last}: speed of a step": 2.0, f"{last}: speed from the launch to the last step": 1.5})
+
+
+def test_our_micro_batches_hold_as_many_tokens_as_a_peer_s_do_with_their_padding():
+    rows = [{"input_ids": [1] * length} for length in (3, 10, 6, 6, 2, 5, 9)]
+    assert micro_batch_tokens(rows, 2, 4) == round((20 + 12 + 10) / 3)
+    assert micro_batch_tokens(rows, 4, 4) == 10 + 9 + 6 + 6, "one micro-batch a step, whichever its examples are"
 
 
 def test_peers_are_compared_by_medians_and_losses_with_ours():

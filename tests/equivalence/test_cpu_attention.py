@@ -1,14 +1,14 @@
-"""Attention of many short sequences at a time, in bfloat16: that of each by itself."""
+"""Attention of many sequences at a time on CPUs, in bfloat16: that of each by itself."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from peftune.model import short_attention
-from peftune.model.short_attention import SHORT, attend_short, groups_of, longest_taken
+from peftune.model import cpu_attention
+from peftune.model.cpu_attention import FILLED, ROUND, SCORES, SHORT, attend, attends, groups_of
 
 SIZE = 32
-LENGTHS = ([5], [64, 60, 9, 1], [3, 50, 1, 50, 7, 7], [128, 127, 40] + [6] * 20)
+LENGTHS = ([5], [64, 60, 9, 1], [3, 50, 1, 50, 7, 7], [128, 127, 40] + [6] * 20, [8, 8, 16], [300, 290, 12, 257])
 
 
 def one_by_one(query, key, value, lengths, *, causal):
@@ -18,7 +18,7 @@ def one_by_one(query, key, value, lengths, *, causal):
 
 
 def together(query, key, value, lengths, *, causal):
-    return attend_short(query, key, value, lengths, scale=SIZE**-0.5, causal=causal)
+    return attend(query, key, value, lengths, scale=SIZE**-0.5, causal=causal)
 
 
 def rows(lengths, heads, key_heads):
@@ -67,6 +67,31 @@ def test_no_sequence_sees_another(causal):
     assert all(torch.equal(x[:, :, 64:], y[:, :, 64:]) for x, y in zip(found[1:], changed[1:], strict=True))
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS[1], LENGTHS[-1]], ids=str)
+def test_tokens_behind_the_last_sequence_get_zeros_and_change_nothing(lengths):
+    tensors, slope = rows(lengths, 4, 2)
+    found = step(together, tensors, slope, lengths, causal=True)
+    longer = [torch.cat([x, torch.full_like(x[:, :, :7], 9)], 2) for x in tensors]
+    behind = step(together, longer, torch.cat([slope, torch.ones_like(slope)[:, :7]], 1), lengths, causal=True)
+    tokens = sum(lengths)
+    assert torch.equal(found[0], behind[0][:, :tokens]) and not behind[0][:, tokens:].any()
+    for mine, other in zip(found[1:], behind[1:], strict=True):
+        assert torch.equal(mine, other[:, :, :tokens]) and not other[:, :, tokens:].any()
+
+
+def test_backward_of_short_sequences_alone_is_products_of_batches(monkeypatch):
+    taken, plain = [], cpu_attention._slopes
+
+    def noting(*args):
+        taken.append(args[4].length)
+        return plain(*args)
+
+    monkeypatch.setattr(cpu_attention, "_slopes", noting)
+    tensors, slope = rows(LENGTHS[-1], 4, 2)
+    step(together, tensors, slope, LENGTHS[-1], causal=True)
+    assert taken == [16]
+
+
 def test_autocast_around_it_changes_nothing():
     lengths = LENGTHS[2]
     tensors, slope = rows(lengths, 2, 2)
@@ -83,15 +108,18 @@ def test_groups_hold_each_token_once_and_are_no_larger_than_is_said(lengths):
     assert sorted(tokens) == list(range(sum(lengths)))
     assert tokens == [token for group in groups for token in group.tokens]
     for group in groups:
-        assert group.longest <= short_attention.FILLED * group.lengths_N.min()
-        assert len(group.lengths_N) == 1 or len(group.lengths_N) * 12 * group.longest**2 <= short_attention.SCORES
+        longest = group.lengths_N.max()
+        assert group.length == (longest if longest > SHORT else longest + -longest % ROUND)
+        assert longest <= FILLED * group.lengths_N.min()
+        assert len(group.lengths_N) == 1 or len(group.lengths_N) * 12 * longest**2 <= SCORES
+        assert group.span is None or group.rows_NL.ravel().tolist() == list(range(group.span.start, group.span.stop))
 
 
-def test_long_sequences_other_types_dropout_and_windows_take_torch_s_own_way():
+def test_other_types_dropout_windows_and_values_of_another_size_take_torch_s_own_way():
     query = torch.zeros(1, 4, 8, SIZE, dtype=torch.bfloat16)
-    assert longest_taken(query, query, query, dropout=0.0, window=None) == SHORT
-    assert longest_taken(query, query, query, dropout=0.0, window=16) == 16
-    assert longest_taken(query, query, query, dropout=0.1, window=None) == 0
-    assert longest_taken(query.float(), query, query, dropout=0.0, window=None) == 0
-    many_heads = torch.zeros(1, 64, 8, SIZE, dtype=torch.bfloat16)
-    assert longest_taken(many_heads, many_heads, many_heads, dropout=0.0, window=None) == 256
+    assert attends(query, query, query, 8, dropout=0.0, window=None)
+    assert attends(query, query, query, 8, dropout=0.0, window=8)
+    assert not attends(query, query, query, 8, dropout=0.0, window=7)
+    assert not attends(query, query, query, 8, dropout=0.1, window=None)
+    assert not attends(query.float(), query, query, 8, dropout=0.0, window=None)
+    assert not attends(query, query, query[..., 1:], 8, dropout=0.0, window=None)
