@@ -13,8 +13,9 @@ The scripts in benchmarks/peers/ are short and need nothing of ours. TRL needs a
 --trl-python it is left out.
 
 What is chosen for the peers, in their favour: no recomputed activations where they fit, SDPA, fused AdamW, the
-examples' token ids made beforehand, tcmalloc where it is installed, as ours has, and for `grouped` rows sorted within each step by transformers' own sampler. TRL's
-packed rows hold several examples each; its steps take as many tokens as the others' do, to within one packed row.
+examples' token ids made beforehand, tcmalloc where it is installed (as `peftune train` takes it), and for `grouped`
+rows sorted within each step by transformers' own sampler. TRL's packed rows hold several examples each; its steps take
+as many tokens as the others' do, to within one packed row.
 
 Results are written after each run. One that fails is written down with its last lines, the others go on, and the exit
 code is 1. A file that --to names and that exists is gone on with: only who lacks a result is measured. `--add` puts
@@ -76,7 +77,8 @@ class Contest:
 
     def ours(self) -> dict[str, Any]:
         """Our loop, as its users launch it."""
-        record = ours(self.config, self.folder / str(time.time_ns()), processes=1, threads=self.threads)
+        record = ours(self.config, self.folder / str(time.time_ns()), processes=1, threads=self.threads,
+                      tcmalloc=bool(preload()))
         return record | ({"flops_per_token": self.flops_per_token} if self.flops_per_token else {})
 
     def peer(self, python: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class Contest:
         done = ended(
             [python, str(SCRIPTS / chosen["script"]), str(self.folder / "job.json")], cwd=self.folder, timeout=600,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": str(self.threads), "BENCH_STARTED": str(time.time()),
+            env={**os.environ, **preload(), "OMP_NUM_THREADS": str(self.threads), "BENCH_STARTED": str(time.time()),
                  "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"})
         shutil.rmtree(f"{to}.run", ignore_errors=True)
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-2900:]}"
@@ -225,13 +227,13 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with terms_raised(), tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("PEFTUNE_CACHE", f"{scratch}/cache")
-        os.environ.update(preload())  # the same allocator for all
         bench = Bench(Path(scratch), asked.rows and asked.rows.resolve())
         cell, micro_rows = CELLS[asked.cell]
         contest = (encoder(bench, asked.intents.resolve()) if asked.intents else
                    causal(bench, cell, asked.micro_rows or micro_rows))
         here = environment(device)
-        same = {"device": here["device"], "preloaded": os.environ.get(PRELOAD, ""), "data": (asked.intents or asked.rows or Path("made up")).name,
+        same = {"device": here["device"], "preloaded": preload().get(PRELOAD, ""),
+                "data": (asked.intents or asked.rows or Path("made up")).name,
                 "setting": {**contest.values, "model": Path(contest.values["model"]).name}}
         kept = kept_in(asked.to, same, here["commit"])
         earlier = max(map(len, kept.records.values()), default=0) if asked.add else 0

@@ -123,7 +123,7 @@ def ours(
         processes: under DDP if there are several.
         threads: of each.
         bare: without the loop.
-        tcmalloc: preloaded; else glibc hands out memory, as it does for peers.
+        tcmalloc: preloaded; else glibc hands out memory.
         native: with torch's own products of bfloat16 even where they are slow.
     """
     assert preload() or not tcmalloc, "tcmalloc is not installed: apt install libtcmalloc-minimal4"
