@@ -3,7 +3,8 @@
 quick: LoRA and all weights of 60 million. shapes: LoRA on 60, 150 and 500 million weights. scaling: processes, ranks of
 the adapter, lengths. overhead: the loop beside the same kernels without it (BENCH_BARE of timed_train.py), with 60
 million weights and with one, whose steps are short. allocator: host memory handed out by glibc, and by tcmalloc.
-frozen: LoRA of the last layers alone, over epochs for which the others are computed once, or each time. products: for a
+frozen: LoRA of the last layers alone, over epochs for which the others are computed once, or each time. sizes: for a
+CPU with AMX, packed rows of few sizes and of any, with 60 million weights and with one. products: for a
 CPU without instructions for bfloat16, beside float32 and, on few tokens, beside torch's own products. gpu: models of
 the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096 tokens,
 and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
@@ -42,6 +43,8 @@ class Cell:
     dtype: str = "bfloat16"
     native: bool = False
     """With torch's own products of bfloat16 even where they are slow (BENCH_NATIVE of timed_train.py)."""
+    any_size: bool = False
+    """Packed rows are as long as their examples, also where code for new sizes is made slowly (BENCH_ANY_SIZE)."""
 
     def __str__(self) -> str:
         method = f"LoRA r {self.rank}" if self.rank else "all weights"
@@ -53,7 +56,8 @@ class Cell:
                  *(["tcmalloc"] if self.tcmalloc else []),
                  *([f"last {self.last_layers} layers"] if self.last_layers else []),
                  *([f"{self.epochs} epochs"] if self.epochs > 1 else []), *([] if self.reuse else ["computed anew"]),
-                 *([self.dtype] if self.dtype != "bfloat16" else []), *(["native products"] if self.native else [])]
+                 *([self.dtype] if self.dtype != "bfloat16" else []), *(["native products"] if self.native else []),
+                 *(["rows of any size"] if self.any_size else [])]
         return ", ".join(words)
 
 
@@ -68,6 +72,7 @@ def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequ
 
 
 _LAST = Cell(last_layers=3, epochs=5, rows=96)
+_SMALL = Cell(shape="1m", rows=640)
 _FEW = Cell(rows=8, batch_size=2, max_length=64)
 SUITES: Mapping[str, Sequence[Cell]] = {
     "quick": (Cell(), Cell(rank=None)),
@@ -76,6 +81,7 @@ SUITES: Mapping[str, Sequence[Cell]] = {
     "overhead": (Cell(), Cell(bare=True), Cell(shape="1m", rows=640), Cell(shape="1m", rows=640, bare=True)),
     "allocator": (Cell(), Cell(tcmalloc=True)),
     "frozen": (_LAST, replace(_LAST, reuse=False)),
+    "sizes": (Cell(), Cell(any_size=True), _SMALL, replace(_SMALL, any_size=True)),
     "products": (Cell(), Cell(dtype="float32"), _FEW, replace(_FEW, dtype="float32"), replace(_FEW, native=True)),
     "gpu": _on_gpu("qwen-0.5b", "qwen-1.5b", "llama-8b", 4096, 32),
     "gpu-tiny": _on_gpu("qwen-1m", "qwen-1m", "1m", 512, 16),

@@ -1,6 +1,6 @@
 """How fast the true loop trains: tokens a second, steps, memory, and the share of what the device can multiply.
 
-    peftune bench throughput [quick | shapes | scaling | overhead | allocator | frozen | products | gpu]
+    peftune bench throughput [quick | shapes | scaling | overhead | allocator | frozen | sizes | products | gpu]
                              [--rows instructions.jsonl] [--repeats 3] [--only CELL ...]
                              [--to results.json] [--table table.md] [--against results.json --at-least 0.9]
 
@@ -38,7 +38,7 @@ from benchmarks.launches import launched, terms_raised
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
 from benchmarks.turns import Kept, gather, kept_in, write
-from benchmarks.twins import allocators_of, overhead_of, products_of, reuse_of
+from benchmarks.twins import allocators_of, overhead_of, products_of, reuse_of, sizes_of
 from peftune.observe.manifest import environment
 from peftune.parallel.host_memory import PRELOAD, preload
 
@@ -86,7 +86,8 @@ class Bench:
         config = self.config(cell)
         run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
-                      bare=cell.bare, tcmalloc=cell.tcmalloc, native=cell.native)
+                      bare=cell.bare, tcmalloc=cell.tcmalloc, native=cell.native,
+                      any_size=cell.any_size)
         if cell.last_layers:
             return record  # the formula is of models whose layers all train
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
@@ -113,7 +114,7 @@ def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, st
 
 def ours(
     config: Path, run: Path, *, processes: int, threads: int, bare: bool = False, tcmalloc: bool = False,
-    native: bool = False,
+    native: bool = False, any_size: bool = False,
 ) -> dict[str, Any]:
     """Launch the loop with a config; the record of its steps.
 
@@ -125,10 +126,12 @@ def ours(
         bare: without the loop.
         tcmalloc: preloaded; else glibc hands out memory.
         native: with torch's own products of bfloat16 even where they are slow.
+        any_size: of packed rows, also where they would be filled up to few sizes.
     """
     assert preload() or not tcmalloc, "tcmalloc is not installed: apt install libtcmalloc-minimal4"
     variables = {"BENCH_STARTED": str(time.time()), **({"BENCH_BARE": "1"} if bare else {}),
                  **({"BENCH_NATIVE": "1"} if native else {}),
+                 **({"BENCH_ANY_SIZE": "1"} if any_size else {}),
                  **(preload() if tcmalloc else {PRELOAD: ""})}
     try:
         done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"],
@@ -229,7 +232,7 @@ def outcome_of(suite: str, kept: Kept, setting: Mapping[str, Any]) -> dict[str, 
     measured = {name: cells[name] for name in records}
     compared, added = overhead_of(measured, summaries)
     ratios |= compared | allocators_of(measured, summaries) | reuse_of(measured, summaries)
-    ratios |= products_of(measured, summaries)
+    ratios |= products_of(measured, summaries) | sizes_of(measured, summaries)
     return {**setting, "warm_up_steps": WARM_UP,
             "cells": {name: asdict(cell) for name, cell in cells.items() if name in {**records, **kept.failures}},
             "failures": kept.failures, "ratios": ratios, "added_milliseconds": added, "summaries": summaries,

@@ -9,7 +9,7 @@ step.
 
 BENCH_BARE=1 trains without the loop: forward, backward, clipping and optimizer of the same model on the same batches,
 laid out beforehand, and nothing else. What the loop takes on top of that is its overhead. BENCH_NATIVE=1 leaves
-products of bfloat16 to torch on every CPU.
+products of bfloat16 to torch on every CPU, BENCH_ANY_SIZE=1 packed rows as long as their examples are.
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ import peftune.build as composition
 import peftune.loop.finish as ending
 import peftune.loop.fit as loop
 import peftune.loop.judge as judging
+import peftune.loop.layout as layouts
 import peftune.loop.run as running
 import peftune.model.precision as precision
+import peftune.numerics.few_shapes as few_shapes
+import peftune.numerics.linear_loss as linear_loss
 from benchmarks.measured_train import new_phase
 from peftune.config.load import load
 from peftune.data.examples import Batch
+from peftune.data.layouts import Layout
 from peftune.errors import EXIT_DONE, guarded
 from peftune.loop.optimizer import set_learning_rate
+from peftune.numerics.few_shapes import filled_up
 
 
 class Timing:
@@ -105,10 +110,12 @@ class Timing:
                 "steps_bytes": self.steps_bytes, **self.peaks, "threads": torch.get_num_threads()}
 
 
-def laid_out(batch: Batch) -> int:
+def laid_out(batch: Batch, layout: Layout) -> int:
     """Tokens that the model's body computes, padding among them."""
-    lengths = batch.inputs.get("segment_lengths")
-    return batch.inputs["input_ids"].numel() if lengths is None else sum(lengths)
+    ids, lengths = batch.inputs["input_ids"], batch.inputs.get("segment_lengths")
+    if lengths is None or len(ids) == 1:
+        return ids.numel()
+    return filled_up(sum(lengths)) if layout.few_sizes else sum(lengths)
 
 
 def bare(built: Any, timing: Timing) -> None:
@@ -130,7 +137,7 @@ def bare(built: Any, timing: Timing) -> None:
             torch.nn.utils.clip_grad_norm_(parameters, run.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        timing.laid_out = sum(laid_out(batch) for batch in parts)
+        timing.laid_out = sum(laid_out(batch, run.layout) for batch in parts)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the loop's step waits too: it reads the loss
         timing.end(tokens=one.tokens, targets=one.targets, examples=one.examples)
@@ -144,7 +151,7 @@ def main(arguments: list[str]) -> int:
 
     def lay_out(*given: Any, **named: Any) -> Any:
         batch = plain_lay_out(*given, **named)
-        timing.laid_out += laid_out(batch)
+        timing.laid_out += laid_out(batch, named["layout"])
         return batch
 
     def step(*given: Any, **named: Any) -> Any:
@@ -157,6 +164,9 @@ def main(arguments: list[str]) -> int:
     running.lay_out, loop.train_step = lay_out, step
     if os.environ.get("BENCH_NATIVE"):
         precision.lacks_bfloat16 = lambda: False
+    if os.environ.get("BENCH_ANY_SIZE"):
+        for room in (few_shapes, layouts, linear_loss):
+            room.makes_code_slowly = lambda dtype: False
     judging.evaluate = ending.evaluate = timing.timed("evaluation", ending.evaluate)
     loop.save = timing.timed("checkpoint", loop.save)
     with composition.build(config) as built:

@@ -59,3 +59,12 @@ def products_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, 
     for name, found, other in _twins(cells, summaries, native=True):
         ratios[f"{name}: speed over torch's products"] = found[rate]["median"] / other[rate]["median"]
     return ratios
+
+
+def sizes_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How much faster each cell is with packed rows of few sizes than of any, and how much more memory it takes."""
+    rate, held, ratios = "tokens_per_second_of_middle_step", "steps_bytes", {}
+    for name, found, other in _twins(cells, summaries, any_size=True):
+        ratios[f"{name}: speed over rows of any size"] = found[rate]["median"] / other[rate]["median"]
+        ratios[f"{name}: memory in steps over rows of any size"] = found[held]["median"] / other[held]["median"]
+    return ratios

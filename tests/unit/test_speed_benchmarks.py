@@ -114,6 +114,14 @@ def test_known_layers_are_compared_by_steps_and_by_all_that_computing_them_once_
         f"{last}: speed of a step": 2.0, f"{last}: speed from the launch to the last step": 1.5})
 
 
+def test_rows_of_few_sizes_are_compared_by_speed_and_memory_with_rows_of_any():
+    cells = {str(cell): cell for cell in (Cell(), Cell(any_size=True), Cell(rank=64))}
+    summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "steps_bytes": {"median": held}}
+                 for name, rate, held in zip(cells, (120.0, 100.0, 5.0), (33, 30, 1), strict=True)}
+    assert twins.sizes_of(cells, summaries) == pytest.approx({
+        f"{Cell()}: speed over rows of any size": 1.2, f"{Cell()}: memory in steps over rows of any size": 1.1})
+
+
 def test_our_micro_batches_hold_as_many_tokens_as_a_peer_s_do_with_their_padding():
     rows = [{"input_ids": [1] * length} for length in (3, 10, 6, 6, 2, 5, 9)]
     assert micro_batch_tokens(rows, 2, 4) == round((20 + 12 + 10) / 3)
