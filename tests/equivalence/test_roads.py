@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import peftune.loop.layout as choosing
 from tests import tiny
 from tests.conftest import EVERY_TASK, metric_rows, summary, write_config
 
@@ -158,3 +159,13 @@ def test_predict_gives_the_predictions_of_the_run(task, request, train, tmp_path
     assert made == known and None not in made
 
 
+
+
+@pytest.mark.parametrize(("faults", "said"), [
+    ([], "packed;"), (["they mix"], "packed (only in the first of two proofs they mix)"),
+    (["they mix"] * 2, "padded (they mix)")])
+def test_a_fault_of_packing_counts_when_it_is_there_again(faults, said, converse, train, capsys, monkeypatch):
+    left = iter([*faults, None])
+    monkeypatch.setattr(choosing, "packing_fault", lambda *_, **__: next(left))
+    train({**converse, "train": {**converse["train"], "max_steps": 1}})
+    assert said in capsys.readouterr().out
