@@ -79,7 +79,8 @@ class FrozenLayers:
         if self._given_TD is not None:
             if len(hidden) > 1:
                 return in_rows(self._given_TD, self._lengths)
-            return pad(self._given_TD, (0, 0, 0, hidden.shape[1] - len(self._given_TD)))[None]
+            behind = hidden.shape[1] - len(self._given_TD)  # to pad by nothing would copy all of it
+            return (pad(self._given_TD, (0, 0, 0, behind)) if behind else self._given_TD)[None]
         output = plain(hidden, *args, **kwargs)
         if self._taking:
             self._taken = output if isinstance(output, Tensor) else None

@@ -56,12 +56,12 @@ def segment_attention(
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def by_segments(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return _by_segments(layer, query, key, value, lengths, kwargs)
 
     if exchange is None:
-        return attend(module, query, key, value), None
-    return attend_whole(attend, exchange, sum(lengths) // query.shape[2], module, query, key, value), None
+        return by_segments(module, query, key, value), None
+    return attend_whole(by_segments, exchange, sum(lengths) // query.shape[2], module, query, key, value), None
 
 
 def _by_segments(

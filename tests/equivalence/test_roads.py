@@ -159,8 +159,6 @@ def test_predict_gives_the_predictions_of_the_run(task, request, train, tmp_path
     assert made == known and None not in made
 
 
-
-
 @pytest.mark.parametrize(("faults", "said"), [
     ([], "packed;"), (["they mix"], "packed (only in the first of two proofs they mix)"),
     (["they mix"] * 2, "padded (they mix)")])
