@@ -15,7 +15,7 @@ test: lint fast
 	$(BIN)/python -m pytest -m slow
 
 fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

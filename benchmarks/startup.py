@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from peftune.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, EXIT_MENDABLE
 from peftune.observe.manifest import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +37,12 @@ def main() -> None:
         faulty.write_text(FAULTY)
         results = {
             "help_s": spread(lambda: wall_s("-m", "peftune.cli", "--help"), arguments.runs),
-            "check_config_fault_s": spread(lambda: wall_s("-m", "peftune.cli", "check", str(faulty)), arguments.runs),
+            "check_config_fault_s": spread(
+                lambda: wall_s("-m", "peftune.cli", "check", str(faulty), code=EXIT_MENDABLE), arguments.runs),
             "imports_of_plan_s": spread(lambda: wall_s("-c", "import peftune.plan.planning"), arguments.runs),
-            "plan_of_8b_that_fits_s": spread(plan_s, arguments.runs),
-            "plan_of_70b_that_does_not_s": spread(lambda: plan_s(
-                "model.name_or_path=benchmarks/models/llama-3.1-70b.json", "--devices", "8"), arguments.runs),
+            "plan_of_8b_that_fits_s": spread(lambda: plan_s("llama-3.1-8b", code=EXIT_DONE), arguments.runs),
+            "plan_of_70b_that_does_not_s": spread(
+                lambda: plan_s("llama-3.1-70b", "--devices", "8", code=EXIT_DOES_NOT_FIT), arguments.runs),
             "first_step_of_quickstart_s": spread(lambda: first_step_s(Path(folder)), max(3, arguments.runs // 3)),
         }
     outcome = {**environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")), "results": results}
@@ -58,16 +60,20 @@ def spread(measure: Callable[[], float], runs: int) -> dict[str, float | int]:
     return {"runs": runs, "min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def wall_s(*words: str) -> float:
-    """Seconds from start to end of a python process."""
+def wall_s(*words: str, code: int = EXIT_DONE) -> float:
+    """Seconds from start to end of a python process that ends with `code`."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, check=False)
-    return time.perf_counter() - started
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    waited = time.perf_counter() - started
+    if done.returncode != code:
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}, not {code}:\n{done.stderr}")
+    return waited
 
 
-def plan_s(*words: str) -> float:
+def plan_s(model: str, *words: str, code: int) -> float:
     """Seconds that `peftune plan` takes for LoRA on GPUs of 80 GB, from a model's shape alone."""
-    return wall_s("-m", "peftune.cli", "plan", "benchmarks/models/plan.yaml", "--device", "h100-80gb", *words)
+    return wall_s("-m", "peftune.cli", "plan", "benchmarks/models/plan.yaml", "--device", "h100-80gb",
+                  f"model.name_or_path=benchmarks/models/{model}.json", *words, code=code)
 
 
 def first_step_s(folder: Path) -> float:

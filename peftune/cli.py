@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,19 +16,16 @@ from peftune.errors import (
     EXIT_DONE,
     EXIT_MENDABLE,
     ExportError,
-    Fault,
-    MachineError,
     PeftuneError,
     guarded,
     writing_to,
 )
+from peftune.imports import without_search_for_garbage
 from peftune.parallel.names import STRATEGIES
 from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
+from peftune.suites import add_bench
 
-BENCHMARKS = ("throughput", "peers", "gpu", "step", "step_profile", "parity", "memory", "sequences", "quantization",
-              "startup", "data_scale", "lora_vs_full", "fuzz", "faults", "resume", "saving", "plan", "plan_budget")
-"""Suites of `peftune bench`: files of benchmarks/."""
 SEQUENCE_PARALLEL = "devices that share each sequence, where one cannot hold it; a divisor of the processes"
 
 
@@ -87,9 +83,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write a run's page again, or a page that compares several runs")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders; the others are compared with the first")
     report.add_argument("--to", metavar="F.html", help="default: report.html in the run folder; comparison.html here")
-    bench = add("bench", _bench, "benchmarks: speed beside peers, parity of strategies, memory, start-up, data, scores")
-    bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
-    bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
+    add_bench(commands)
     add_launch(commands)
     add("schema", _schema, "print the JSON Schema of the config, for editors")
     for sub in (check, evaluate, export, report):
@@ -154,8 +148,9 @@ def _check(parsed: argparse.Namespace) -> int:
             raise
         _print_json({"faults": [fault.as_json() for fault in error.faults]})
         return EXIT_MENDABLE
-    from peftune.data_check import as_json, check, show, show_examples
-    from peftune.observe.display import Display
+    with without_search_for_garbage():
+        from peftune.data_check import as_json, check, show, show_examples
+        from peftune.observe.display import Display
 
     checked = check(config, parsed.strategy, parsed.sequence_parallel)
     if parsed.json:
@@ -171,10 +166,11 @@ def _check(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     if parsed.tasks:
         return _evaluate_tasks(parsed)
-    from peftune.loop.finish import prediction_lines
-    from peftune.loop.publish import write_text
-    from peftune.reopen import held_out, open_trained, opened, score
-    from peftune.report.closing import show_metrics
+    with without_search_for_garbage():
+        from peftune.loop.finish import prediction_lines
+        from peftune.loop.publish import write_text
+        from peftune.reopen import held_out, open_trained, opened, score
+        from peftune.report.closing import show_metrics
 
     with opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
@@ -193,8 +189,9 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate_tasks(parsed: argparse.Namespace) -> int:
-    from peftune.harness import check_harness, evaluate_tasks
-    from peftune.reopen import find_trained, open_weights, opened
+    with without_search_for_garbage():
+        from peftune.harness import check_harness, evaluate_tasks
+        from peftune.reopen import find_trained, open_weights, opened
 
     with opened(only_json=parsed.json) as (world, display):
         folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
@@ -211,9 +208,10 @@ def _evaluate_tasks(parsed: argparse.Namespace) -> int:
 
 
 def _predict(parsed: argparse.Namespace) -> int:
-    from peftune.loop.finish import prediction_lines, prediction_table
-    from peftune.loop.publish import write_text
-    from peftune.reopen import open_trained, opened, predict_file
+    with without_search_for_garbage():
+        from peftune.loop.finish import prediction_lines, prediction_table
+        from peftune.loop.publish import write_text
+        from peftune.reopen import open_trained, opened, predict_file
 
     with opened(only_json=False) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
@@ -228,8 +226,9 @@ def _predict(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from peftune.export import Wanted, export
-    from peftune.reopen import opened
+    with without_search_for_garbage():
+        from peftune.export import Wanted, export
+        from peftune.reopen import opened
 
     with opened(only_json=parsed.json) as (world, display):
         wanted = Wanted(source=parsed.source, to=parsed.to, config=parsed.config, merge=parsed.merge, into=parsed.into,
@@ -251,7 +250,8 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from peftune.report.page import write_comparison, write_report
+    with without_search_for_garbage():
+        from peftune.report.page import write_comparison, write_report
 
     folders, to = [Path(run) for run in parsed.runs], Path(parsed.to) if parsed.to else None
     if len(folders) == 1:
@@ -263,15 +263,6 @@ def _report(parsed: argparse.Namespace) -> int:
     else:
         print(page)
     return EXIT_DONE
-
-
-def _bench(parsed: argparse.Namespace) -> int:
-    root = Path(__file__).resolve().parents[1]
-    if not (root / "benchmarks" / f"{parsed.suite}.py").is_file():
-        raise MachineError(Fault(kind="environment", message="the benchmarks lie in the source checkout alone",
-                                 mend="clone the repository, then pip install -e . in it"))
-    return subprocess.run([sys.executable, "-m", f"benchmarks.{parsed.suite}", *parsed.words], cwd=root,
-                          check=False).returncode
 
 
 def _schema(parsed: argparse.Namespace) -> int:

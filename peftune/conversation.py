@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from peftune.errors import EXIT_DONE, ConfigError, DataError, Fault, MachineError
+from peftune.imports import without_search_for_garbage
 
 if TYPE_CHECKING:  # torch comes with it, and help must not wait for it
     from peftune.reopen import Trained
@@ -30,8 +31,9 @@ def add_chat(commands: Any) -> None:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
-    from peftune.config.schema import GENERATIVE
-    from peftune.reopen import find_trained, open_weights, opened
+    with without_search_for_garbage():
+        from peftune.config.schema import GENERATIVE
+        from peftune.reopen import find_trained, open_weights, opened
 
     with opened(only_json=False) as (world, display):
         if world.ranks > 1:

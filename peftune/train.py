@@ -18,11 +18,16 @@ LISTENING = listen() if __name__ == "__main__" else None
 from peftune.config.load import load
 from peftune.config.schema import RunConfig
 from peftune.errors import EXIT_DONE, guarded
+from peftune.imports import without_search_for_garbage
 
 
 def main(arguments: list[str], stop: Stop | None = None) -> int:
     """Train, evaluate and save one run; return the exit code."""
-    train(load(arguments), stop or Stop())  # the config before torch: a fault in it is said at once
+    config = load(arguments)  # before torch: a fault in it is said at once
+    with without_search_for_garbage():
+        import peftune.build
+        import peftune.report.page  # noqa: F401
+    train(config, stop or Stop())
     return EXIT_DONE
 
 

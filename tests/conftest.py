@@ -115,6 +115,12 @@ def prefer(classify: dict[str, Any], decoder: str, write_rows: Callable[..., str
 EVERY_TASK = ("classify", "tag", "answer", "converse", "prefer")
 
 
+def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """All of the cases for `parametrize`; those that are not named run with the slow tests."""
+    return [case if case in fast else
+            pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
 def write_config(settings: dict[str, Any], folder: Path) -> Path:
     path = folder / "config.yaml"
     folder.mkdir(parents=True, exist_ok=True)

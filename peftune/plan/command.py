@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import sys
-from collections.abc import Iterator
 from typing import Any
 
+from peftune.imports import without_search_for_garbage
 from peftune.parallel.names import STRATEGIES
 
 
@@ -27,20 +26,10 @@ def add_plan(commands: Any, sharing: str) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    with _no_search_for_garbage(), contextlib.redirect_stdout(sys.stderr):  # libraries log there when imported
+    with without_search_for_garbage(), contextlib.redirect_stdout(sys.stderr):  # libraries log there when imported
         from peftune.plan.planning import planned
 
         text, code = planned([parsed.config, *parsed.overrides], parsed.device, parsed.devices, parsed.strategy,
                              parsed.sequence_parallel, json_wanted=parsed.json)
     print(text)
     return code
-
-
-@contextlib.contextmanager
-def _no_search_for_garbage() -> Iterator[None]:
-    """Python would search what is imported, again and again, for an eighth of the command's time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -10,7 +10,7 @@ from peftune.errors import guarded
 from peftune.loop.known_states import StateFile
 from peftune.model.frozen_layers import FrozenLayers
 from peftune.train import main
-from tests.conftest import EVERY_TASK, summary, write_config
+from tests.conftest import EVERY_TASK, mostly_slow, summary, write_config
 from tests.equivalence.test_roads import losses, scores
 from tests.faults.test_preemption import AfterLooks, same_run
 
@@ -33,7 +33,7 @@ def last_layer(request):
     return of
 
 
-@pytest.mark.parametrize("task", EVERY_TASK)
+@pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "classify"))
 def test_a_run_that_knows_its_frozen_layers_is_the_run_that_does_not(task, last_layer, train, capsys, monkeypatch):
     settings = last_layer(task)
     anew = train(settings, "model.reuse_frozen_layers=false", name="anew")

@@ -9,7 +9,7 @@ import pytest
 
 import peftune.loop.layout as choosing
 from tests import tiny
-from tests.conftest import EVERY_TASK, metric_rows, summary, write_config
+from tests.conftest import EVERY_TASK, metric_rows, mostly_slow, summary, write_config
 
 ROUNDED = {"loss", "perplexity", "margin", "chosen_reward", "rejected_reward"}
 """Metrics that are sums of floats; all others count."""
@@ -26,8 +26,9 @@ def scores(folder):
     return {name: value for name, value in found.items() if not name.endswith("_interval")}
 
 
-@pytest.mark.parametrize("task", EVERY_TASK)
-@pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "classify", "converse"))
+@pytest.mark.parametrize("adapter", [
+    {"method": "lora", "r": 4}, pytest.param(None, marks=pytest.mark.slow)], ids=["lora", "full"])
 def test_micro_batches_of_one_of_three_and_of_all_packed_or_padded_train_the_same(task, adapter, request, train):
     settings = {**request.getfixturevalue(task), "adapter": adapter}
     one = train(settings, "train.tokens_per_micro_batch=1", "data.layout=padded", name="one")
@@ -132,7 +133,7 @@ def flat(values):
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-@pytest.mark.parametrize("task", EVERY_TASK)
+@pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "classify", "converse"))
 def test_the_harness_gives_a_finished_run_the_scores_of_its_summary(task, adapter, request, train, capsys):
     from peftune.cli import main
 
@@ -143,7 +144,7 @@ def test_the_harness_gives_a_finished_run_the_scores_of_its_summary(task, adapte
     assert again == summary(folder)["metrics"]["validation"]
 
 
-@pytest.mark.parametrize("task", EVERY_TASK)
+@pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "tag", "converse"))
 def test_predict_gives_the_predictions_of_the_run(task, request, train, tmp_path):
     from peftune.cli import main
 

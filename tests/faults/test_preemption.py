@@ -46,6 +46,7 @@ def same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["classify", "converse"])
+@pytest.mark.slow
 def test_stopped_at_every_place_where_it_looks_a_run_ends_as_the_unbroken_one(task, request, train, tmp_path, capsys):
     """Between steps, between the batches of an evaluation and of generation, and in the last scores."""
     settings = request.getfixturevalue(task)

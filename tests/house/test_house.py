@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.launches import Run, launched_together
-from peftune.cli import BENCHMARKS
 from peftune.config.load import dump, load
 from peftune.config.names import key_paths
+from peftune.suites import BENCHMARKS
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "peftune"

@@ -9,7 +9,7 @@ from peftune.errors import PeftuneError
 from peftune.model.resolve import load_tokenizer
 from peftune.reopen import open_trained, score
 from tests import tiny
-from tests.conftest import summary
+from tests.conftest import mostly_slow, summary
 from tests.unit.test_methods import TOLERANCE, first_state, in_plain_peft, logits, trained
 
 ADDED = {"added_tokens": ["<tool>", "frobnicate"], "added_special_tokens": ["<|mark|>"]}
@@ -52,10 +52,10 @@ def test_new_rows_begin_as_the_mean_of_the_old_ones_and_the_others_stay(calls, f
         assert all(torch.allclose(mine.weight[i], old.weight[:known].mean(0)) for i in ids)
 
 
-@pytest.mark.parametrize("adapter", [
+@pytest.mark.parametrize("adapter", mostly_slow([
     {"method": "lora", "r": 4}, {"method": "lora", "r": 4, "init_lora_weights": "pissa"},
     {"method": "adalora", "init_r": 4, "target_r": 2}, None,
-], ids=["lora", "pissa", "adalora", "full"])
+], {"method": "lora", "r": 4}), ids=["lora", "pissa", "adalora", "full"])
 def test_added_tokens_train_save_reload_and_merge(adapter, calls, family, tmp_path):
     settings = {**calls, "adapter": adapter}
     run, result, inputs, live = trained(settings, tmp_path)
@@ -89,6 +89,7 @@ def test_with_an_adapter_only_the_new_rows_train(calls, family, tmp_path):
         assert not torch.allclose(mine[known:known + 3], old[:known].mean(0).expand(3, -1), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_with_added_tokens_is_scored_and_continued_from_its_folder(calls, family, tmp_path):
     run, _, _, live = trained({**calls, "adapter": {"method": "lora", "r": 4}}, tmp_path)
     reopened = open_trained(str(run.folder), None, run.strategy.world, run.journal._display)
@@ -103,6 +104,7 @@ def test_a_run_with_added_tokens_is_scored_and_continued_from_its_folder(calls, 
             first_state(without, tmp_path, "without")
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_added_tokens_too(classify, write_rows, tmp_path):
     rows = [{"text": f"ticket {i}: <{'up' if i % 2 else 'down'}>", "label": "praise" if i % 2 else "complaint"}
             for i in range(40)]

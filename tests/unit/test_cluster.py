@@ -256,6 +256,7 @@ sys.exit(run_lines(lines, others_s=300))
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["that ends when it is told", "that does not"])
+@pytest.mark.slow
 def test_a_machine_that_does_not_notice_the_end_of_another_is_ended_with_its_processes(ignores, tmp_path, monkeypatch):
     """With a shell in place of ssh, which leaves what it has started behind as ssh does."""
     monkeypatch.setattr(hosts, "TERM_S", 1.0)

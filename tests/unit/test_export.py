@@ -19,9 +19,8 @@ from peftune import cli, export
 from peftune.errors import guarded
 from peftune.model import merge as merging
 from tests import tiny
+from tests.conftest import EVERY_TASK, mostly_slow
 from tests.unit.test_methods import METHODS
-
-TASKS = ("classify", "tag", "answer", "converse", "prefer")
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def test_merged_is_attached_to_1e4_in_float32_and_says_on_which_rows(run):
     assert "adapter_config.json" not in record["files"]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "classify", "converse"))
 def test_every_task_merges_with_its_head_and_loads_in_plain_transformers(run, task):
     folder = run(task)
     merged, record = exported(folder, "--merge")
@@ -119,7 +118,8 @@ def test_bfloat16_weights_merge_in_float32_and_are_rounded_once(run, converse):
     assert exact <= 1e-4 and again <= 1e-4 < rounded <= record["tolerance"] < 0.5
 
 
-@pytest.mark.parametrize(("kind", "start"), [("int8", True), ("nf4", True), ("nf4", "loftq")])
+@pytest.mark.parametrize(("kind", "start"), mostly_slow(
+    [("int8", True), ("nf4", True), ("nf4", "loftq")], ("nf4", True)))
 def test_over_a_quantised_base_the_adapter_merges_into_the_values_it_trained_beside(run, converse, kind, start):
     pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
     folder = run("converse", model={**converse["model"], "quantization": kind},
@@ -205,6 +205,7 @@ def test_what_cannot_be_exported_is_said_with_the_mend(run, monkeypatch, capsys,
     assert said in capsys.readouterr().err and nothing_left(folder.parent / "no")
 
 
+@pytest.mark.slow
 def test_a_bare_folder_is_compared_on_random_tokens_and_json_is_one_object(run, command):
     folder = run("converse")
     moved = folder.parent / "elsewhere"
@@ -227,7 +228,8 @@ def test_merging_into_the_original_weights_says_so_and_how_far_they_are_from_the
     assert record["deviation"] <= 1e-4 < record["distance_from_training_precision"]
 
 
-@pytest.mark.parametrize("method", ["dora", "pissa", "adalora", "vera", "ia3", "oft", "miss", "ln_tuning"])
+@pytest.mark.parametrize("method", mostly_slow(
+    ["dora", "pissa", "adalora", "vera", "ia3", "oft", "miss", "ln_tuning"], "pissa"))
 def test_methods_other_than_lora_merge_to_the_same_logits(run, method):
     assert exported(run("converse", steps=12, adapter=METHODS[method]), "--merge")[1]["deviation"] <= 1e-4
 

@@ -38,6 +38,7 @@ def products(which: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_few_products_are_kept():
     kept, made_anew = "create:cache_hit", "create:cache_miss"
     by_default, bounded = products("all"), products("few")

@@ -12,6 +12,8 @@ from tests import tiny
 from tests.conftest import ROOT, summary, write_config
 from tests.hub import NAME, hub_of
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ROOT / "peftune" / "train.py"
 TELLS = """
 import json, sys

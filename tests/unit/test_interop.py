@@ -48,6 +48,7 @@ def run_json(capsys, *words: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_lm_eval_gives_the_attached_adapter_the_scores_of_the_merged_folder(chat_run, own_task, capsys, tmp_path):
     lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`: lm-eval")
     names, merged = ["helpdesk_choice", "helpdesk_answer"], tmp_path / "merged"
@@ -71,6 +72,7 @@ def test_lm_eval_gives_the_attached_adapter_the_scores_of_the_merged_folder(chat
     assert trained < 0.9 * before["helpdesk_answer"]["perplexity,none"]  # so a lost adapter would be seen
 
 
+@pytest.mark.slow
 def test_tasks_that_cannot_run_are_said_with_the_mend(chat_run, own_task, capsys, monkeypatch):
     import importlib.util
 

@@ -20,7 +20,7 @@ from peftune.loop.fit import fit
 from peftune.loop.generate import generate_texts
 from peftune.model.adalora import RankBudget
 from peftune.model.adapters import attach, peft_config
-from tests.conftest import metric_rows, write_config
+from tests.conftest import metric_rows, mostly_slow, write_config
 
 TOLERANCE = 1e-4
 
@@ -82,7 +82,8 @@ def logits(model, inputs):
     return model(**inputs)["logits"]
 
 
-@pytest.mark.parametrize(("method", "task"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("method", "task"), mostly_slow(CASES, ("lora", "converse"), ("prefix_tuning", "classify")),
+                         ids=lambda value: value)
 def test_a_method_learns_and_is_the_same_model_in_plain_peft_and_merged(method, task, request, tmp_path):
     settings = request.getfixturevalue(task)
     settings["adapter"] = METHODS[method]
@@ -104,6 +105,7 @@ def test_a_method_learns_and_is_the_same_model_in_plain_peft_and_merged(method, 
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.slow
 def test_what_a_learned_prompt_generates_does_not_depend_on_the_other_prompts(method, converse, tmp_path):
     settings = {**converse, "adapter": METHODS[method]}
     settings["train"] = {**settings["train"], "max_steps": 24, "learning_rate": 0.05}
@@ -133,9 +135,9 @@ def run_logits(run):
     return run.live_logits(run.model, inputs)
 
 
-@pytest.mark.parametrize(("method", "task"), [("lora", "classify"), ("pissa", "converse"), ("adalora", "converse"),
-                                              ("vera", "converse"), ("prefix projection", "classify"),
-                                              ("token rows", "converse")], ids=lambda value: value)
+@pytest.mark.parametrize(("method", "task"), mostly_slow([
+    ("lora", "classify"), ("pissa", "converse"), ("adalora", "converse"), ("vera", "converse"),
+    ("prefix projection", "classify"), ("token rows", "converse")], ("lora", "classify")), ids=lambda value: value)
 def test_a_run_that_continues_an_adapter_begins_with_its_logits(method, task, request, tmp_path):
     settings = short({**request.getfixturevalue(task), "adapter": METHODS[method]}, max_steps=10)
     run, _, _, live = trained(settings, tmp_path)
@@ -206,6 +208,7 @@ def test_best_of_a_learned_prompt_with_a_network_is_put_back(converse, tmp_path)
     assert weights.keys() == live.keys() and all(torch.equal(weights[name], live[name]) for name in live)
 
 
+@pytest.mark.slow
 def test_the_matrices_b_learn_faster_by_the_ratio_of_lora_plus(converse, tmp_path):
     settings = short({**converse, "adapter": LORA}, lora_plus_ratio=16.0, lr_scheduler="constant", warmup_ratio=0.5)
     run, *_ = trained(settings, tmp_path)
@@ -217,6 +220,7 @@ def test_the_matrices_b_learn_faster_by_the_ratio_of_lora_plus(converse, tmp_pat
     assert metric_rows(run.folder, "train")[-1]["loss"] != metric_rows(plain.folder, "train")[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_adalora_keeps_its_budget_and_a_resumed_run_is_the_unbroken_one(converse, train, tmp_path):
     settings = short({**converse, "adapter": METHODS["adalora"]}, max_steps=20)
     settings["checkpoint"] = {"every_steps": 7, "keep": 9}

@@ -152,6 +152,7 @@ def test_a_position_table_limits_the_length_and_rotary_positions_do_not(encoder,
     assert longest_input(AutoConfig.from_pretrained(decoder), 512) == 512
 
 
+@pytest.mark.slow
 def test_multi_label_and_regression_runs_learn(classify, train, tmp_path):
     from tests import tiny
     from tests.conftest import summary

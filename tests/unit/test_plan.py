@@ -26,7 +26,7 @@ from peftune.plan.models import Models, Road, Subject
 from peftune.plan.trace import Rows, trace_step
 from peftune.plan.work import Candidate, Work, lengths_without_data
 from peftune.tasks import TASKS
-from tests.conftest import ROOT, summary
+from tests.conftest import ROOT, mostly_slow, summary
 
 TENSORS = Device("cpu", 0, {}, 0, 0.0, 1.0)
 MODELS = ROOT / "benchmarks" / "models"
@@ -58,14 +58,14 @@ def watched_steps(monkeypatch) -> Iterator[list[int]]:
         yield found
 
 
-@pytest.mark.parametrize(("settings", "changes"), [
+@pytest.mark.parametrize(("settings", "changes"), mostly_slow([
     ("converse", ["data.layout=padded"]), ("converse", ["data.layout=packed", "train.tokens_per_micro_batch=5000"]),
     ("converse", ["adapter=null"]), ("converse", ["model.gradient_checkpointing=true", "model.dtype=bfloat16"]),
     ("converse", ["model.quantization=nf4"]), ("converse", ["model.quantization=int8"]),
     ("converse", ["train.optimizer=adamw_8bit", "adapter=null"]), ("converse", ["adapter.init_lora_weights=pissa"]),
     ("classify", ["data.layout=padded"]), ("classify", ["data.layout=packed", "adapter=null"]),
     ("tag", []), ("answer", ["data.layout=padded"]), ("prefer", ["data.layout=padded"]), ("prefer", ["adapter=null"]),
-], ids=str)
+], ("converse", ["data.layout=padded"]), ("converse", ["adapter=null"]), ("tag", [])), ids=str)
 def test_the_planned_peak_of_a_step_is_what_its_tensors_take(settings, changes, request, train, monkeypatch):
     if any("quantization" in word or "8bit" in word for word in changes):
         pytest.importorskip("bitsandbytes")

@@ -17,7 +17,7 @@ from peftune.model.reference import frozen_copy, reference_of
 from peftune.numerics.losses import IGNORE
 from peftune.tasks.preference import encode, preference
 from peftune.tasks.task import TextEncoder
-from tests.conftest import metric_rows, summary
+from tests.conftest import metric_rows, mostly_slow, summary
 
 TARGETS = Targets("preference", kind="pair")
 
@@ -119,7 +119,7 @@ def test_log_probabilities_are_the_naive_ones_and_the_reference_keeps_its_weight
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", mostly_slow(["padded", "packed"], "packed"))
 def test_training_begins_at_ln_2_and_learns_to_prefer_the_chosen_answers(adapter, layout, prefer, train):
     settings = {**prefer, "adapter": adapter, "train": {"batch_size": 8, "max_steps": 30, "learning_rate": 0.005}}
     folder = train(settings, f"data.layout={layout}")

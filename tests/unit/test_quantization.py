@@ -23,7 +23,7 @@ from peftune.model.precision import enable_gradient_checkpointing
 from peftune.model.quantize import dequantise, dequantised_weight, quantization_of
 from peftune.model.save import load_trained
 from peftune.parallel.replicated import restore_whole, whole_pieces
-from tests.conftest import ROOT, metric_rows, summary, write_config
+from tests.conftest import ROOT, metric_rows, mostly_slow, summary, write_config
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
 
@@ -34,6 +34,7 @@ may sum them in another order; AdamW carries that on."""
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_imports_leave_torchs_compiler_alone_and_it_works_afterwards():
     code = """
 import os, sys
@@ -72,7 +73,7 @@ def test_the_checkpoint_is_not_kept_in_memory_beside_what_was_quantised_from_it(
     assert f"{own}/model.safetensors" not in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "nf4"))
 def test_losses_are_those_of_the_same_run_on_the_dequantised_weights(kind, converse, train, decoder, tmp_path):
     model = loaded(decoder, kind).model
     assert quantised_layers(model)

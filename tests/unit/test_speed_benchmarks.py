@@ -277,6 +277,7 @@ def sleeper(folder, *, session: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["of the same session", "of its own session"])
+@pytest.mark.slow
 def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started(session, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired) as late:
         ended(sleeper(tmp_path, session=session), timeout=2, grace_s=0.5, stdout=subprocess.PIPE)
@@ -284,6 +285,7 @@ def test_a_command_that_takes_too_long_ends_with_all_that_it_has_started(session
     assert gone(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_told_to_end_takes_along_what_it_has_started(tmp_path):
     code = f"from benchmarks.launches import ended; ended({sleeper(tmp_path, session=True)!r}, timeout=600)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -28,6 +28,7 @@ def rows(labels):
     return [Row({"text": "a", "text_pair": None, "label": label}, "f", n, str(n)) for n, label in enumerate(labels)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "targets", "record"), [
     ("sequence_classification.SEQUENCE_CLASSIFICATION", Targets("single_label", ("a", "b"), "class"),
      {"prediction": "a", "reference": "b"}),

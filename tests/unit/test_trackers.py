@@ -8,7 +8,7 @@ import pytest
 
 from peftune.errors import MachineError
 from peftune.observe.trackers import start_trackers
-from tests.conftest import metric_rows
+from tests.conftest import metric_rows, mostly_slow
 
 
 def of_tensorboard(folder, home):
@@ -64,7 +64,7 @@ def of_trackio(folder, home):
 READERS = {"tensorboard": of_tensorboard, "wandb": of_wandb, "mlflow": of_mlflow, "trackio": of_trackio}
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", mostly_slow(READERS, "tensorboard"))
 def test_a_tracker_has_the_rows_of_the_run_under_its_name(name, classify, train, tmp_path, monkeypatch):
     for key, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "home"),
                        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}.items():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import EVERY_TASK, metric_rows, summary
+from tests.conftest import EVERY_TASK, metric_rows, mostly_slow, summary
 
 LEFT = {"classify": (0.75, 0.5), "tag": (0.5, 0.5), "answer": (0.9, 0.8), "converse": (0.93, 0.93),
         "prefer": (0.5, 0.5)}
@@ -14,7 +14,7 @@ and 0.12."""
 
 
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
-@pytest.mark.parametrize("task", EVERY_TASK)
+@pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "classify", "converse"))
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, request, train):
     settings = request.getfixturevalue(task)
