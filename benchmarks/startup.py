@@ -23,6 +23,11 @@ from peftune.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, EXIT_MENDABLE
 from peftune.observe.manifest import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = """
+from peftune.imports import without_search_for_garbage
+with without_search_for_garbage():
+    import peftune.plan.planning
+"""
 FAULTY = "task: causal_lm\nmodel: {name_or_path: m}\ndata: {train: t.jsonl}\ntrain: {lerning_rate: 1}\n"
 
 
@@ -39,7 +44,7 @@ def main() -> None:
             "help_s": spread(lambda: wall_s("-m", "peftune.cli", "--help"), arguments.runs),
             "check_config_fault_s": spread(
                 lambda: wall_s("-m", "peftune.cli", "check", str(faulty), code=EXIT_MENDABLE), arguments.runs),
-            "imports_of_plan_s": spread(lambda: wall_s("-c", "import peftune.plan.planning"), arguments.runs),
+            "imports_of_plan_s": spread(lambda: wall_s("-c", IMPORTS), arguments.runs),
             "plan_of_8b_that_fits_s": spread(lambda: plan_s("llama-3.1-8b", code=EXIT_DONE), arguments.runs),
             "plan_of_70b_that_does_not_s": spread(
                 lambda: plan_s("llama-3.1-70b", "--devices", "8", code=EXIT_DOES_NOT_FIT), arguments.runs),
