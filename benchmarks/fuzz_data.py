@@ -19,7 +19,7 @@ from pyarrow import parquet
 from benchmarks.fuzz_values import NESTED, Draw, spoilt_bytes
 from peftune.config.schema import DataConfig, EvaluationConfig, ModelConfig, TrainConfig
 from peftune.data.prepare import open_prepared, prepare
-from peftune.data.sources import READERS
+from peftune.data.readers import READERS
 from peftune.reopen import read_prompts
 from peftune.tasks import TASKS
 from peftune.tasks.text import Text, open_text

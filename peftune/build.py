@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import model_for_training, reference_for
+from peftune.build_model import model_facts, model_for_training, reference_for
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -41,7 +41,6 @@ from peftune.model.assemble import count, weight_notes
 from peftune.model.card import model_card
 from peftune.model.division import refuse_undividable
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
-from peftune.model.quantize import quantised_by
 from peftune.model.reference import frozen_copy
 from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
 from peftune.numerics.schedules import learning_rate_factor
@@ -192,30 +191,25 @@ def _run(
         wrapped, optimizer = strategy.prepare(model, lambda placed: build_optimizer(placed, config.train))
         layout, why = choose_layout(
             config.data.layout, config.model, model, model.config, pooled=task.pooled, world=world,
-            pad_id=text.tokenizer.pad_token_id, longest=int(data.splits["train"].lengths.max()),
+            pad_id=text.tokenizer.pad_token_id, longest=data.longest,
             autocast=autocast(config.model, world.device), division=division)
         roads = road_notes(config.model, model, text.config, world=world, divided=strategy.lockstep
                            ) if task.next_token else []
         reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
         notes += weight_notes(loaded, counts, config.model.dtype) + roads
-        notes.append(f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}"
-                     + (", activations recomputed" if memory.gradient_checkpointing else ""))
-        notes.append(memory_note(memory))
+        anew = ", activations recomputed" if memory.gradient_checkpointing else ""
+        notes += [f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}{anew}", memory_note(memory)]
     torch.manual_seed(config.seed + world.rank)
     state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, strategy)
     if start.checkpoint is not None:
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
     folder = Path(config.output_dir)
-    facts = {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
-             "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
-             "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model),
-             "layout": layout.name, "sequence_ranks": division.ranks if division else 1, **memory_facts(memory)}
+    facts = {**model_facts(config, loaded, counts, layout), **memory_facts(memory),
+             "sequence_ranks": division.ranks if division else 1}
     world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, world, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     state = world.on_main(functools.partial(keep_best, state, start.checkpoint, folder, display.warn))
-    journal = Journal(
-        folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display, keep_rows=state.rows,
-        trackers=start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ())
+    journal = _journal(config, folder, world, display, keep_rows=state.rows)
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
                           layout if division or layout.equal_lengths else PADDED, warn=display.warn_once)
@@ -227,6 +221,12 @@ def _run(
         with display.phase("untrained"):
             state = replace(state, baseline=measure_baseline(run))
     return run, state
+
+
+def _journal(config: RunConfig, folder: Path, world: World, display: Display, *, keep_rows: int) -> Journal:
+    trackers = start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ()
+    return Journal(folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display,
+                   keep_rows=keep_rows, trackers=trackers)
 
 
 def _open_folder(
@@ -261,7 +261,7 @@ def _assembled_run(
     split = data.splits["train"]
     lengths = split.padded_lengths if layout.kind == "padded" else split.lengths
     plan = BatchPlan(lengths, split.source, data.weights, train.batch_size, config.seed)
-    steps = train.max_steps or max(1, round(train.num_epochs * plan.steps_per_epoch))
+    steps = plan.steps(train.num_epochs, train.max_steps)
 
     def losses(live: nn.Module, batch: Batch) -> Tensor:
         with evaluator.known.of(split, batch):

@@ -11,14 +11,14 @@ from peftune.config.schema import RunConfig
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
 from peftune.loop.data_start import start_from_planned_data
-from peftune.model.assemble import assemble
+from peftune.model.assemble import Parameters, assemble
 from peftune.model.download import Tell
 from peftune.model.eva import reads_data
 from peftune.model.lean import make_lean
 from peftune.model.load import Loaded, adjust_config, load_weights, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
 from peftune.model.packing import use_packing
-from peftune.model.quantize import quantization_of
+from peftune.model.quantize import quantised_by, quantization_of
 from peftune.model.reference import Reference, reference_of
 from peftune.model.vocabulary import new_rows
 from peftune.parallel.names import BY_MODULE
@@ -46,6 +46,13 @@ def model_for_training(
     if not config.model.compile:
         make_lean(model, by_module=strategy.name in BY_MODULE)
     return model, loaded
+
+
+def model_facts(config: RunConfig, loaded: Loaded, counts: Parameters, layout: Layout) -> dict[str, Any]:
+    """What the manifest and the model card say of the model."""
+    return {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
+            "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
+            "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model), "layout": layout.name}
 
 
 def reference_for(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:

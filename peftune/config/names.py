@@ -23,7 +23,7 @@ _LONG_SEQUENCES = (
 )
 FAMILIAR: dict[str, str] = {
     "per_device_train_batch_size": _BATCH,
-    "per_device_eval_batch_size": "nothing: evaluation batches are sized by train.tokens_per_micro_batch",
+    "per_device_eval_batch_size": "nothing: evaluation batches have a fixed size, and scores do not depend on it",
     "gradient_accumulation_steps": _BATCH,
     "micro_batch_size": _BATCH,
     "train_batch_size": _BATCH,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from peftune.errors import DataError, Fault
 from peftune.numerics.dealing import Grouping, padded_groups, rank_groups
 
 
@@ -32,12 +33,20 @@ class BatchPlan:
         """Count an epoch once: at each step it would cost a pass over the split."""
         counts = np.bincount(self.source, minlength=len(self.weights))
         examples = sum(round(weight * int(count)) for weight, count in zip(self.weights, counts, strict=True))
+        if not examples:
+            raise DataError(Fault(
+                kind="data", message=f"{int(counts.sum()):,} examples, times the weights of their sources in "
+                "data.train, are none in an epoch", mend="raise a weight, or give more rows"))
         object.__setattr__(self, "examples_per_epoch", examples)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch; the last may be smaller, so that each example is seen once."""
         return math.ceil(self.examples_per_epoch / self.batch_size)
+
+    def steps(self, epochs: float, most: int | None) -> int:
+        """Optimizer steps of a run: `most` of them if given, else those of so many epochs, at least one."""
+        return most or max(1, round(epochs * self.steps_per_epoch))
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Positions in the order of one epoch, int64 [examples_per_epoch]."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ from peftune.errors import DataError, Fault, MachineError
 
 LOOKED_AT = 200
 """Rows of a split whose tokens are turned back into text."""
+DRAFT = ".draft-"
+ABANDONED_S = 24 * 3600
+"""A draft in the cache into which nothing was written for so long is nobody's."""
 MAY_DIFFER = {"layout", "on_bad_row"}
 """Keys of the data section that change no example."""
 
@@ -45,6 +50,11 @@ class Prepared:
     """Bad rows that were left out; the first of them."""
     findings: tuple[Finding, ...]
     """What looks wrong in the good ones."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example of any split."""
+        return max(int(split.lengths.max(initial=0)) for split in self.splits.values())
 
 
 def prepare(
@@ -122,7 +132,8 @@ def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a draft beside `folder` and rename it: readers see all of it or nothing."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+        _clear_old_drafts(folder.parent)
+        draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder.parent))
     except OSError as error:
         raise MachineError(
             Fault(kind="environment", file=str(folder.parent), message=f"the data cache: {error.strerror}",
@@ -139,6 +150,15 @@ def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
             ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _clear_old_drafts(root: Path) -> None:
+    """Delete what processes left behind that were killed long ago: a living one writes again and again."""
+    for draft in root.glob(f"{DRAFT}*"):
+        with contextlib.suppress(OSError):  # another process may publish it, or delete it too
+            newest = max(path.stat().st_mtime for path in (draft, *draft.rglob("*")))
+            if time.time() - newest > ABANDONED_S:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _fill(

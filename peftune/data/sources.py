@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import Source, Sources
 from peftune.data.hub import hub_fingerprint, read_hub, refuse_hub_settings
+from peftune.data.readers import READERS, file_fault
 from peftune.data.rows import Faults, RawRow
-from peftune.errors import DataError, Fault
+from peftune.errors import DataError
 
 
 def as_sources(sources: Sources) -> tuple[Source, ...]:
@@ -41,12 +40,13 @@ def files_of(source: Source) -> list[Path]:
         if not files and _may_be_hub_id(source.path):
             return []
     if not files:
-        raise DataError(_fault(source.path, None, missing, _mend_missing(path)))
+        raise DataError(file_fault(source.path, None, missing, _mend_missing(path)))
     for file in files:
         if not file.is_file():
-            raise DataError(_fault(str(file), None, "no regular file", "name a file: a device or a pipe may never end"))
+            raise DataError(file_fault(str(file), None, "no regular file",
+                                       "name a file: a device or a pipe may never end"))
         if file.suffix.lower() not in READERS:
-            raise DataError(_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
+            raise DataError(file_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
                                    f"use one of {', '.join(READERS)}"))
     refuse_hub_settings(source)
     return files
@@ -77,7 +77,7 @@ def read(source: Source, faults: Faults) -> Iterator[RawRow]:
 def read_records(path: str) -> list[RawRow]:
     """All records of one file. Raises DataError: missing, empty or broken."""
     if not Path(path).is_file():
-        raise DataError(_fault(path, None, "no such file", _mend_missing(Path(path))))
+        raise DataError(file_fault(path, None, "no such file", _mend_missing(Path(path))))
     faults = Faults()
     records = list(read(Source(path=path), faults))
     if faults.count:
@@ -91,7 +91,7 @@ def _read_file(file: Path, faults: Faults) -> Iterator[RawRow]:
         rows += 1
         yield row
     if rows == 0 and faults.count == before:
-        faults.add(_fault(str(file), None, "the file holds no rows", "put one record a line into it"))
+        faults.add(file_fault(str(file), None, "the file holds no rows", "put one record a line into it"))
 
 
 def _may_be_hub_id(path: str) -> bool:
@@ -108,193 +108,6 @@ def _mend_missing(path: Path) -> str:
     return f"paths are relative to the current folder, {Path.cwd()}"
 
 
-def _fault(file: str, line: int | None, message: str, mend: str) -> Fault:
-    return Fault(kind="data", file=file, line=line, message=message, mend=mend)
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _record(value: Any, file: Path, line: int, faults: Faults) -> RawRow | None:
-    if isinstance(value, dict):
-        return RawRow(value, str(file), line)
-    kind = type(value).__name__
-    faults.add(_fault(str(file), line, f"a {kind}, not a record", 'write {"key": value, ...}'))
-    return None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A record of which each key is there once: of two, JSON readers silently take the last."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.40} is there twice in one record")
-    return record
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
-    with file.open("rb") as stream:
-        for line, content in enumerate(stream, start=1):
-            if not content.strip():
-                continue
-            try:
-                text = content.decode("utf-8-sig" if line == 1 else "utf-8")
-                value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
-            except UnicodeDecodeError as error:
-                faults.add(_fault(str(file), line, f"not UTF-8 at byte {error.start} of the line", "save as UTF-8"))
-            except (ValueError, RecursionError) as error:
-                faults.add(_fault(str(file), line, f"broken JSON: {error}", "mend or delete this line"))
-            else:
-                row = _record(value, file, line, faults)
-                if row is not None:
-                    yield row
-
-
-def _read_json(file: Path, faults: Faults) -> Iterator[RawRow]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        mend = "one record a line is JSON Lines: name the file .jsonl" if error.msg == "Extra data" else "mend the JSON"
-        faults.add(_fault(str(file), error.lineno, f"broken JSON: {error.msg}", mend))
-        return
-    except (ValueError, RecursionError) as error:
-        faults.add(_fault(str(file), None, f"broken JSON: {error}", "save valid JSON as UTF-8"))
-        return
-    if isinstance(values, dict) and isinstance(values.get("data"), list):
-        values = values["data"]
-    if not isinstance(values, list):
-        faults.add(_fault(str(file), 1, "not a list of records", 'write [{"key": value, ...}, ...]'))
-        return
-    for number, value in enumerate(_questions(values), start=1):
-        row = _record(value, file, number, faults)
-        if row is not None:
-            yield row
-
-
-def _questions(values: list[Any]) -> Iterator[Any]:
-    """SQuAD's articles of paragraphs of questions -> one record a question; other values as they are."""
-    for value in values:
-        if not isinstance(value, dict) or not isinstance(value.get("paragraphs"), list):
-            yield value
-            continue
-        for paragraph in value["paragraphs"]:
-            for question in paragraph.get("qas", ()) if isinstance(paragraph, dict) else ():
-                yield {**question, "context": paragraph.get("context"), "title": value.get("title")}
-
-
-def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
-    csv.field_size_limit(2**31 - 1)  # texts may be longer than the 131,072 characters that Python takes of itself
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    header: list[str] = []
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            for line, record in _csv_records(file, csv.reader(stream, delimiter=delimiter, strict=True), faults):
-                if not header:
-                    header = record
-                    twice = next((name for name in header if header.count(name) > 1), None)
-                    if twice is not None:
-                        faults.add(_fault(str(file), line, f"two columns are called {twice!r:.40}: no row is read",
-                                          "give each column a name of its own"))
-                        return
-                elif len(record) != len(header):
-                    faults.add(_fault(str(file), line, f"{len(record)} columns, and the header has {len(header)}",
-                                      f"give {len(header)} columns, with quotes around fields that hold {delimiter!r}"))
-                else:
-                    yield RawRow(dict(zip(header, record, strict=True)), str(file), line)
-    except UnicodeDecodeError as error:
-        faults.add(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
-
-
-def _csv_records(file: Path, reader: Any, faults: Faults) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line it begins on; none after a header that is broken."""
-    header = True
-    while True:
-        line = reader.line_num + 1
-        try:
-            record = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            said, mend = f"broken CSV: {error}", 'write a quote inside a quoted field twice: ""'
-            if "unexpected end of data" in str(error):
-                said = f"a quote opens in this record and never closes: it takes all {reader.line_num - line + 1} lines"
-                mend = 'close the quote, or write it twice inside a quoted field: ""'
-            faults.add(_fault(str(file), line, said + ", in the header: no row is read" * header, mend))
-            if header:
-                return
-            continue
-        if record:
-            header = False
-            yield line, record
-
-
-def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow(value, str(file), number)
-    except (pyarrow.ArrowException, OSError) as error:
-        faults.add(_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
-
-
-def _read_text(file: Path, faults: Faults) -> Iterator[RawRow]:
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            for line, text in enumerate(stream, start=1):
-                if text.strip():
-                    yield RawRow({"text": text.rstrip("\n")}, str(file), line)
-    except UnicodeDecodeError as error:
-        faults.add(_fault(str(file), None, f"not UTF-8 at byte {error.start}", "save as UTF-8"))
-
-
-def _read_conll(file: Path, faults: Faults) -> Iterator[RawRow]:
-    """Columns files: a word a line, its tag in the last column, a blank line after each sentence."""
-    words: list[str] = []
-    tags: list[str] = []
-    first = 0
-    with file.open("rb") as stream:
-        for number, content in enumerate(itertools.chain(stream, [b""]), start=1):
-            try:
-                columns = content.decode("utf-8-sig" if number == 1 else "utf-8").split()
-            except UnicodeDecodeError as error:
-                faults.add(_fault(str(file), number, f"not UTF-8 at byte {error.start} of the line", "save as UTF-8"))
-                continue
-            if not columns or columns[0] == "-DOCSTART-":
-                if words:
-                    yield RawRow({"tokens": words, "ner_tags": tags}, str(file), first)
-                words, tags = [], []
-            elif len(columns) == 1:
-                faults.add(_fault(str(file), number, f"the word {columns[0]!r:.40} has no tag",
-                                  "write the word, blanks, and its tag in the last column"))
-            elif not (columns[0] == "#" and not words):
-                first = first if words else number
-                words.append(columns[0])
-                tags.append(columns[-1])
-
-
-READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".conll": _read_conll,
-    ".bio": _read_conll,
-    ".iob": _read_conll,
-    ".iob2": _read_conll,
-}

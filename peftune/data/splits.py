@@ -18,7 +18,7 @@ def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
     """
     if not len(keys):
         return np.zeros(0, dtype=bool)
-    last = max(0, math.ceil(fraction * len(keys)) - 1)
+    last = max(0, math.ceil(round(fraction * len(keys), 9)) - 1)
     return keys <= np.partition(keys, last)[last]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ class Split:
             targets=chunk["targets"][row].values.to_numpy(),
             num_targets=chunk["num_targets"][row].as_py(),
             full_length=chunk["full_length"][row].as_py(),
-            record=json.loads(chunk["record"][row].as_py()),
+            record=_Record(chunk["record"][row].as_py()),
             segment_ids=segments.values.to_numpy() if segments.is_valid else None,
             source=chunk["source"][row].as_py(),
             first_part=chunk["first_part"][row].as_py(),
@@ -90,6 +90,30 @@ class Split:
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of all examples, in order."""
         return (json.loads(text) for chunk in self._chunks for text in chunk["record"].to_pylist())
+
+
+class _Record(Mapping[str, Any]):
+    """A record of a predictions file, parsed when something asks for it: steps of training do not."""
+
+    __slots__ = ("_text", "_values")
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._values: dict[str, Any] | None = None
+
+    def _parsed(self) -> dict[str, Any]:
+        if self._values is None:
+            self._values = json.loads(self._text)
+        return self._values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._parsed()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parsed())
+
+    def __len__(self) -> int:
+        return len(self._parsed())
 
 
 class Part:

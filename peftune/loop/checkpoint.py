@@ -32,7 +32,8 @@ def folder_of(run_folder: Path, step: int) -> Path:
 
 def all_checkpoints(run_folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
-    return sorted((run_folder / "checkpoints").glob("step-*"))
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> TrainState:

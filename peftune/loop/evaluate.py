@@ -182,6 +182,6 @@ def _add_generations(
         model, evaluator.tokenizer, prompts, max_new_tokens=evaluator.max_new_tokens, device=evaluator.world.device,
         autocast=evaluator.autocast, progress=lambda done, total: evaluator.progress(f"{name}: generate", done, total),
         calls=evaluator.world.largest, joint=evaluator.lockstep, before=evaluator.agree,
-        token=evaluator.world.progress.tick, warn=evaluator.warn)
+        token=evaluator.world.progress.tick, warn=evaluator.warn, equal_lengths=evaluator.layout.equal_lengths)
     for i, text in texts.items():
         by_position[i]["prediction"] = text

@@ -18,7 +18,7 @@ from peftune.data.layouts import lay_out
 from peftune.data.store import Part
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.evaluate import Scored, evaluate
-from peftune.loop.judge import judge
+from peftune.loop.judge import judge, require_metric
 from peftune.loop.publish import published, refuse_vanished, write_json, write_text, writing
 from peftune.loop.run import Run
 from peftune.loop.saving import leave
@@ -46,6 +46,8 @@ def measure_baseline(run: Run) -> dict[str, Any]:
     for name in SCORED_SPLITS:
         if name in run.data.splits:
             scored = _score(run, name)
+            if name == "validation":
+                require_metric(run.metric, scored)
             baseline[name] = scored.metrics
             if run.evaluator.task.majority is not None:
                 guessed = run.evaluator.task.majority(

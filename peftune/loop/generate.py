@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     GenerationMixin,
@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from peftune.data.examples import Example
 from peftune.data.layouts import lay_out
 from peftune.model.adapters import base_of, learns_prompt, virtual_tokens_of
+from peftune.model.division import longest_row_matters
 from peftune.model.load import MOST_TOKENS, longest_input
 from peftune.numerics.dealing import padded_groups
 
@@ -33,6 +34,7 @@ def generate_texts(
     progress: Callable[[int, int], None] = lambda done, total: None,
     calls: Callable[[int], int] = lambda mine: mine, joint: bool = False, before: Callable[[], None] = lambda: None,
     token: Callable[[], None] = lambda: None, warn: Callable[[str], None] = lambda text: None,
+    equal_lengths: bool = False,
 ) -> dict[int, str]:
     """Key -> prompt ids to key -> generated text, special tokens removed.
 
@@ -53,33 +55,47 @@ def generate_texts(
         before: called before each batch, equally often on all ranks.
         token: called at each token of a batch.
         warn: told where the model's positions end too early.
+        equal_lengths: rows of other lengths beside it change what the model says of a row.
     """
     limit = longest_input(base_of(model).config, MOST_TOKENS, virtual_tokens_of(model))
     prompts = {key: _kept(prompt, limit, max_new_tokens) for key, prompt in prompts.items()}
-    keys = list(prompts)
-    texts: dict[int, str] = {}
+    keys, texts = list(prompts), dict[int, str]()
     lengths = [len(prompts[key]) for key in keys]
     rooms = [min(max_new_tokens, limit - length) for length in lengths]
     if calls(int(min(rooms, default=max_new_tokens) < max_new_tokens)):
         warn(f"the model has {limit:,} positions for text: prompts of more than {max(0, limit - max_new_tokens):,} "
              f"tokens get fewer than {max_new_tokens:,} new ones, and those of {limit:,} or more lose their beginning")
-    groups = _groups(lengths, rooms, by_length=learns_prompt(model))
+    whole = max(map(sum, zip(lengths, rooms, strict=True)), default=0)
+    groups = _groups(lengths, rooms, by_length=equal_lengths or _reads_its_neighbours(model, whole))
     for room, group in _in_step(groups, calls):
         before()
         if not group and not joint:
             continue
-        members = [keys[i] for i in group]
-        examples = [Example(prompts[key], [0], 0, len(prompts[key]), {}) for key in members]
-        settings = _settings(model, tokenizer, room)
-        batch = lay_out(examples, members, kind="class", width=0, pad_id=settings.pad_token_id, device=device,
-                        left=True)
+        members, settings = [keys[i] for i in group], _settings(model, tokenizer, room)
         with autocast():
-            ids = model.generate(**batch.inputs, generation_config=settings, synced_gpus=joint,
-                                 logits_processor=LogitsProcessorList([_EachToken(token)]))
-        for key, row in zip(members, ids[:len(members), batch.inputs["input_ids"].shape[1]:], strict=True):
-            texts[key] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            rows = _continued(model, [prompts[key] for key in members], settings, device, joint=joint, token=token)
+        texts |= {key: tokenizer.decode(row, skip_special_tokens=True).strip()
+                  for key, row in zip(members, rows, strict=True)}
         progress(len(texts), len(keys))
     return texts
+
+
+def _continued(
+    model: GenerationMixin, prompts: Sequence[Sequence[int]], settings: GenerationConfig, device: torch.device, *,
+    joint: bool, token: Callable[[], None],
+) -> Tensor:
+    """New ids of each prompt, [prompts, tokens]; where there is none, the model only takes part in joint passes."""
+    examples = [Example(prompt, [0], 0, len(prompt), {}) for prompt in prompts]
+    batch = lay_out(examples, range(len(prompts)), kind="class", width=0, pad_id=settings.pad_token_id, device=device,
+                    left=True)
+    ids: Tensor = model.generate(**batch.inputs, generation_config=settings, synced_gpus=joint,
+                                 logits_processor=LogitsProcessorList([_EachToken(token)]))
+    return ids[:len(prompts), batch.inputs["input_ids"].shape[1]:]
+
+
+def _reads_its_neighbours(model: nn.Module, longest: int) -> bool:
+    """Whether the answer to a prompt depends on longer ones beside it, in rows of up to `longest` tokens."""
+    return learns_prompt(model) or bool(longest_row_matters(base_of(model).config, longest))
 
 
 @torch.no_grad()
@@ -157,8 +173,8 @@ def _groups(lengths: Sequence[int], rooms: Sequence[int], *, by_length: bool) ->
     """Batches of prompts, each after the number of its new tokens, the largest number first.
 
     Prompts with another room do not share a batch, so that what one is given does not depend on the others. With
-    `by_length` those of another length do not either: padding would lie between a learned prompt and the text, and PEFT
-    passes no positions that skip it.
+    `by_length` those of another length do not either: a model may read the padding, or rotate by the longest row, or
+    the padding would lie between a learned prompt and the text, and PEFT passes no positions that skip it.
     """
     kinds = [(room, length if by_length else 0) for room, length in zip(rooms, lengths, strict=True)]
     groups = padded_groups([length + room for length, room in zip(lengths, rooms, strict=True)], BUDGET_TOKENS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from peftune.errors import Unwritable
+from peftune.errors import ConfigError, Fault, Unwritable
 from peftune.loop.evaluate import Scored, evaluate
 from peftune.loop.publish import published, refuse_vanished
 from peftune.loop.resume import write_step
@@ -36,6 +36,7 @@ def evaluate_and_judge(run: Run, state: TrainState) -> TrainState:
 
 def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     """Log an evaluation; keep the model as `best` if it is better, count towards patience if not."""
+    require_metric(run.metric, scored)
     run.journal.evaluation_row(state, "validation", scored.metrics, epoch=run.epochs_of(state.step))
     value = scored.metrics.get(run.metric)
     if better(run.metric, value, state.best_value) or state.best_step is None:
@@ -52,6 +53,14 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
     waited = state.evaluations_since_best + 1
     stop = run.patience is not None and waited >= run.patience
     return replace(state, evaluations_since_best=waited, stopped_early=stop)
+
+
+def require_metric(metric: str, scored: Scored) -> None:
+    """Raise ConfigError if the metric that picks the best is none of these rows': it would pick the first for ever."""
+    if metric not in scored.metrics:
+        raise ConfigError(Fault(
+            kind="config", mend="evaluation.metric=null, or loss",
+            message=f"evaluation.metric = {metric!r}: the validation rows hold no prompts, and give none"))
 
 
 def _publish_best(run: Run, model: nn.Module, weights: dict[str, Tensor], step: int) -> None:

@@ -78,13 +78,17 @@ def choose_layout(
         if fault is None:
             return layout, "" if once is None else f" (only in the first of two proofs {once})"
         why = fault
-    if division is not None:
+    _refuse_if_asked_for(wanted, why, divided=division is not None)
+    return _padded(config, proof, rotating, f" ({why})")
+
+
+def _refuse_if_asked_for(wanted: str, why: str, *, divided: bool) -> None:
+    if divided:
         raise ConfigError(Fault(kind="config", message=f"sequences cannot be divided with this model: {why}",
                                 mend=WHOLE))
     if wanted == "packed":
         raise ConfigError(Fault(kind="config", message=f"data.layout = 'packed': not with this model: {why}",
                                 mend="data.layout=padded, or auto"))
-    return _padded(config, proof, rotating, f" ({why})")
 
 
 def _padded(config: ModelConfig, proof: _Proof, rotating: str, why: str) -> tuple[Layout, str]:

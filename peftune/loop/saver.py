@@ -117,9 +117,8 @@ class Saver:
                 own.result()
                 if _appeared(expected, given_up):
                     self._publish(folder, state, random_states)
-            except Unwritable:
+            finally:
                 shutil.rmtree(draft_of(folder), ignore_errors=True)  # its room may be what others need
-                raise
             seconds.append(time.perf_counter() - started)
 
         self._running = Written(own, thread.submit(publish) if world.is_main else None, given_up, seconds)

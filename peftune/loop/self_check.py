@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from peftune.data.store import Split
 from peftune.errors import Fault, SelfCheckError
@@ -39,6 +39,7 @@ class SelfCheck:
         self._trainable = [(name, p) for name, p in self._all if p.requires_grad]
         self._before = self._checksums()
         self._alive: set[str] = set()
+        self._steepest: dict[str, float] = {}
         self._steps = 0
 
     @property
@@ -53,10 +54,12 @@ class SelfCheck:
             SelfCheckError: a trainable tensor has none: it does not take part in the loss.
         """
         reached, alive = [], []
-        for _, parameter in self._trainable:
+        for name, parameter in self._trainable:
             gradient = self._strategy.gradient(parameter)
             reached.append(gradient is not None)
             alive.append(gradient is not None and bool(gradient.any()))
+            if gradient is not None and gradient.numel() and isinstance(self._optimizer, SGD):
+                self._steepest[name] = max(self._steepest.get(name, 0.0), gradient.abs().max().item())
         missing = [name for (name, _), ranks in zip(self._trainable, self._summed(reached), strict=True) if not ranks]
         self._alive |= {name for (name, _), ranks in zip(self._trainable, self._summed(alive), strict=True) if ranks}
         if missing:
@@ -79,7 +82,7 @@ class SelfCheck:
         changed = sorted(moved - {name for name, _ in self._trainable})
         if changed:
             raise _failed(f"{len(changed)} frozen tensors changed", changed, "this is a fault of peftune: report it")
-        mobile = self._summed([self._could_move(self._strategy.weight(p)) for _, p in self._trainable])
+        mobile = self._summed([self._could_move(name, self._strategy.weight(p)) for name, p in self._trainable])
         stuck = sorted(name for (name, _), could in zip(self._trainable, mobile, strict=True)
                        if could and name in self._alive - moved and not self._set_back(name))
         if stuck:
@@ -89,11 +92,12 @@ class SelfCheck:
             raise _failed("every gradient is zero", sorted(name for name, _ in self._trainable),
                           "check the labels and the loss mask")
 
-    def _could_move(self, weight: Tensor) -> bool:
-        """Whether a step of the learning rate's size is larger than the rounding of the weight's type."""
-        rate = self._optimizer.param_groups[0]["lr"]
+    def _could_move(self, name: str, weight: Tensor) -> bool:
+        """Whether a step is larger than the rounding of the weight's type: Adam's has the learning rate's size, one
+        of SGD that times the gradient's."""
+        size = self._optimizer.param_groups[0]["lr"] * self._steepest.get(name, 1.0)
         largest = weight.detach().abs().max().item() if weight.numel() else math.inf
-        return rate > torch.finfo(weight.dtype).eps * largest
+        return size > torch.finfo(weight.dtype).eps * largest
 
     def _checksums(self) -> list[int]:
         return self._summed([_checksum(self._strategy.weight(p)) for _, p in self._all])

@@ -82,7 +82,7 @@ def train_step(
     grad_norm = strategy.clip(model, max_grad_norm)
     asked = loss_sum.new_tensor(float(stop))
     sums = [*strategy.world.sum(torch.stack([loss_sum, asked])), grad_norm.to(loss_sum)]
-    total, stops, norm = torch.stack(sums).tolist()  # the step's one wait for the device
+    total, stops, norm = torch.stack(sums).tolist()  # all sums in one wait for the device
     stats = StepStats(total, work.examples, work.tokens, work.targets, norm, stop=stops > 0)
     if not stats.finite:
         strategy.skip(model, optimizer)

@@ -19,7 +19,6 @@ from peftune.errors import ConfigError, Fault, MachineError, ModelError
 from peftune.model.load_names import head_names
 
 INSTALL = 'pip install "peftune[quantization]", or pip install "bitsandbytes>=0.50,<0.51"'
-FOUR_BITS = ("nf4", "fp4")
 BLOCK, SCALES_BLOCK = 64, 256
 """4 bits: values that share a scale, and scales that share theirs; bitsandbytes' own."""
 

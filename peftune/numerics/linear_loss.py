@@ -90,7 +90,7 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_ND,) = ctx.saved_tensors
         (gradient_N,) = gradients
-        return slope_ND * gradient_N[:, None].to(slope_ND.dtype), None, None, None
+        return (slope_ND * gradient_N[:, None]).to(slope_ND.dtype), None, None, None
 
 
 def _loss_and_slope(logits_nV: Tensor, ids_n: Tensor) -> tuple[Tensor, Tensor]:

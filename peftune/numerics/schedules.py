@@ -14,7 +14,7 @@ def learning_rate_factor(shape: str, step: int, steps: int, warmup_ratio: float)
     constant 1; inverse_sqrt sqrt(w / (step + 1)) with w the warm-up steps, at least 1
     (Vaswani et al., 2017, arXiv:1706.03762).
     """
-    warmup = math.ceil(warmup_ratio * steps)
+    warmup = math.ceil(round(warmup_ratio * steps, 9))  # 0.07 * 100 is more than 7
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

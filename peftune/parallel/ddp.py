@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -34,8 +35,8 @@ class Ddp(Single):
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
         device = self.world.device
         wrapped = DistributedDataParallel(
-            model.to(device), device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
-        )
+            model.to(device), device_ids=None if device.type == "cpu" else [device.index],
+            gradient_as_bucket_view=True, broadcast_buffers=_keeps_statistics(model))
         wrapped.register_comm_hook(None, _sum_gradients)
         _KEPT_UNTIL_EXIT.append(wrapped)
         return wrapped, build_optimizer(wrapped.module)
@@ -56,6 +57,11 @@ class Ddp(Single):
 
     def pieces(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Piece]:
         return whole_pieces(model, optimizer) if self.world.is_main else iter(())
+
+
+def _keeps_statistics(model: nn.Module) -> bool:
+    """Whether buffers change in training: running means of batch norms. All others are equal on all ranks."""
+    return any(module.running_mean is not None for module in model.modules() if isinstance(module, _BatchNorm))
 
 
 def _sum_gradients(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

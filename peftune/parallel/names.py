@@ -31,6 +31,14 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def processes_words(processes: int, sequence_ranks: int) -> list[str]:
+    """The options of `peftune train` for so many processes, so many of which share each sequence."""
+    if processes == 1:
+        return []
+    shared = ["--sequence-parallel", str(sequence_ranks)] if sequence_ranks > 1 else []
+    return ["--processes", str(processes), *shared]
+
+
 def launched_kind() -> Literal["zero", "fsdp2", "plain"]:
     """What `accelerate launch` was told by its config or flags."""
     if _on("ACCELERATE_USE_DEEPSPEED"):

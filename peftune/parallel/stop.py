@@ -43,6 +43,8 @@ class Stop:
     """Seconds since 1970."""
     saving_s: float | None = None
     """Longest time that a checkpoint has taken so far; None before the first."""
+    late: bool = False
+    """Whether more work was once found not to end before the deadline."""
     before: Callable[[], None] = lambda: None
     """Called first when a signal comes: it may be a consequence of another rank's end."""
 
@@ -58,15 +60,15 @@ class Stop:
 
     def asked(self, next_s: float = 0.0) -> bool:
         """Whether to stop now rather than after another `next_s` seconds of work, saving included."""
-        late = self.deadline is not None and (
-            time.time() + next_s + (self.saving_s or 0.0) + ENDING_S >= self.deadline)
-        return self.waiting and (self.signal is not None or late)
+        if self.deadline is not None:
+            self.late |= time.time() + next_s + (self.saving_s or 0.0) + ENDING_S >= self.deadline
+        return self.waiting and (self.signal is not None or self.late)
 
     def reason(self) -> str:
         """Why, in words; empty if not told."""
         if self.signal is not None:
             return f"{signal.Signals(self.signal).name} came"
-        return "the deadline is near" if self.asked() else ""
+        return "the deadline is near" if self.late else ""
 
     def saved_in(self, seconds: float) -> None:
         """Note how long a checkpoint took, if one was written: that much time is left for the last one."""

@@ -137,7 +137,11 @@ class Zero:
         assert not self._engine.was_step_applied(), "DeepSpeed took a step that was to be skipped"
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        return _partition(parameter) if self.stage == 3 else parameter
+        if self.stage < 3:
+            return parameter
+        part: Any = _partition(parameter)
+        own = parameter.ds_numel - self.world.rank * part.numel()  # type: ignore[attr-defined]
+        return part[:max(0, own)]  # nobody writes what fills the last part up
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         from deepspeed.utils import safe_get_full_grad, safe_get_local_grad

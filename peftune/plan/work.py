@@ -107,7 +107,7 @@ def lengths_of(config: RunConfig, data: Prepared) -> Lengths:
         int(target != IGNORE) for target in split[position].targets))
     scored = [data.splits[name].padded_lengths for name in ("validation", "test") if name in data.splits]
     return Lengths(tokens=tokens.tolist(), supervised=np.minimum(split.num_targets, tokens).tolist(), order=order,
-                   steps=train.max_steps or max(1, round(train.num_epochs * order.steps_per_epoch)),
+                   steps=order.steps(train.num_epochs, train.max_steps),
                    evaluated=np.concatenate(scored).tolist() if scored else (), count=counted)
 
 

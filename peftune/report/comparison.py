@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -110,7 +111,7 @@ def _differences(runs: Sequence[Finished], names: Sequence[str]) -> tuple[list[D
             notes.append(f"{name} learns another task, or other classes, than {names[0]}: scores cannot be compared.")
             continue
         for split in first.summary["metrics"]:
-            pairs, left_out = _joined(first.records(split), run.records(split))
+            pairs, left_out = joined(first.records(split), run.records(split))
             if left_out:
                 notes.append(f"{name}, {split}: {left_out:,} rows are not in both runs and were left out.")
             if pairs and (difference := _difference(first, name, split, metric, pairs)):
@@ -122,12 +123,24 @@ def _differences(runs: Sequence[Finished], names: Sequence[str]) -> tuple[list[D
             for difference, p in zip(found, raised, strict=True)], notes
 
 
-def _joined(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[list[tuple[Record, Record]], int]:
-    """Records of the same row (by id and reference) in both runs, and how many rows have no counterpart."""
-    known = {record["id"]: record for record in theirs}
-    pairs = [(record, known[record["id"]]) for record in ours
-             if record["id"] in known and known[record["id"]]["reference"] == record["reference"]]
+def joined(ours: Sequence[Record], theirs: Sequence[Record]) -> tuple[list[tuple[Record, Record]], int]:
+    """Records of the same row in both runs, and how many rows have no counterpart.
+
+    The same row: of equal id and reference; where several rows of a split have one id, the first of them and the first,
+    the second and the second.
+    """
+    known = dict(_numbered(theirs))
+    pairs = [(record, known[key]) for key, record in _numbered(ours)
+             if key in known and known[key]["reference"] == record["reference"]]
     return pairs, len(ours) + len(known) - 2 * len(pairs)
+
+
+def _numbered(records: Sequence[Record]) -> Iterator[tuple[tuple[Any, int], Record]]:
+    """Each record with its id and how many before it have the same."""
+    before: Counter[Any] = Counter()
+    for record in records:
+        yield (record["id"], before[record["id"]]), record
+        before[record["id"]] += 1
 
 
 def _difference(

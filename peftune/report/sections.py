@@ -9,10 +9,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from peftune.loop.self_check import STEPS
 from peftune.observe.chart import Curve, line_chart
+from peftune.parallel.names import processes_words
 from peftune.report.outcomes import Table
 from peftune.report.run_folder import Finished
-from peftune.report.words import Metrics, gib, interval_of, metric_names, number, shortened, value_of
+from peftune.report.words import Metrics, gib, interval_of, metric_names, shortened, value_of
 
 SHOWN_PLACES = 5
 """Rows of a finding that the page names."""
@@ -106,7 +108,9 @@ def checks(run: Finished) -> list[str]:
     """What the run has proved of itself: it would have stopped, and have no page, if one of these had failed."""
     summary = run.summary
     return [
-        "In the first step every tensor that was to train took part in the loss and moved, and no frozen one changed.",
+        "Every tensor that was to train took part in the loss of the first step."
+        + (" After the second, each of them that has a gradient had moved, unless rounding swallows such a step, and "
+           "no frozen one had changed." if summary["steps"] >= STEPS else ""),
         f"final/ was loaded again before it was published: its logits differ by {summary['reload_deviation']:.2g} at "
         "most from those of the trained model.",
         "Scores count each row once, whatever the number of processes.",
@@ -150,12 +154,7 @@ def subtitle(run: Finished) -> str:
 
 def command(run: Finished) -> str:
     """What trains the same run again, in another folder."""
-    config = shlex.quote(str(Path(run.folder, "config.yaml")))
-    processes = f" --processes {run.summary['world_size']}" if run.summary["world_size"] > 1 else ""
-    return f"peftune train {config} output_dir=another/folder --strategy {run.summary['strategy']}{processes}"
-
-
-def headline(run: Finished) -> str:
-    """The metric that picks the best, on the split that is shown."""
-    split, metric = run.shown_split, run.summary["metric"]
-    return "" if split is None else f"{split} {metric} {number(run.summary['metrics'][split].get(metric))}"
+    summary = run.summary
+    return shlex.join([
+        "peftune", "train", str(Path(run.folder, "config.yaml")), "output_dir=another/folder", "--strategy",
+        summary["strategy"], *processes_words(summary["world_size"], run.manifest["model"].get("sequence_ranks", 1))])

@@ -9,6 +9,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from peftune.errors import EXIT_DONE, ConfigError, Fault, PeftuneError, RunFolderError, writing_to
+from peftune.imports import without_search_for_garbage
 
 if TYPE_CHECKING:
     from peftune.starter.guess import Guess
@@ -90,11 +91,12 @@ def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
 
 
 def _look(data: str, task: str | None, columns: dict[str, str]) -> Guess:
-    from peftune.config.rules import FORMATS
-    from peftune.config.schema import Source
-    from peftune.data.rows import Faults
-    from peftune.data.sources import files_of, read
-    from peftune.starter.guess import Guess, guess
+    with without_search_for_garbage():
+        from peftune.config.rules import FORMATS
+        from peftune.config.schema import Source
+        from peftune.data.rows import Faults
+        from peftune.data.sources import files_of, read
+        from peftune.starter.guess import Guess, guess
 
     if task is not None and task not in FORMATS:
         raise ConfigError(Fault(kind="config", message=f"--task {task} is unknown", mend=f"use {', '.join(FORMATS)}"))

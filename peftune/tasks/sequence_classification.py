@@ -30,6 +30,10 @@ METRIC_NAMES = {
 }
 
 
+MOST_CLASSES = 100_000
+"""Rows of a regression have as many labels; so many are kept until it is clear that they are no classes."""
+
+
 def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
     """Find the kind of label and, unless `data.labels` gives them, the sorted class names."""
     seen: set[str] = set()
@@ -41,13 +45,16 @@ def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
         several |= isinstance(label, list)
         numbers &= isinstance(label, int | float) and not isinstance(label, bool)
         fractions |= isinstance(label, float) and not label.is_integer()
-        if not (numbers and fractions):  # names of classes; a regression has as many values as rows
+        if config.problem_type != "regression" and len(seen) < MOST_CLASSES:
             seen.update(class_names(label))
     found = "multi_label" if several else "regression" if numbers and fractions else "single_label"
     problem = config.problem_type if config.problem_type != "auto" else found
     if problem == "regression":
         return Targets(problem, kind="values")
     names = config.labels or tuple(sorted(seen, key=_natural))
+    if len(names) >= MOST_CLASSES:
+        raise DataError(Fault(kind="data", file=file, message=f"the training rows have {len(names):,} classes or more",
+                              mend="data.problem_type=regression for numbers; or data.columns names another column"))
     if len(names) < (2 if problem == "single_label" else 1):
         raise DataError(Fault(kind="data", file=file, message=f"the training rows have {len(names)} class",
                               mend="give rows of at least two classes, or name the classes in data.labels"))

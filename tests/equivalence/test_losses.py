@@ -152,6 +152,17 @@ def test_bfloat16_losses_are_those_of_bfloat16_logits_in_float32():
         torch.testing.assert_close(slope, h.grad.float(), rtol=2e-2, atol=2e-2)
 
 
+def test_a_step_s_share_is_not_rounded_before_it_scales_a_gradient_in_bfloat16():
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(V, 32).bfloat16(), torch.randint(V, (64,))
+    slopes = []
+    for targets in (1, 2738):  # 1 / 2738 is 0.26 % off in bfloat16
+        h = hidden.clone().requires_grad_()
+        (head_cross_entropy(lambda x: x @ weight.T, h, ids, rows=16).sum() / targets).backward()
+        slopes.append(h.grad.double() * targets)
+    assert (slopes[1].norm() / slopes[0].norm()).item() == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_logits_of_more_than_a_chunk_are_never_kept(trains):
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=trains)

@@ -1,13 +1,19 @@
 """Two roads, one number."""
 
+import functools
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftune.loop.layout as choosing
+from peftune.cli import main
+from peftune.loop.generate import generate_texts
 from tests import tiny
 from tests.conftest import EVERY_TASK, metric_rows, mostly_slow, summary, write_config
 
@@ -50,10 +56,7 @@ def test_models_whose_rows_depend_on_the_padding_beside_them_train_on_rows_of_eq
 ):
     settings = request.getfixturevalue("converse" if kind == "longrope" else "classify")
     if kind == "longrope":
-        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
-        turned = tiny.save_decoder(tmp_path / "turned", rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, **factors})
-        settings = {**settings, "model": {**settings["model"], "name_or_path": turned}}
+        settings = turned(settings, tmp_path)
     else:
         settings = {**settings, "model": {**settings["model"], "name_or_path": decoder},
                     "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 4}}
@@ -62,6 +65,40 @@ def test_models_whose_rows_depend_on_the_padding_beside_them_train_on_rows_of_eq
     assert "rows of equal length alone" in capsys.readouterr().out
     assert losses(every) == pytest.approx(losses(one), rel=LOSSES_RELATIVE)
     assert losses(every, "validation") == pytest.approx(losses(one, "validation"), rel=LOSSES_RELATIVE)
+
+
+def turned(settings, tmp_path):
+    """Settings of a model whose rotations depend on the longest row beyond 24 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
+    return {**settings, "model": {**settings["model"], "name_or_path": tiny.save_decoder(tmp_path / "turned",
+                                                                                        rope_parameters=rope)}}
+
+
+def test_scores_do_not_depend_on_long_rows_that_validation_alone_has(converse, train, write_rows, tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "completion": f" {tiny.NOUNS[i % 5]}"} for i in range(12)]
+    data = {"train": write_rows("short.jsonl", rows), "validation": write_rows("long.jsonl", [
+        *rows, {"prompt": "why " * 20, "completion": " so"}])}
+    settings = turned({**converse, "data": data, "evaluation": {"max_new_tokens": 0}}, tmp_path)
+    folder = train(settings, "train.max_steps=1")
+    assert "rows of equal length alone" in capsys.readouterr().out
+    assert main(["evaluate", str(folder), "--split", "validation", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["validation"] == summary(folder)["metrics"]["validation"]
+
+
+@pytest.mark.parametrize("reads", ["padding", "the longest row"])
+def test_what_a_model_that_reads_its_neighbours_generates_does_not_depend_on_them(reads, converse, tmp_path):
+    settings = turned(converse, tmp_path) if reads == "the longest row" else converse
+    model = AutoModelForCausalLM.from_pretrained(settings["model"]["name_or_path"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"]["name_or_path"])
+    prompts = {0: [5, 6, 7], 1: [9, 8, 7, 6, 5], 2: list(range(10, 40))}
+    seen = []
+    model.register_forward_pre_hook(lambda module, words, named: seen.append(named["input_ids"]), with_kwargs=True)
+    say = functools.partial(generate_texts, model, tokenizer, max_new_tokens=4, device=torch.device("cpu"),
+                            autocast=nullcontext, equal_lengths=reads == "padding")
+    together = say(prompts)
+    assert not any((ids == tokenizer.pad_token_id).any() for ids in seen), "no row is filled up"
+    assert together == {key: text for one in prompts for key, text in say({one: prompts[one]}).items()}
 
 
 def test_gradient_checkpointing_trains_the_same(converse, train):
@@ -135,8 +172,6 @@ def flat(values):
 @pytest.mark.parametrize("adapter", [{"method": "lora", "r": 4}, None], ids=["lora", "full"])
 @pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "classify", "converse"))
 def test_the_harness_gives_a_finished_run_the_scores_of_its_summary(task, adapter, request, train, capsys):
-    from peftune.cli import main
-
     folder = train({**request.getfixturevalue(task), "adapter": adapter})
     capsys.readouterr()
     assert main(["evaluate", str(folder), "--split", "validation", "--json"]) == 0
@@ -146,8 +181,6 @@ def test_the_harness_gives_a_finished_run_the_scores_of_its_summary(task, adapte
 
 @pytest.mark.parametrize("task", mostly_slow(EVERY_TASK, "tag", "converse"))
 def test_predict_gives_the_predictions_of_the_run(task, request, train, tmp_path):
-    from peftune.cli import main
-
     settings = request.getfixturevalue(task)
     if task == "converse":
         settings = {**settings, "data": {**settings["data"], "max_length": 250}}

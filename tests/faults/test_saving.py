@@ -1,5 +1,6 @@
 """What is on disk is whole, whatever the disk does meanwhile."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from peftune.errors import guarded
-from peftune.loop.checkpoint import all_checkpoints, sha256, verify
+from peftune.loop import saving, skipped
+from peftune.loop.checkpoint import all_checkpoints, folder_of, sha256, verify
 from peftune.parallel.stop import Stop
 from peftune.train import main
 from tests.conftest import metric_rows, summary, write_config
+from tests.faults.test_not_finite import overflowing
 from tests.faults.test_preemption import same_run
 
 EVERY_STEP = {"every_steps": 1}
@@ -197,3 +200,38 @@ def test_a_damaged_checkpoint_is_written_again_when_its_step_is_done_again(class
     train(settings)
     for checkpoint in all_checkpoints(folder):
         verify(checkpoint)
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_largest_step(tmp_path):
+    for step in (999_999, 1_000_000, 5, 1_000_001):
+        folder_of(tmp_path, step).mkdir(parents=True)
+    assert [folder.name for folder in all_checkpoints(tmp_path)] == [
+        "step-000005", "step-999999", "step-1000000", "step-1000001"]
+
+
+def refused_at(monkeypatch, module, name, file):
+    plain = getattr(module, name)
+
+    def write(path, *values):
+        if path.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(path, *values)
+
+    monkeypatch.setattr(module, name, write)
+
+
+def test_a_full_disk_after_the_last_checkpoint_of_a_stopped_run_still_ends_it_with_75(
+        classify, tmp_path, monkeypatch, capsys):
+    refused_at(monkeypatch, saving, "write_json", saving.STOPPED)
+    config = str(write_config(classify, tmp_path / "c"))
+    assert guarded(lambda words: main(words, Stop(signal=15)), [config]) == 75
+    said = capsys.readouterr()
+    assert "stopped.json" in said.out and "No space left on device" in said.out and "Traceback" not in said.err
+
+
+def test_a_full_disk_beside_a_skipped_step_is_said_and_training_goes_on(classify, train, monkeypatch, capsys):
+    refused_at(monkeypatch, skipped, "write_text", skipped.SKIPPED)
+    folder = train(overflowing(classify, 5))
+    assert summary(folder)["skipped_steps"] == 1 and summary(folder)["steps"] == 6
+    said = capsys.readouterr().out
+    assert "skipped.jsonl" in said and "No space left on device" in said

@@ -1,6 +1,8 @@
 """Files to rows to examples: what is read, what is refused, what a step sees."""
 
 import json
+import os
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -11,11 +13,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from peftune.config.schema import DataConfig, Source
+from peftune.data import store
 from peftune.data.batches import BatchPlan, evaluation_batches
 from peftune.data.canonical import prompt_fields
 from peftune.data.examples import Example
 from peftune.data.formats import Found, canonical_rows
-from peftune.data.prepare import row_faults
+from peftune.data.prepare import ABANDONED_S, _publish, row_faults
 from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
 from peftune.data.splits import held_out, split_key
@@ -332,8 +335,36 @@ def test_weights_repeat_or_thin_out_a_source():
     assert plan.epoch_order(0).tolist() != plan.epoch_order(1).tolist()
 
 
+def test_weights_that_leave_no_example_are_refused():
+    with pytest.raises(DataError, match="20 examples, times the weights of their sources"):
+        BatchPlan(np.ones(20, int), np.zeros(20, int), (0.01,), 8, 0)
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 5))
 def test_evaluation_batches_are_the_same_whatever_the_ranks(lengths, ranks):
     dealt = [batch for rank in range(ranks) for batch in evaluation_batches(lengths, rank=rank, ranks=ranks,
                                                                             budget_tokens=100)]
     assert sorted(dealt) == sorted(evaluation_batches(lengths, rank=0, ranks=1, budget_tokens=100))
+
+
+def test_drafts_that_killed_processes_left_in_the_cache_are_deleted_once_they_are_old(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path))
+    old, at_work = (tmp_path / f".draft-{name}" for name in ("old", "new"))
+    long_ago = time.time() - 2 * ABANDONED_S
+    for draft in (old, at_work):
+        draft.mkdir()
+        (draft / "train-00000.arrow").write_bytes(b"rows")
+        os.utime(draft / "train-00000.arrow", (long_ago, long_ago))
+        os.utime(draft, (long_ago, long_ago))
+    (at_work / "train-00001.arrow").write_bytes(b"rows")
+    _publish(tmp_path / "key", lambda draft: (draft / "meta.json").write_text("{}"))
+    assert not old.exists() and at_work.exists() and (tmp_path / "key" / "meta.json").exists()
+
+
+def test_a_record_is_parsed_when_it_is_asked_for(tmp_path, monkeypatch):
+    write(tmp_path / "a.arrow", [Example([1, 2], [1], 1, 2, {"id": "7", "text": "x"})], "class")
+    split = Split([tmp_path / "a.arrow"], "class")
+    with monkeypatch.context() as patch:
+        patch.setattr(store.json, "loads", lambda text: pytest.fail("a step needs no record"))
+        example = split[0]
+    assert example.record == {"id": "7", "text": "x"} and dict(example.record) == {**example.record}

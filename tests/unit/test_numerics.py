@@ -149,6 +149,12 @@ def test_schedules_equal_those_of_transformers_but_for_the_first_zero_step(shape
     assert min(ours) > 0
 
 
+@pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.07, 100, 7), (0.14, 50, 7), (0.071, 100, 8), (0.0, 10, 0)])
+def test_warmup_is_rounded_up_and_not_by_the_error_of_a_product(ratio, steps, warmup):
+    factors = [learning_rate_factor("constant", step, steps, ratio) for step in range(steps)]
+    assert sum(factor < 1 for factor in factors) == max(0, warmup - 1)
+
+
 @given(lengths, st.integers(1, 6))
 def test_dealing_gives_each_example_to_one_rank_within_four_thirds_of_the_best(lengths, ranks):
     hands = deal(lengths, ranks)

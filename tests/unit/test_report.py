@@ -12,10 +12,11 @@ from peftune.cli import main
 from peftune.errors import RunFolderError
 from peftune.numerics.intervals import adjusted_for_many, two_sided_p
 from peftune.observe.chart import Curve, line_chart, thinned
-from peftune.report.comparison import compare
+from peftune.report.comparison import compare, joined
 from peftune.report.outcomes import outcome
 from peftune.report.page import write_report
 from peftune.report.run_folder import Finished, open_finished
+from peftune.report.sections import checks, command
 from peftune.report.verdict import verdict
 from tests.conftest import EVERY_TASK
 
@@ -159,3 +160,23 @@ def test_p_values_are_two_sided_and_raised_for_the_number_of_comparisons():
     assert two_sided_p(np.linspace(-1, 1, 1001)) == 1.0
     assert two_sided_p(np.ones(999)) == pytest.approx(0.002)
     assert adjusted_for_many([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_rows_of_equal_id_are_paired_in_their_order():
+    ours, theirs = ([{"id": name, "reference": label, "prediction": label} for name, label in pairs] for pairs in (
+        [("1", "a"), ("1", "b"), ("2", "c"), ("1", "d")], [("1", "a"), ("2", "c"), ("1", "b")]))
+    pairs, left_out = joined(ours, theirs)
+    assert [(mine["reference"], other["reference"]) for mine, other in pairs] == [("a", "a"), ("b", "b"), ("c", "c")]
+    assert left_out == 1
+
+
+def test_a_run_of_one_step_does_not_say_that_its_weights_moved(finished):
+    said = checks(changed(finished, steps=1))[0]
+    assert "took part" in said and "moved" not in said
+    assert "moved" in checks(changed(finished, steps=2))[0]
+
+
+def test_the_command_for_the_same_run_divides_its_sequences_too(finished):
+    facts = {**finished.manifest["model"], "sequence_ranks": 4}
+    run = replace(changed(finished, world_size=8, strategy="fsdp2"), manifest={**finished.manifest, "model": facts})
+    assert command(run).endswith("--strategy fsdp2 --processes 8 --sequence-parallel 4")

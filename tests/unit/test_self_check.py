@@ -83,3 +83,19 @@ def test_answers_that_do_not_end_are_found(tmp_path, targets, passes):
     else:
         with pytest.raises(SelfCheckError, match="end-of-text"):
             check_end_of_text(split, 1)
+
+
+@pytest.mark.parametrize("rate", [0.1, 1e-3])
+def test_a_step_of_sgd_that_its_gradient_makes_too_small_to_move_a_weight_is_no_fault(rate):
+    class NearlyFlat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.key_bias = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+        def forward(self, x):
+            return (x * self.weight + 1e-9 * self.key_bias).sum()
+
+    model = NearlyFlat()
+    watch(model, torch.optim.SGD(model.parameters(), lr=rate))
+    with pytest.raises(SelfCheckError, match=r"did not move.*weight"):
+        watch(model, torch.optim.SGD(model.parameters(), lr=rate), before_step=lambda step: model.zero_grad())

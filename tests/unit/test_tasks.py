@@ -17,6 +17,7 @@ from peftune.data.targets import RowFault, Targets
 from peftune.errors import DataError
 from peftune.observe.display import Display
 from peftune.report.closing import show_metrics
+from peftune.tasks import sequence_classification
 from peftune.tasks.causal_lm import metrics as text_metrics
 from peftune.tasks.generated import Words, generation_scores
 from peftune.tasks.sequence_classification import encode, encode_prompt, learn_targets, majority, metrics, predictions
@@ -73,6 +74,21 @@ def test_the_kind_of_label_is_found(labels, problem, names):
 def test_the_kind_of_label_can_be_set():
     targets = learn_targets(rows([1, 2, 3]), DataConfig(train="x", problem_type="regression"))
     assert targets.problem == "regression" and targets.width == 1
+
+
+@pytest.mark.parametrize(("labels", "problem", "names"), [
+    ([4.5, 3.0, 2.5, 1.0], "single_label", ("1", "2.5", "3", "4.5")),
+    ([[0.5], [1.5, 2]], "multi_label", ("0.5", "1.5", "2")),
+    ([1, 2.5, 3, "bad"], "auto", ("1", "2.5", "3", "bad"))])
+def test_no_class_is_lost_where_labels_are_fractions(labels, problem, names):
+    assert learn_targets(rows(labels), DataConfig(train="x", problem_type=problem)).names == names
+
+
+def test_more_labels_than_classes_can_be_are_refused_unless_they_are_values(monkeypatch):
+    monkeypatch.setattr(sequence_classification, "MOST_CLASSES", 5)
+    with pytest.raises(DataError, match="5 classes or more"):
+        learn_targets(rows(["a", "b", "c", "d", "e", "f"]), DataConfig(train="x"))
+    assert learn_targets(rows([i + 0.5 for i in range(9)]), DataConfig(train="x")).problem == "regression"
 
 
 def test_a_single_class_is_no_task():

@@ -180,10 +180,16 @@ def test_a_columns_file_gives_sentences_with_the_line_of_their_first_word(tmp_pa
     rows = list(read(Source(path=str(path)), Faults()))
     assert [(found.line, found.values["tokens"], found.values["ner_tags"]) for found in rows] == [
         (3, ["EU", "rejects"], ["B-ORG", "O"]), (7, ["Peter"], ["B-PER"])]
-    path.write_text("EU B-ORG\nrejects\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", [b"rejects", b"\xff O"])
+def test_a_sentence_with_a_word_that_cannot_be_read_is_left_out_whole(line, tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_bytes(b"EU B-ORG\n" + line + b"\nGerman B-MISC\n\nPeter B-PER\n")
     faults = Faults()
-    list(read(Source(path=str(path)), faults))
-    assert [(fault.line, "no tag" in fault.message) for fault in faults.kept] == [(2, True)]
+    found = list(read(Source(path=str(path)), faults))
+    assert [row.values["tokens"] for row in found] == [["Peter"]]
+    assert [fault.line for fault in faults.kept] == [2]
 
 
 def test_a_small_encoder_learns_to_tag(tag, train):

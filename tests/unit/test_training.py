@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from tests.conftest import EVERY_TASK, metric_rows, mostly_slow, summary
+from peftune.errors import guarded
+from peftune.train import main
+from tests.conftest import EVERY_TASK, metric_rows, mostly_slow, summary, write_config
 
 LEFT = {"classify": (0.75, 0.5), "tag": (0.5, 0.5), "answer": (0.9, 0.8), "converse": (0.93, 0.93),
         "prefer": (0.5, 0.5)}
@@ -78,3 +80,12 @@ def test_plain_text_is_learned_whole(converse, train, write_rows):
     folder = train({**settings, "train": {**settings["train"], "learning_rate": 0.01, "max_steps": 20}})
     scores, before = (summary(folder)[key]["validation"] for key in ("metrics", "baseline"))
     assert scores["perplexity"] < 0.75 * before["perplexity"] and "exact_match" not in scores
+
+
+def test_a_metric_that_the_validation_rows_cannot_have_is_refused_before_the_first_step(converse, tmp_path, write_rows,
+                                                                                         capsys):
+    rows = [{"text": f"the printer number {i % 7} is broken again"} for i in range(40)]
+    settings = {**converse, "data": {"train": write_rows("text.jsonl", rows), "validation": 0.2},
+                "evaluation": {"metric": "rouge_l", "patience": 1}}
+    assert guarded(main, [str(write_config(settings, tmp_path / "c"))]) == 2
+    assert "evaluation.metric = 'rouge_l': the validation rows hold no prompts" in capsys.readouterr().err
