@@ -16,6 +16,8 @@ from peftune.errors import (
     EXIT_DONE,
     EXIT_MENDABLE,
     ExportError,
+    Fault,
+    MachineError,
     PeftuneError,
     guarded,
     writing_to,
@@ -213,6 +215,9 @@ def _predict(parsed: argparse.Namespace) -> int:
         from peftune.loop.publish import write_text
         from peftune.reopen import open_trained, opened, predict_file
 
+    if Path(parsed.output).exists() and Path(parsed.output).samefile(parsed.input):
+        raise MachineError(Fault(kind="environment", file=parsed.output, message="--output is the --input",
+                                 mend="give another --output"))
     with opened(only_json=False) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         with display.phase("predict"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +19,11 @@ from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
 from peftune.data.store import Split
 from peftune.data.targets import Targets
 from peftune.errors import DataError, Fault, PeftuneError, faults_of
+from peftune.loop.resume import refuse_unusable
 from peftune.model.adapters import virtual_tokens
 from peftune.model.division import refuse_undividable
 from peftune.model.hollow import hollow_model
+from peftune.model.load import require_attention
 from peftune.model.quantize import quantization_of, require_bitsandbytes
 from peftune.numerics.losses import IGNORE
 from peftune.observe.display import Display, Piece
@@ -58,13 +61,14 @@ def check(config: RunConfig, strategy: str | None = None, sequence_ranks: int = 
     """
     quiet_libraries()
     task = TASKS[config.task](config.train, config.evaluation)
-    faults = faults_of(lambda: check_trackers(config.log.trackers))
+    faults = [fault for look in (
+        lambda: check_trackers(config.log.trackers), lambda: refuse_unusable(Path(config.output_dir), config.resume),
+        lambda: require_attention(config.model.attention)) for fault in faults_of(look)]
     if strategy is not None:
         faults += strategy_faults(config, strategy)
     faults += sequence_faults(config, sequence_ranks)
     prompt: list[int] = []
-    if config.adapter is not None:
-        adapter = config.adapter
+    if (adapter := config.adapter) is not None:
         adds_tokens = bool(config.model.added_tokens or config.model.added_special_tokens)
         faults += faults_of(lambda: prompt.append(virtual_tokens(adapter, config.task, adds_tokens=adds_tokens)))
     if config.train.optimizer.endswith("8bit"):

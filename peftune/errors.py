@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ EXIT_MENDABLE = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_PREEMPTED = 75
 EXIT_KEYBOARD = 130
+EXIT_PIPE = 141
 
 SHOWN_FAULTS = 20
 
@@ -156,21 +159,44 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = door(arguments)
+        sys.stdout.flush()
     except PeftuneError as error:
         say(f"{error.heading}: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         say("stopped from the keyboard")
         code = EXIT_KEYBOARD
-    except Exception:
-        if not several:
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None and not several:
             raise
-        traceback.print_exc()  # what python itself would do next, had the process not to end below
-        _end_process(EXIT_OUR_FAULT)
+        if refusal is None:
+            traceback.print_exc()  # what python itself would do next, had the process not to end below
+            _end_process(EXIT_OUR_FAULT)
+        if refusal != EXIT_PIPE:
+            say(f"error: cannot be written: {error}\n  mend: make room on the disk that is written to")
+        code = refusal
     code = report_exit_code(code)
     if several:
         _end_process(code)
     return code
+
+
+def _refusal(error: Exception) -> int | None:
+    """The exit code if the reader of standard output is gone, or a disk is full. What waits to be written to standard
+    output is dropped then: Python would try once more at the end."""
+    gone = isinstance(error, BrokenPipeError) and _reader_is_gone()
+    if not gone and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return None
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return EXIT_PIPE if gone else EXIT_MENDABLE
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # of errors it tells in any case
+    return bool(poll.poll(0))
 
 
 def report_exit_code(code: int) -> int:

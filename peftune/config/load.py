@@ -126,6 +126,14 @@ def _fault(path: KeyPath, details: Sequence[ErrorDetails], document: Document) -
     return Fault(kind="config", file=place[0], line=place[1], message=message, mend=mend)
 
 
+WANTED = {"tuple_type": "a list", "tuple_from_str": "a list", "model_type": "a section of `key: value` lines",
+          "model_attributes_type": "a section of `key: value` lines", "int_type": "a whole number",
+          "int_parsing": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+          "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
+          "string_type": "a text"}
+"""What a value must be, by pydantic's name of the fault."""
+
+
 def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
     detail = details[0]
     context: dict[str, Any] = detail.get("ctx", {})
@@ -143,7 +151,9 @@ def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
         return "out of range", f"use {' and '.join(said)}"
     if detail["type"] == "value_error":
         return "not of this form", f"use {context['error']}"
-    messages = dict.fromkeys(d["msg"] for d in details)
+    if any(one["type"] in ("string_too_short", "too_short") for one in details):
+        return "empty", "write what it shall be"
+    messages = dict.fromkeys(WANTED.get(d["type"], d["msg"]) for d in details)
     needs = " or ".join(message.removeprefix("Input should be ").replace("valid ", "") for message in messages)
     return "wrong type", f"use {needs}"
 
@@ -160,8 +170,9 @@ def _adapter_faults(document: Document) -> list[Fault]:
         return []
     faults = []
     for key in adapter:
-        if isinstance(key, str) and FAMILIAR.get(key, "").startswith("adapter."):
+        write = FAMILIAR.get(key, "") if isinstance(key, str) else ""
+        if write.startswith("adapter.") and write != f"adapter.{key}":
             place = document.place(("adapter", key)) or (None, None)
             faults.append(Fault(kind="config", file=place[0], line=place[1],
-                                message=f"unknown key adapter.{key}", mend=f"write {FAMILIAR[key]}"))
+                                message=f"unknown key adapter.{key}", mend=f"write {write}"))
     return faults

@@ -17,13 +17,17 @@ _BATCH = (
     "(per device x devices x accumulation); train.tokens_per_micro_batch bounds the memory"
 )
 
+_EVAL_BATCH = "nothing: evaluation batches have a fixed size, and scores do not depend on it"
+_AT_LAUNCH = "nothing here: choose it at launch, with peftune train --processes N --strategy NAME"
+_BETAS = "nothing: AdamW's betas are 0.9 and 0.999"
 _LONG_SEQUENCES = (
     "nothing here: choose it at launch, with --sequence-parallel N, or parallelism_config_sp_size: N in accelerate's "
     "parallelism_config"
 )
 FAMILIAR: dict[str, str] = {
     "per_device_train_batch_size": _BATCH,
-    "per_device_eval_batch_size": "nothing: evaluation batches have a fixed size, and scores do not depend on it",
+    "per_device_eval_batch_size": _EVAL_BATCH,
+    "eval_batch_size": _EVAL_BATCH,
     "gradient_accumulation_steps": _BATCH,
     "micro_batch_size": _BATCH,
     "train_batch_size": _BATCH,
@@ -40,6 +44,15 @@ FAMILIAR: dict[str, str] = {
     "lora_rank": "adapter.r",
     "rank": "adapter.r",
     "alpha": "adapter.lora_alpha",
+    **{key: f"adapter.{key}" for key in (
+        "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora",
+        "init_lora_weights", "layers_to_transform", "rank_pattern", "alpha_pattern")},
+    "lora": "adapter: {method: lora, r: 16, lora_alpha: 32, target_modules: all-linear}",
+    "peft": "adapter.method, and the method's own fields beside it",
+    "num_processes": _AT_LAUNCH,
+    "strategy": _AT_LAUNCH,
+    "adam_beta1": _BETAS,
+    "adam_beta2": _BETAS,
     "lora_target": "adapter.target_modules",
     "lora_target_modules": "adapter.target_modules",
     "lora_target_linear": "adapter.target_modules=all-linear",
@@ -67,6 +80,8 @@ FAMILIAR: dict[str, str] = {
     "dataset_path": "data.train",
     "train_file": "data.train",
     "validation_file": "data.validation",
+    "val": "data.validation",
+    "eval": "data.validation",
     "val_size": "data.validation, a fraction",
     "val_set_size": "data.validation, a fraction",
     "test_file": "data.test",

@@ -103,9 +103,9 @@ RULES: tuple[Refusal[RunConfig], ...] = (
     ),
     Refusal(
         "data.doc_stride",
-        lambda c: c.task == "question_answering" and c.data.doc_stride >= c.data.max_length,
+        lambda c: c.task == "question_answering" and (c.data.doc_stride or 0) >= c.data.max_length,
         "neighbouring windows share fewer tokens than a window has",
-        "data.doc_stride=128 with data.max_length=384",
+        "data.doc_stride=null, or less than data.max_length",
     ),
     Refusal(
         "data.train",

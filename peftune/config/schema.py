@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +14,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -30,6 +32,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1."""
+        if isinstance(value, bool) and not _takes_bool(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("another value than true or false")
+        return value
+
+
+def _takes_bool(annotation: Any) -> bool:
+    return annotation in (bool, Any, True, False) or any(map(_takes_bool, get_args(annotation)))
 
 
 class ModelConfig(Section):
@@ -114,7 +128,8 @@ class Source(Section):
     """Read no more rows than this; null reads all."""
 
 
-Sources = str | tuple[str | Source, ...]
+Named = Annotated[str, Field(min_length=1)]
+Sources = Named | Annotated[tuple[Named | Source, ...], Field(min_length=1)]
 
 
 class DataConfig(Section):
@@ -143,8 +158,9 @@ class DataConfig(Section):
     """What happens to a longer one. split: plain text goes on in further examples. Counted and shown in every case."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that is broken or does not fit its format: stop and say all of them, or leave them out and count them."""
-    doc_stride: PositiveInt = 128
-    """question_answering: tokens that neighbouring windows of a long context share."""
+    doc_stride: PositiveInt | None = None
+    """question_answering: tokens that neighbouring windows of a long context share; null: 128, or a third of
+    `max_length` where that is less."""
     subtokens: Literal["first", "all"] = "first"
     """token_classification: which sub-tokens of a word are in the loss."""
     layout: Literal["auto", "padded", "packed"] = "auto"

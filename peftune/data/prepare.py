@@ -237,7 +237,7 @@ def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterato
 
 def _empty(name: str, why: str, config: DataConfig) -> Fault:
     sources = needed_sources(config, (name,))
-    given = sources.get(name) or sources["train"]  # a held-out part lies in the files of train
+    given = sources.get(name) or as_sources(config.train)  # a held-out part lies in the files of train
     return Fault(kind="data", file=given[0].path, message=f"{name}: {why}",
                  mend="mend or add rows, or raise data.max_length if they were dropped for their length")
 

@@ -121,7 +121,10 @@ def recover(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under another name, flush it, and rename it."""
+    """Write a file under another name, flush it, and rename it. What is a link or a device stays one."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
     draft = draft_of(path)
     draft.parent.mkdir(parents=True, exist_ok=True)
     try:

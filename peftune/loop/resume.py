@@ -44,8 +44,7 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
         RunFolderError: the folder holds another run, or `resume` names no whole checkpoint of this one.
     """
     config = yaml.safe_load(config_yaml)
-    if folder.exists() and not folder.is_dir():
-        raise _error(folder, "output_dir is a file", "choose another output_dir")
+    refuse_unusable(folder, resume)
     if resume not in ("auto", "never"):
         return _named_checkpoint(Path(resume), folder, config, data)
     if not (folder / "config.yaml").is_file():
@@ -99,11 +98,20 @@ def keep_best(state: TrainState, checkpoint: Path | None, folder: Path, warn: Ca
     return replace(state, best_value=None, best_step=None, evaluations_since_best=0)
 
 
+def refuse_unusable(folder: Path, resume: str) -> None:
+    """Raise RunFolderError where no run whatever could begin in `folder`, or go on from `resume`."""
+    if folder.exists() and not folder.is_dir():
+        raise _error(folder, "output_dir is a file", "choose another output_dir")
+    if resume in ("auto", "never"):
+        return
+    if not Path(resume).is_dir():
+        raise _error(Path(resume), "resume: no such checkpoint folder",
+                     "resume=auto, or runs/x/checkpoints/step-000100")
+    _refuse_other_folder(Path(resume))
+
+
 def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:
     """A checkpoint of this run or another, into a new folder, or into its own if it is the newest there."""
-    if not checkpoint.is_dir():
-        raise _error(checkpoint, "resume: no such checkpoint folder", "resume=auto, or runs/x/checkpoints/step-000100")
-    _refuse_other_folder(checkpoint)
     own = [path.resolve() for path in all_checkpoints(folder)]
     if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and own[-1:] != [checkpoint.resolve()]:
         raise _error(folder, "holds files that continuing from this checkpoint would write over",

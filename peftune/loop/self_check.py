@@ -17,6 +17,8 @@ STEPS = 2
 """LoRA's B starts at zero, so A has a zero gradient in the first step: the second decides."""
 SUMMED_AT_ONCE = 2**22
 """Values of a checksum: torch widens them to eight bytes each before it adds them."""
+NEW_HEAD = ".modules_to_save."
+"""Part of the names of whole layers that train beside an adapter."""
 LOOKED_AT = 100
 """Examples whose targets are looked at before training."""
 
@@ -88,9 +90,10 @@ class SelfCheck:
         if stuck:
             raise _failed(f"{len(stuck)} tensors have a gradient and did not move", stuck,
                           "raise train.learning_rate, or model.pure_bf16=false")
-        if not self._alive:
-            raise _failed("every gradient is zero", sorted(name for name, _ in self._trainable),
-                          "check the labels and the loss mask")
+        adapted = {name for name, _ in self._trainable if NEW_HEAD not in name}
+        if not self._alive & (adapted or {name for name, _ in self._trainable}):
+            raise _failed("every gradient is zero" + (" but the new head's" if self._alive else ""), sorted(adapted),
+                          "check the adapter's scale (lora_alpha), the labels and the loss mask")
 
     def _could_move(self, name: str, weight: Tensor) -> bool:
         """Whether a step is larger than the rounding of the weight's type: Adam's has the learning rate's size, one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.hub_kernels import is_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
 from peftune.config.schema import ModelConfig
-from peftune.errors import Fault, ModelError
+from peftune.errors import ConfigError, Fault, MachineError, ModelError
 from peftune.model.download import Tell, bar_that_tells
 from peftune.model.foreign import reading
 from peftune.model.quantize import loading_options, make_ready
@@ -80,6 +84,17 @@ def adjust_config(
     return config
 
 
+def require_attention(name: str) -> None:
+    """Raise ConfigError where transformers has no attention of this name, MachineError where its package is missing."""
+    known = ("auto", "eager", *sorted(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if key.isidentifier()))
+    if name not in known and not is_kernel(name):
+        raise ConfigError(Fault(kind="config", message=f"model.attention = {name!r} is none that transformers has",
+                                mend="model.attention=auto, or one of " + ", ".join(known[1:])))
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise MachineError(Fault(kind="environment", message=f"model.attention = {name!r} needs flash-attn and a GPU "
+                                 "that it knows", mend="model.attention=auto, or pip install flash-attn"))
+
+
 def load_weights(
     config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
     new_head: bool, device: torch.device, tell: Tell | None = None,
@@ -103,10 +118,11 @@ def load_weights(
     attention = None if config.attention == "auto" else config.attention
 
     def unreadable(reason: str) -> ModelError:
+        other = attention is not None and re.search("attention|attn", reason, re.IGNORECASE)
         return ModelError(Fault(
             kind="model", message=f"the weights of {config.name_or_path} cannot be loaded: {reason}",
-            mend="give a folder or hub id with safetensors weights of an architecture that fits the task",
-        ))
+            mend="model.attention=auto" if other else
+            "give a folder or hub id with safetensors weights of an architecture that fits the task"))
 
     with reading(unreadable):
         model, info = auto_class.from_pretrained(

@@ -69,6 +69,10 @@ def _token_span(offsets: Offsets, answer: Mapping[str, Any]) -> tuple[int, int] 
     return inside[0][0], inside[-1][0]
 
 
+MOST_SHARED = 128
+"""Tokens that neighbouring windows share where nobody says how many: those of BERT's own script for SQuAD."""
+
+
 def _windows(
     question: str, context: str, text: TextEncoder
 ) -> Iterator[tuple[list[int], list[int] | None, Offsets]]:
@@ -82,7 +86,8 @@ def _windows(
                        "raise data.max_length, or shorten the question")
     pieces = text.tokenizer(
         question, context, truncation="only_second", max_length=text.max_length, return_offsets_mapping=True,
-        stride=min(text.data.doc_stride, room - 1), return_overflowing_tokens=True)
+        stride=min(text.data.doc_stride or min(MOST_SHARED, text.max_length // 3), room - 1),
+        return_overflowing_tokens=True)
     types = pieces.get("token_type_ids")
     for number, ids in enumerate(pieces["input_ids"]):
         offsets: Offsets = [

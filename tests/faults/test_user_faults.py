@@ -1,10 +1,17 @@
 """What the user can mend: one message that says what, where and the mend; exit 2; nothing written over."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from peftune.cli import main
+from peftune.errors import PeftuneError
+from peftune.loop.publish import write_text
 from tests.conftest import ROOT, write_config
 
 
@@ -157,3 +164,45 @@ def test_rows_over_the_limit_are_counted_dropped_or_refused_as_asked(classify, t
     config = write_config(classify, tmp_path / "c")
     assert guarded(main, [str(config), "data.max_length=12", "data.too_long=error"]) == 2
     assert "tokens are more than data.max_length = 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("resume=/nowhere", "no such checkpoint folder"), ("output_dir={file}", "output_dir is a file"),
+    ("model.attention=foo", "none that transformers has"), ("model.attention=flash_attention_2", "needs flash-attn")])
+def test_check_says_what_training_would_refuse_before_it_loads(override, said, classify, tmp_path, capsys):
+    config = write_config(classify, tmp_path / "c")
+    assert main(["check", str(config), override.format(file=config), "--json"]) == 2
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    assert said in fault["message"]
+
+
+def test_a_reader_that_goes_away_and_a_full_disk_behind_standard_output_are_no_faults_of_ours(classify, tmp_path):
+    words = [sys.executable, "-m", "peftune", "schema"]
+    many = ("import sys; from peftune.errors import guarded; "
+            "sys.exit(guarded(lambda words: print('x' * 10**6) or 0, []))")
+    left = subprocess.run(f"{sys.executable} -c {shlex.quote(many)} | head -c 1; exit ${{PIPESTATUS[0]}}", shell=True,
+                          executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (left.returncode, left.stderr) == (141, "")
+    with open("/dev/full", "w") as full:
+        refused = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert refused.returncode == 2 and "cannot be written: [Errno 28]" in refused.stderr
+    assert "Traceback" not in refused.stderr and "Exception ignored" not in refused.stderr
+
+
+def test_what_was_written_through_a_link_goes_where_it_leads(tmp_path):
+    (tmp_path / "real.jsonl").write_text("old")
+    (tmp_path / "link.jsonl").symlink_to("real.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    write_text(tmp_path / "link.jsonl", "new")
+    assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "real.jsonl").read_text() == "new"
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True)
+    write_text(tmp_path / "pipe", "through")
+    assert reader.communicate(timeout=10)[0] == "through" and (tmp_path / "pipe").is_fifo()
+
+
+def test_predictions_never_take_the_place_of_their_input(tmp_path):
+    rows = tmp_path / "new.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    with pytest.raises(PeftuneError, match="--output is the --input"):
+        main(["predict", "run", "--input", str(rows), "--output", f"{tmp_path}/../{tmp_path.name}/new.jsonl"])
+    assert rows.read_text() == '{"text": "a"}\n'

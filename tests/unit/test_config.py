@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from pydantic import ValidationError
 
 from peftune.config.data_rules import EXPECTED_COLUMNS
@@ -68,6 +69,9 @@ def test_all_faults_are_said_at_once_with_their_lines(tmp_path):
     ("train.gradient_accumulation_steps=1", "train.batch_size"),
     ("lora_r=8", "adapter.r"),
     ("adapter.lora_r=8", "adapter.r"),
+    ("lora_dropout=0.1", "adapter.lora_dropout"),
+    ("train.lora_alpha=8", "adapter.lora_alpha"),
+    ("train.num_processes=8", "peftune train --processes N"),
     ("model.load_in_4bit=true", "model.quantization=nf4"),
     ("data.max_seq_length=8", "data.max_length"),
     ("train.sequence_parallel_size=2", "--sequence-parallel N"),
@@ -76,8 +80,23 @@ def test_a_wrong_key_gets_the_right_spelling(tmp_path, key, right):
     assert any(right in fault.mend for fault in faults_of(config(tmp_path), key))
 
 
+@pytest.mark.parametrize(("override", "said"), [
+    ("data.train=[]", "empty"), ("data.validation=[]", "empty"), ("data.test=''", "empty"), ("output_dir=''", "empty"),
+    ("train.batch_size=true", "use another value than true or false"), ("log=null", "a section of"),
+    ("seed=true", "use another value than true or false"), ("log.trackers=tensorboard", "use a list"),
+    ("train.batch_size=abc", "use a whole number"), ("data.train=null", "use a text or a list")])
+def test_a_value_of_another_kind_is_refused_in_plain_words(tmp_path, override, said):
+    (fault,) = faults_of(config(tmp_path), override)
+    assert said in f"{fault.message} {fault.mend}" and override.partition("=")[0] in fault.message
+
+
+def test_switches_stay_switches(tmp_path):
+    loaded = load([config(tmp_path), "model.gradient_checkpointing=true", "checkpoint.asynchronous=false"])
+    assert loaded.model.gradient_checkpointing is True and loaded.checkpoint.asynchronous is False
+
+
 def test_every_familiar_name_points_to_a_key_that_exists():
-    known = set(key_paths()) | {"adapter.r", "adapter.lora_alpha", "adapter.target_modules"}
+    known = {*key_paths(), *(f"adapter.{name}" for name in LoraConfig.__dataclass_fields__)}
     for name, text in FAMILIAR.items():
         assert text.startswith("nothing") or any(key in text for key in known), name
         assert right_spelling(name).startswith("write"), name

@@ -13,9 +13,9 @@ from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
 from peftune.data.targets import RowFault, Targets
 from peftune.numerics.losses import IGNORE
-from peftune.tasks.question_answering import _best_spans, combine, encode, learn_targets, metrics
+from peftune.tasks.question_answering import _best_spans, _windows, combine, encode, learn_targets, metrics
 from peftune.tasks.task import TextEncoder, with_intervals
-from tests.conftest import metric_rows
+from tests.conftest import metric_rows, summary
 
 CONTEXT = "the printer works again and the badge was lost and the router is fine now and the screen looks great"
 SETTINGS = EvaluationConfig(n_best=5, max_answer_tokens=4)
@@ -162,3 +162,16 @@ def test_a_small_encoder_learns_its_windows_and_each_question_is_one_prediction(
     assert all(record["prediction"] in {"", record["n_best"][0]["text"]} for record in records)
     losses = [row["loss"] for row in metric_rows(folder, "train")]
     assert sum(losses[-8:]) < 0.6 * sum(losses[:8])
+
+
+@pytest.mark.parametrize(("max_length", "shared"), [(384, 128), (96, 32)])
+def test_windows_share_a_third_of_a_short_length_and_128_tokens_of_a_long_one(max_length, shared, encoder):
+    text = TextEncoder(AutoTokenizer.from_pretrained(encoder), max_length, DataConfig(train="x", max_length=max_length))
+    first, second, *_ = (set(offsets) - {None} for _, _, offsets in _windows("why?", "a b c " * 400, text))
+    assert len(first & second) == shared
+
+
+def test_a_short_length_needs_no_other_setting(answer, train):
+    data = {key: value for key, value in answer["data"].items() if key != "doc_stride"}
+    folder = train({**answer, "data": {**data, "max_length": 64}}, "train.max_steps=1")
+    assert summary(folder)["steps"] == 1

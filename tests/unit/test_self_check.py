@@ -5,11 +5,13 @@ import torch
 
 from peftune.data.examples import Example
 from peftune.data.store import Split, write
-from peftune.errors import SelfCheckError
+from peftune.errors import SelfCheckError, guarded
 from peftune.loop import self_check
 from peftune.loop.self_check import SelfCheck, check_end_of_text
 from peftune.parallel.single import Single
 from peftune.parallel.world import World
+from peftune.train import main
+from tests.conftest import write_config
 
 
 def watch(model, optimizer, steps=2, before_step=lambda step: None):
@@ -99,3 +101,9 @@ def test_a_step_of_sgd_that_its_gradient_makes_too_small_to_move_a_weight_is_no_
     watch(model, torch.optim.SGD(model.parameters(), lr=rate))
     with pytest.raises(SelfCheckError, match=r"did not move.*weight"):
         watch(model, torch.optim.SGD(model.parameters(), lr=rate), before_step=lambda step: model.zero_grad())
+
+
+def test_an_adapter_that_cannot_learn_is_found_though_its_new_head_learns(classify, tmp_path, capsys):
+    settings = {**classify, "adapter": {"method": "lora", "r": 4, "lora_alpha": 0}}
+    assert guarded(main, [str(write_config(settings, tmp_path / "c"))]) == 2
+    assert "every gradient is zero but the new head's" in capsys.readouterr().err
