@@ -64,7 +64,8 @@ def _classification(values: Mapping[str, Any]) -> Fields:
     label = values["label"]
     members = label if isinstance(label, list) else [label]
     if not all(isinstance(member, str | int | float) for member in members) or label == "":
-        raise RowFault(f"label is {_kind(label)}", "write a name, a number, or a list of names")
+        kind = "empty" if label == "" else _kind(label)
+        raise RowFault(f"label is {kind}", "write a name, a number, or a list of names")
     if any(isinstance(member, float) and not math.isfinite(member) for member in members):
         raise RowFault(f"label is {label!r:.40}: not a finite number", "write a finite number, or delete the row")
     pair = _text(values, "text_pair", empty=True) if values.get("text_pair") is not None else None
@@ -274,7 +275,6 @@ CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
     "preference": preference_fields,
 }
 """Format -> from a row's values to its canonical fields. Raises RowFault."""
-
 
 PROMPT_COLUMNS = {"messages": "messages", "sharegpt": "conversations", "alpaca": "instruction",
                   "prompt_completion": "prompt", "text": "text"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from peftune.errors import EXIT_DONE, ConfigError, Fault, PeftuneError, RunFolderError, writing_to
+from peftune.errors import EXIT_DONE, ConfigError, DataError, Fault, PeftuneError, RunFolderError, writing_to
 from peftune.imports import without_search_for_garbage
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 1000
 """Rows of the data."""
+SEPARATORS_IN = 20
+"""Lines of a table in which its separator is looked for."""
 PLACEHOLDER = "train.jsonl"
 """Data of a config for a task alone."""
 
@@ -43,7 +46,7 @@ def add_init(commands: Any) -> None:
 def _init(parsed: argparse.Namespace) -> int:
     from peftune.config.rules import FORMATS
     from peftune.starter.guess import Guess
-    from peftune.starter.starting import starting_config
+    from peftune.starter.starting import on_a_line, starting_config
 
     others = {name: file for name, file in vars(parsed).items() if name.startswith("from_") and file}
     if len(others) + (parsed.data is not None) != 1:
@@ -65,8 +68,8 @@ def _init(parsed: argparse.Namespace) -> int:
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
     classes = f", {len(found.classes)} classes" if found.classes else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
-    classes += f"; not read: {', '.join(found.unread)} (--columns text_pair=NAME reads one)" if found.unread else ""
-    print(f"{name}: {found.task}{columns}{classes}\nnext: peftune check {name}, then peftune train {name}")
+    notes = "".join(f"{on_a_line(note)}\n" for note in found.notes)
+    print(f"{name}: {found.task}{columns}{classes}\n{notes}next: peftune check {name}, then peftune train {name}")
     return EXIT_DONE
 
 
@@ -101,15 +104,32 @@ def _look(data: str, task: str | None, columns: dict[str, str]) -> Guess:
     if task is not None and task not in FORMATS:
         raise ConfigError(Fault(kind="config", message=f"--task {task} is unknown", mend=f"use {', '.join(FORMATS)}"))
     source, faults = Source(path=data), Faults()
-    if not files_of(source):
+    files = files_of(source)
+    if not files:
         if task is None:
             raise ConfigError(Fault(kind="config", message=f"{data} is no file here; on the hub nothing is looked at",
                                     mend=f"check the path, or say what is learned: --task {' | '.join(FORMATS)}"))
         return Guess(task, "auto", columns)
+    _refuse_other_separators(files)
     rows = [row.values for row in islice(read(source, faults), LOOKED_AT)]
     if not rows:
         raise ConfigError(faults.kept)
     return guess(data, rows, task, columns)
+
+
+def _refuse_other_separators(files: Iterable[Path]) -> None:
+    """Refuse a table whose header, and a line below it, hold another separator and never the one that is read."""
+    for file in files:
+        read = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
+        if read is None:
+            continue
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            header, *below = [line for line in islice(stream, SEPARATORS_IN) if line.strip()] or [""]
+        for other in ";\t|,":
+            if read not in header and other in header and any(other in line for line in below):
+                raise DataError(Fault(
+                    kind="data", file=str(file), message=f"the separator seems to be {other!r}, and {read!r} is read",
+                    mend="save it with commas as .csv, or with tabs as .tsv"))
 
 
 def _pairs(words: list[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,10 +15,17 @@ from peftune.data.targets import RowFault
 from peftune.errors import DataError, Fault
 
 TASK_OF = {format: task for task, formats in FORMATS.items() for format in formats}
-FITTING_SHARE = 0.9
-"""Of the rows looked at, so many must hold what a format asks for."""
+NEAR_MOST = 0.9
+"""The first format that fits so many times the rows that any fits is taken."""
+ALSO_READ: Mapping[str, tuple[str, ...]] = {
+    "alpaca": ("input", "system"), "messages": ("tools",), "sharegpt": ("system", "tools"),
+    "classification": ("text_pair",), "squad": ("answers", "is_impossible"),
+    "preference": ("prompt", "messages", "tools")}
+"""Columns that a format takes where they are there."""
 MOST_CLASSES, ROWS_A_CLASS, LONGEST_CLASS = 20, 5, 60
 """A column of classes has few values, or at least so many rows for each, none longer than that."""
+MOST_REASONS = 3
+_AS_LISTS = 'where a row has several classes, write them as one list in JSON Lines: {"label": ["toxic"]}'
 PAIRS = (("premise", "hypothesis"), ("question", "sentence"), ("query", "document"), ("query", "passage"))
 """Names of the two texts of a pair; others end in 1 and 2, or a and b."""
 Values = Mapping[str, Any]
@@ -33,8 +41,8 @@ class Guess:
     """Renames, as {expected name: name in the file}."""
     classes: tuple[str, ...] = ()
     problem: str = "auto"
-    unread: tuple[str, ...] = ()
-    """Columns of text beside the one that is classified."""
+    notes: tuple[str, ...] = ()
+    """What is left out: columns that are not read, rows that do not fit."""
 
 
 def guess(file: str, rows: Sequence[Values], task: str | None, columns: Mapping[str, str]) -> Guess:
@@ -55,19 +63,44 @@ def guess(file: str, rows: Sequence[Values], task: str | None, columns: Mapping[
             raise DataError(Fault(kind="data", file=file, message=f"no column {given} for {expected}",
                                   mend=f"the columns are {', '.join(names)}"))
     formats = [name for name in COLUMNS if task is None or name in FORMATS[task]]
-    ways = (_named(rows, formats, columns, loose=False), _named(rows, formats, columns, loose=True),
-            _by_content(file, rows, formats, columns))
-    found = [(format, renames) for way in ways for format, renames in way if _holds(rows, format, renames)]
-    if not found:
-        wanted = "; ".join(f"{TASK_OF[name]}: {', '.join(COLUMNS[name])}" for name in formats)
-        raise DataError(Fault(kind="data", file=file, message=f"columns {', '.join(names)} suit no task ({wanted})",
-                              mend="say which is which: --columns text=THE_COLUMN label=ANOTHER"))
-    format, renames = next((pair for pair in found if pair[0] != "text"), found[0])  # any row has a text
+    format, renames, good = _fitting(file, rows, formats, columns)
     texts = _texts_beside(rows, {**renames, **columns}) if format == "classification" else []
     if format == "classification" and (pair := _pair(renames.get("text", "text"), texts, columns)):
         renames = {**renames, **pair}
-        texts = [name for name in texts if name not in renames.values()]
-    return Guess(TASK_OF[format], format, {**renames, **columns}, *_labels(rows, format, renames), tuple(texts))
+    renames = {**renames, **columns}
+    labels, problem = _labels(good, format, renames)
+    notes = (*_unread(rows, format, renames, texts), *_of_several(rows, format, renames),
+             *_left_out(rows, format, renames))
+    return Guess(TASK_OF[format], format, renames, labels, problem, notes)
+
+
+def _fitting(
+    file: str, rows: Sequence[Values], formats: Sequence[str], given: Mapping[str, str]
+) -> tuple[str, dict[str, str], list[Values]]:
+    """The format of the rows, its renames, and the rows that have it: by name before by content, as text at last."""
+    named: list[tuple[str, dict[str, str]]] = []
+    texts: list[tuple[str, dict[str, str], list[Values]]] = []
+    for way in (_named(rows, formats, given, loose=False), _named(rows, formats, given, loose=True),
+                _by_content(file, rows, formats, given)):
+        pairs = list(way)
+        named += pairs
+        found = [(format, renames, _good(rows, format, renames)) for format, renames in pairs]
+        texts += [one for one in found if one[0] == "text" and one[2]]  # any row has a text
+        others = [one for one in found if one[0] != "text"]
+        most = max((len(good) for _, _, good in others), default=0)
+        if most:
+            return next(one for one in others if len(one[2]) >= NEAR_MOST * most)
+    if texts:
+        return texts[0]
+    if named:
+        format, renames = named[0]
+        said = _reasons(rows, format, renames)
+        raise DataError(Fault(kind="data", file=file, message=f"looks like {TASK_OF[format]} ({format}), but {said}",
+                              mend="mend the rows, or say which is which: --columns text=THE_COLUMN label=ANOTHER"))
+    names = dict.fromkeys(name for row in rows for name in row)
+    wanted = "; ".join(f"{TASK_OF[name]}: {', '.join(COLUMNS[name])}" for name in formats)
+    raise DataError(Fault(kind="data", file=file, message=f"columns {', '.join(names)} suit no task ({wanted})",
+                          mend="say which is which: --columns text=THE_COLUMN label=ANOTHER"))
 
 
 def _named(
@@ -99,16 +132,20 @@ def _by_content(
                for name in dict.fromkeys(name for row in rows for name in row)}
     texts = {name: sum(map(len, values)) for name, values in columns.items()
              if values and all(isinstance(value, str) for value in values)}
-    text = given.get("text") or max(texts, key=lambda name: texts[name], default=None)
+    by_name = {name.lower(): name for name, values in columns.items() if values}
+    text = given.get("text") or by_name.get("text") or max(texts, key=lambda name: texts[name], default=None)
     others = {name: values for name, values in columns.items() if name != text}
-    labels = [given["label"]] if "label" in given else (
+    label = given.get("label") or by_name.get("label")
+    labels = [label] if label else (
         [name for name, values in others.items() if _are_classes(values) and not _are_dates(values)]
         or [name for name, values in others.items() if _are_fractions(values)])
     if text is None or not labels:
         return
     if len(labels) > 1:
-        raise DataError(Fault(kind="data", file=file, message=f"several columns could be the classes: "
-                              f"{', '.join(labels)}", mend=f"say which: --columns text={text} label={labels[0]}"))
+        several = f"; {_AS_LISTS}" if sum(_are_flags(columns[name]) for name in labels) > 1 else ""
+        raise DataError(Fault(
+            kind="data", file=file, message=f"several columns could be the classes: {', '.join(labels)}",
+            mend=f"say which: --columns text={text} label={labels[0]}{several}"))
     yield "classification", {"text": text, "label": labels[0]}
 
 
@@ -151,23 +188,87 @@ def _are_dates(values: Sequence[Any]) -> bool:
         return False
 
 
-def _holds(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> bool:
-    """Whether the rows hold what the format asks for, not only its names."""
-    good = 0
+def _renamed(row: Values, renames: Mapping[str, str]) -> dict[str, Any]:
+    return {**row, **{expected: row[name] for expected, name in renames.items() if name in row}}
+
+
+def _empty(row: Values, format: str, renames: Mapping[str, str]) -> str | None:
+    """The first column that the format needs and the row has nothing in."""
+    names = (renames.get(expected, expected) for expected in COLUMNS[format])
+    return next((name for name in names if row.get(name) in (None, "", []) or not str(row[name]).strip()), None)
+
+
+def _good(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> list[Values]:
+    """Rows that hold what the format asks for, not only its names; none where most of the filled ones do not."""
+    good, filled = [], 0
     for row in rows:
         try:
-            CANONICAL[format]({**row, **{expected: row[name] for expected, name in renames.items() if name in row}})
+            CANONICAL[format](_renamed(row, renames))
         except RowFault:
-            continue
-        good += 1
-    return good > 0 and good >= FITTING_SHARE * len(rows)
+            filled += _empty(row, format, renames) is None
+        else:
+            good.append(row)
+    return good if len(good) > filled else []
+
+
+def _reasons(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> str:
+    """Why rows do not fit, each reason with its count; nothing where all fit."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        try:
+            CANONICAL[format](_renamed(row, renames))
+        except RowFault as bad:
+            empty = _empty(row, format, renames)
+            counts[f"{empty} is empty" if empty is not None else bad.message] += 1
+    said = [f"{reason} in {count:,}" for reason, count in counts.most_common(MOST_REASONS)]
+    if more := sum(sorted(counts.values())[:-MOST_REASONS]):
+        said.append(f"other faults in {more:,}")
+    return f"{'; '.join(said)} of the {len(rows):,} rows looked at" if counts else ""
+
+
+def _left_out(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> Iterator[str]:
+    if said := _reasons(rows, format, renames):
+        yield f"{said}: an error, unless data.on_bad_row=skip leaves them out"
+
+
+def _unread(
+    rows: Sequence[Values], format: str, renames: Mapping[str, str], texts: Sequence[str]
+) -> Iterator[str]:
+    """The columns that no setting reads, and what would read a second text."""
+    unread = _beside(rows, format, renames)
+    pair = renames.get("text_pair", "text_pair")
+    second = None if any(pair in row for row in rows) else next((name for name in texts if name in unread), None)
+    if unread:
+        mend = f" (--columns text_pair={second} reads a second text)" if second else ""
+        said = [name if any(row.get(name) not in (None, "") for row in rows) else f"{name} (empty)" for name in unread]
+        yield f"not read: {', '.join(said)}{mend}"
+
+
+def _beside(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> list[str]:
+    read = {renames.get(name, name) for name in ("id", *COLUMNS[format], *ALSO_READ.get(format, ()))}
+    return [name for name in dict.fromkeys(name for row in rows for name in row) if name not in read]
+
+
+def _of_several(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> Iterator[str]:
+    """Columns of 0 and 1 beside such a label may be classes of which a row has several."""
+    label = renames.get("label", "label")
+    if format != "classification" or label.lower() == "label":
+        return
+    flags = [name for name in (label, *_beside(rows, format, renames))
+             if _are_flags([row[name] for row in rows if row.get(name) not in (None, "")])]
+    if label in flags and len(flags) > 1:
+        yield f"{', '.join(flags)} hold 0 and 1: {_AS_LISTS}"
+
+
+def _are_flags(values: Sequence[Any]) -> bool:
+    return bool(values) and all(str(value).lower() in ("0", "1", "true", "false") for value in values)
 
 
 def _labels(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
     """The classes of text, and the kind of label where files cannot say it: a CSV file holds numbers as text."""
     if format != "classification":
         return (), "auto"
-    labels = [row[renames.get("label", "label")] for row in rows if row.get(renames.get("label", "label")) is not None]
+    labels = [row[renames.get("label", "label")] for row in rows]
     if _are_fractions(labels):
         return (), "regression"
     return tuple(sorted({name for label in labels for name in class_names(label)})), "auto"

@@ -54,7 +54,7 @@ data:
   train: {train}
   validation: {validation}    # a share that is split off, or a file
   test: {test}    # a file that is scored once, at the end
-{columns}  max_length: {max_length}    # tokens; what is longer is cut, and counted
+{columns}{notes}  max_length: {max_length}    # tokens; what is longer is cut, and counted
 
 train:
   batch_size: {batch_size}    # examples a step, over all devices
@@ -83,8 +83,14 @@ def starting_config(
         name=name, about=about, task=found.task, output_dir=in_yaml(output_dir), model=in_yaml(model or start.model),
         dtype=start.dtype, **{key: in_yaml(value) for key, value in data.items()},
         columns="".join(f"  {key}: {in_yaml(value)}\n" for key, value in extra.items()),
+        notes="".join(f"  # {on_a_line(note)}\n" for note in found.notes),
         max_length=start.max_length, batch_size=start.batch_size, num_epochs=start.num_epochs,
         learning_rate=start.learning_rate)
+
+
+def on_a_line(note: str) -> str:
+    """Names of columns may hold what ends a line, or what a terminal obeys."""
+    return "".join(letter if letter.isprintable() else " " for letter in note)
 
 
 def in_yaml(value: Any) -> str:

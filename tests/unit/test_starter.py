@@ -84,7 +84,7 @@ def test_a_second_column_of_texts_that_is_not_read_is_said(here, capsys):
     (here / "mails.csv").write_text(f"subject,body,team,key\n{rows}")
     init("mails.csv")
     assert load(["mails.yaml"]).data.columns == {"text": "body", "label": "team"}
-    assert "; not read: subject (--columns text_pair=NAME" in capsys.readouterr().out
+    assert "\nnot read: subject, key (--columns text_pair=subject" in capsys.readouterr().out
 
 
 def test_fractions_in_a_csv_file_are_scores_to_predict(here):
