@@ -33,7 +33,12 @@ def configure(settings: str | os.PathLike[str] | Mapping[str, Any], *overrides: 
 
     Raises:
         ConfigError: with every fault of it.
+        TypeError: overrides that are no words, or beside a dict.
     """
+    for override in overrides:
+        if not isinstance(override, str):
+            raise TypeError(f"configure: {override!r} is no override: give key=value words, such as "
+                            'configure("tickets.yaml", "train.batch_size=4", "seed=1")')
     if isinstance(settings, Mapping):
         if overrides:
             raise TypeError("key=value words override a file; write into the dict what it shall hold")
@@ -48,7 +53,12 @@ def fine_tune(config: RunConfig) -> FinishedRun:
 
     Raises:
         PeftuneError: whatever can be mended; `faults` says what and how.
+        TypeError: what is given is no config.
     """
+    if not isinstance(config, RunConfig):
+        given = repr(os.fspath(config)) if isinstance(config, str | os.PathLike) else "..."
+        raise TypeError(f"fine_tune takes a config, not {type(config).__name__}: configure makes one of a YAML file or "
+                        f"of a dict, fine_tune(configure({given}))")
     from peftune.parallel.stop import Stop
     from peftune.train import train
 

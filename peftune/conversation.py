@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +17,8 @@ if TYPE_CHECKING:  # torch comes with it, and help must not wait for it
     from peftune.reopen import Trained
 
 WORDS = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+COLDEST = 1e-6
+"""Temperature, besides 0: scores divided by much less are no float32 any more."""
 
 
 def add_chat(commands: Any) -> None:
@@ -31,6 +35,10 @@ def add_chat(commands: Any) -> None:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
+    if parsed.max_new_tokens < 1:
+        raise _refused("--max-new-tokens", parsed.max_new_tokens, "use 1 or more")
+    if parsed.temperature != 0 and not COLDEST <= parsed.temperature < math.inf:
+        raise _refused("--temperature", parsed.temperature, f"use 0, or {COLDEST} and more")
     with without_search_for_garbage():
         from peftune.config.schema import GENERATIVE
         from peftune.reopen import find_trained, open_weights, opened
@@ -50,12 +58,17 @@ def _chat(parsed: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _refused(option: str, given: float, mend: str) -> MachineError:
+    return MachineError(Fault(kind="environment", message=f"{option} {given:g}", mend=mend))
+
+
 def _listen(talk: Talk) -> None:
     """A line is a turn, until /exit or the end of the input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # else the first bad byte loses what is read together with it
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        line = _heard()
+        if line is None:
             print()
             return
         if line == "/exit":
@@ -64,12 +77,31 @@ def _listen(talk: Talk) -> None:
             talk.begin()
         elif line:
             try:
+                _check_letters(line)
                 talk.turn(line, _print_piece)
             except DataError as error:
                 print(f"error: {error}", end="")
             except KeyboardInterrupt:
                 print(" ...", end="")
             print(flush=True)
+
+
+def _heard() -> str | None:
+    """The next line; None where there is none, which python says of a closed input in its own way."""
+    if sys.stdin is None:
+        return None
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _check_letters(line: str) -> None:
+    """Raise DataError for bytes that are no letters: `surrogateescape` keeps them as halves of UTF-16 pairs."""
+    if any("\udc80" <= letter <= "\udcff" for letter in line):
+        encoding = (sys.stdin.encoding or "UTF-8").upper()
+        raise DataError(Fault(kind="data", message=f"the line is not {encoding}: it was not said to the model",
+                              mend=f"write it in {encoding}, or convert it, as iconv does"))
 
 
 def _print_piece(text: str) -> None:

@@ -13,14 +13,17 @@ from peftune.errors import Fault, MachineError
 BENCHMARKS = ("throughput", "peers", "gpu", "step", "step_profile", "parity", "memory", "sequences", "quantization",
               "startup", "data_scale", "lora_vs_full", "fuzz", "faults", "resume", "saving", "plan", "plan_budget")
 """Files of benchmarks/."""
+DEFAULT = "throughput"
 
 
 def add_bench(commands: Any) -> None:
     """Add `peftune bench` with its options to the commands."""
     text = "benchmarks: speed beside peers, parity of strategies, memory, start-up, data, scores"
-    bench = commands.add_parser("bench", help=text, description=text)
+    bench = commands.add_parser("bench", help=text, description=f"{text}. Without a suite: the quick cells of "
+                                f"{DEFAULT}")
     bench.set_defaults(command=_bench, takes_overrides=False)
-    bench.add_argument("suite", metavar="SUITE", choices=BENCHMARKS, help=" | ".join(BENCHMARKS))
+    bench.add_argument("suite", metavar="SUITE", nargs="?", default=DEFAULT, choices=BENCHMARKS,
+                       help=f"{' | '.join(BENCHMARKS)}; default: {DEFAULT}")
     bench.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="the suite's options; --help says them")
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peftune.errors import EXIT_DONE, Fault, MachineError, writing_to
+from peftune.errors import EXIT_DONE, Fault, MachineError, say, writing_to
 from peftune.parallel.names import STRATEGIES
 
 
@@ -29,20 +29,21 @@ def add_launch(commands: Any) -> None:
     text = "several machines: a Slurm or Kubernetes job, or ssh"
     places = commands.add_parser("launch", help=text, description=text).add_subparsers(required=True, metavar="PLACE")
     slurm = _place(places, "slurm", _slurm, "an sbatch script, one launcher a machine")
-    slurm.add_argument("--time", metavar="D-HH:MM:SS", help="limit; the run saves before it and is queued again")
+    slurm.add_argument("--time", metavar="D-HH:MM:SS",
+                       help="limit, in any form of Slurm's; the run saves before it and is queued again")
     slurm.add_argument("--partition")
     slurm.add_argument("--account")
     slurm.add_argument("--option", action="append", default=[], metavar="NAME[=VALUE]",
                        help="any other option of sbatch, such as cpus-per-task=64 or exclusive; may be repeated")
     slurm.add_argument("--notice", type=int, default=180, metavar="SECONDS",
-                       help="how long before the limit the run is told to save; default 180")
+                       help="how long before the limit the run is told to save, shorter than it; default 180")
     slurm.add_argument("--container", metavar="IMAGE", help="a .sif file for Apptainer, or an image for Pyxis")
     slurm.add_argument("--mount", action="append", default=[], metavar="PATH[:INSIDE]",
                        help="a folder that the container sees besides the current one; may be repeated")
     kubernetes = _place(places, "kubernetes", _kubernetes, "manifests for kubectl")
-    kubernetes.add_argument("--image", required=True, help="of the containers; it has peftune")
-    kubernetes.add_argument("--claim", required=True, metavar="NAME[:PATH]",
-                            help="a PersistentVolumeClaim that all pods share; mounted at PATH, default /workspace")
+    kubernetes.add_argument("--image", help="of the containers; it has peftune; --submit needs it")
+    kubernetes.add_argument("--claim", metavar="NAME[:PATH]", help="a PersistentVolumeClaim that all pods share; "
+                            "mounted at PATH, default /workspace; --submit needs it")
     kubernetes.add_argument("--cpu", metavar="CORES", help="of each pod, such as 64; default: none are reserved")
     kubernetes.add_argument("--memory", metavar="SIZE", help="of each pod, such as 500Gi; default: none is reserved")
     kubernetes.add_argument("--kind", default="job", choices=("job", "jobset", "trainjob"),
@@ -90,14 +91,21 @@ def _slurm(parsed: argparse.Namespace) -> int:
 
 def _kubernetes(parsed: argparse.Namespace) -> int:
     from peftune.cluster.job import check_job
-    from peftune.cluster.kubernetes import as_yaml, manifests
+    from peftune.cluster.kubernetes import NO_CLAIM, NO_IMAGE, as_yaml, manifests
 
+    claim, _, mount = (parsed.claim or "").partition(":")
+    stand_ins = {option: word for option, given, word in (
+        ("--image", parsed.image, NO_IMAGE), ("--claim", claim, NO_CLAIM)) if not given}
+    if stand_ins and parsed.submit:
+        raise MachineError(Fault(kind="environment", message=f"--submit needs {' and '.join(stand_ins)}",
+                                 mend="give them, or leave --submit out and fill them in by hand"))
     job = check_job([parsed.config, *parsed.overrides], name=parsed.name, nodes=parsed.nodes,
                     gpus_per_node=parsed.gpus_per_node, strategy=parsed.strategy)
-    claim, _, mount = parsed.claim.partition(":")
-    found = manifests(job, kind=parsed.kind, image=parsed.image, claim=claim, mount=mount or "/workspace",
-                      python=parsed.python or "python3", interface=parsed.interface, cpu=parsed.cpu,
-                      memory=parsed.memory)
+    found = manifests(job, kind=parsed.kind, image=parsed.image or NO_IMAGE, claim=claim or NO_CLAIM,
+                      mount=mount or "/workspace", python=parsed.python or "python3", interface=parsed.interface,
+                      cpu=parsed.cpu, memory=parsed.memory)
+    if stand_ins:
+        say("to be filled in before it is sent: " + ", ".join(f"{word} by {name}" for name, word in stand_ins.items()))
     return _deliver(as_yaml(found), parsed, ["kubectl", "apply", "--filename", "-"])
 
 

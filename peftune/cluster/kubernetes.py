@@ -19,6 +19,8 @@ KINDS = ("job", "jobset", "trainjob")
 PORT = 29500
 CONFIG = "/etc/peftune/config.yaml"
 """Where the pods find the config, which a ConfigMap carries."""
+NO_IMAGE, NO_CLAIM = "IMAGE-WITH-PEFTUNE", "A-CLAIM-THAT-ALL-PODS-SHARE"
+"""Where none is given: names of images and claims have no capital letters, so a cluster refuses these."""
 
 Manifest = dict[str, Any]
 

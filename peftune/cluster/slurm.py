@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,12 @@ from posixpath import normpath
 from peftune.cluster.job import Job
 from peftune.errors import Fault, MachineError
 from peftune.parallel.launcher import presets
+
+NOTICES_S = (1, 65_535)
+"""Least and most that sbatch takes, in seconds; 0 would warn when it is too late."""
+NOTICE_S = 60
+"""Slurm's, where --signal names none, in seconds."""
+NO_LIMIT = ("UNLIMITED", "INFINITE")
 
 
 def sbatch_script(job: Job, *, options: Mapping[str, str | None], settings: Mapping[str, str | None],
@@ -25,7 +32,8 @@ def sbatch_script(job: Job, *, options: Mapping[str, str | None], settings: Mapp
         mounts: PATH or PATH:INSIDE of folders that a container sees besides the one where the job starts.
 
     Raises:
-        MachineError: the run's output would be lost with its container, or there is no container for a mount.
+        MachineError: the run's output would be lost with its container, there is no container for a mount, the time
+            limit is none of Slurm's, or the warning would not come between the job's begin and its limit.
     """
     pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
     _check_kept(job, options.get("chdir") or str(Path.cwd()), pairs, settings.get("container"))
@@ -36,6 +44,7 @@ def sbatch_script(job: Job, *, options: Mapping[str, str | None], settings: Mapp
     for name, value in {**wanted, **options}.items():
         if value is not None:
             script = _with_option(script, name, value)
+    _check_times(_option(script, "time"), _option(script, "signal"))
     values = {"strategy": job.strategy, "processes_per_node": str(max(1, job.gpus_per_node)),
               "others_s": str(job.others_s), "mounts": ",".join(pairs), **settings}
     for name, value in values.items():
@@ -56,6 +65,38 @@ def _check_kept(job: Job, start: str, mounts: Sequence[str], container: str | No
         raise MachineError(Fault(kind="environment", message=f"output_dir = {job.config.output_dir} lies outside "
                                  f"{', '.join(seen)}, which the container sees: it would be lost with the container",
                                  mend=f"--mount {folder.parent}, or an output_dir that lies there"))
+
+
+def _check_times(time: str, signal: str) -> None:
+    limit_s = _limit_s(time)
+    given = re.search(r"@(-?[0-9]+)$", signal)
+    notice_s = int(given[1]) if given else NOTICE_S
+    if not NOTICES_S[0] <= notice_s <= NOTICES_S[1]:
+        raise MachineError(Fault(kind="environment", message=f"--notice {notice_s}: Slurm cannot warn so many seconds "
+                                 "before the limit", mend="from {} to {}".format(*NOTICES_S)))
+    if notice_s >= limit_s:
+        raise MachineError(Fault(
+            kind="environment", message=f"--time {time} is {limit_s:,} s, --notice {notice_s}: the warning would be "
+            "due no later than the job's begin", mend=f"a --time above {notice_s:,} s, or a --notice below {limit_s}, "
+            "which must be longer than a checkpoint takes"))
+
+
+def _limit_s(time: str) -> float:
+    """Seconds after which Slurm ends a job: it rounds up to minutes, and 0 is no limit."""
+    if time.upper() in NO_LIMIT:
+        return math.inf
+    if not re.fullmatch(r"([0-9]+-)?[0-9]+(:[0-9]+){0,2}", time):
+        raise MachineError(Fault(kind="environment", message=f"--time {time}: no time that Slurm takes",
+                                 mend="minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, " + " or ".join(NO_LIMIT)))
+    days, _, clock = time.rpartition("-")
+    numbers = [int(number) for number in clock.split(":")]
+    hours, minutes, seconds = [*([] if days or len(numbers) == 3 else [0]), *numbers, 0, 0][:3]
+    return math.ceil((((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds) / 60) * 60 or math.inf
+
+
+def _option(script: str, name: str) -> str:
+    found = re.search(rf"^#SBATCH --{name}=(.*)$", script, flags=re.M)
+    return found[1] if found else ""
 
 
 def _with_option(script: str, name: str, value: str) -> str:

@@ -1,6 +1,7 @@
 """The Python API: plain objects, the same numbers as the commands', nothing heavy at import."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_a_config_made_by_hand_meets_the_same_rules(classify, tmp_path):
     assert configure(path, "train.batch_size=4").train.batch_size == 4
     with pytest.raises(TypeError):
         configure(classify, "train.batch_size=4")
+
+
+@pytest.mark.parametrize("given", [
+    "tickets.yaml", Path("tickets.yaml"), {"task": "causal_lm"}, None], ids=["file", "path", "dict", "None"])
+def test_what_is_no_config_is_not_trained_and_the_call_that_makes_one_is_said(given):
+    call = "'tickets.yaml'" if isinstance(given, str | Path) else "..."
+    with pytest.raises(TypeError, match=re.escape(f"fine_tune(configure({call}))")):
+        fine_tune(given)
+
+
+@pytest.mark.parametrize("override", [{"train.batch_size": 4}, 3, None], ids=str)
+def test_overrides_that_are_no_words_are_refused_with_the_form_of_words(override, classify, tmp_path):
+    with pytest.raises(TypeError, match=r"key=value words, such as .*train\.batch_size=4"):
+        configure(write_config(classify, tmp_path / "c"), override)
 
 
 def test_a_folder_without_a_run_is_not_opened(tmp_path, classify):

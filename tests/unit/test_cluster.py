@@ -19,7 +19,7 @@ from peftune.cluster.hosts import launch_lines, parse_hosts
 from peftune.cluster.job import check_job
 from peftune.cluster.kubernetes import KINDS
 from peftune.config.load import load
-from peftune.errors import ConfigError, Fault, MachineError
+from peftune.errors import ConfigError, Fault, MachineError, guarded
 from peftune.parallel.launcher import STOP_FILE, choose_launch, node_of
 from peftune.parallel.network import interface_towards, interface_variables
 from tests.conftest import ROOT, write_config
@@ -322,3 +322,63 @@ def test_the_script_hands_the_mounts_to_the_container_and_waits_longer_than_the_
         **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NAME": "j", "SLURM_JOB_ID": "1",
         "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1"})
     assert wanted.format(tmp_path) in done.stdout and "--wait=1500 " in done.stdout
+
+
+@pytest.mark.parametrize("time", ["abc", "5m", "1-", "1:2:3:4", "1:2-3", " 60", "٣٠", ""])
+def test_a_time_that_slurm_does_not_take_is_refused_with_the_forms_that_it_takes(time, capsys):
+    line = ["launch", "slurm", QUICKSTART, "--nodes", "2", "--gpus-per-node", "8"]
+    for words in (["--time", time], ["--option", f"time={time}"]):
+        assert guarded(main, [*line, *words]) == 2
+        said = capsys.readouterr()
+        assert not said.out and f"--time {time}: " in said.err
+        assert "minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, UNLIMITED or INFINITE" in said.err
+
+
+@pytest.mark.parametrize("time", ["4", "3:01", "0:04:00", "1-0", "1-0:0", "1-00:00:00", "unlimited", "INFINITE", "0"])
+def test_a_time_above_the_notice_is_taken_in_each_form_of_slurms(time, capsys):
+    """Slurm rounds up to minutes, and takes 0 for no limit."""
+    assert f"#SBATCH --time={time}\n" in rendered(
+        capsys, "slurm", QUICKSTART, "--nodes", 2, "--gpus-per-node", 8, "--time", time)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--time", "00:02:00"), r"--time 00:02:00 is 120 s, --notice 180(.|\n)*--notice below 120"),
+    (("--time", "3"), "--time 3 is 180 s, --notice 180"), (("--time", "2:01"), "--time 2:01 is 180 s, --notice 180"),
+    (("--time", "0-1", "--notice", "3600"), "--time 0-1 is 3,600 s, --notice 3600"),
+    (("--notice", "60000", "--option", "time=60"), "--time 60 is 3,600 s, --notice 60000"),
+    (("--time", "1", "--option", "signal=B:USR1"), "--time 1 is 60 s, --notice 60"),
+    (("--notice", "0"), "--notice 0: (.|\n)*1 to 65535"), (("--notice", "-5"), "--notice -5: "),
+    (("--time", "UNLIMITED", "--notice", "65536"), "--notice 65536: "),
+])
+def test_a_warning_that_slurm_cannot_give_between_the_begin_and_the_limit_is_refused(words, said, capsys):
+    with pytest.raises(MachineError, match=said):
+        rendered(capsys, "slurm", QUICKSTART, "--nodes", 2, "--gpus-per-node", 8, *words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_image_and_claim_manifests_hold_words_that_kubernetes_refuses_and_the_options_are_said(kind, capsys):
+    line = ["launch", "kubernetes", QUICKSTART, "--nodes", "2", "--gpus-per-node", "8", "--kind", kind]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    text = json.dumps(list(yaml.safe_load_all(said.out)))
+    assert '"image": "IMAGE-WITH-PEFTUNE"' in text and '"claimName": "A-CLAIM-THAT-ALL-PODS-SHARE"' in text
+    assert len(said.err.splitlines()) == 1 and "--image" in said.err and "--claim" in said.err
+    assert main([*line, "--image", "i:1"]) == 0
+    said = capsys.readouterr()
+    assert '"image": "i:1"' in json.dumps(list(yaml.safe_load_all(said.out)))
+    assert "--claim" in said.err and "--image" not in said.err
+    assert main([*line, "--image", "i:1", "--claim", "c"]) == 0
+    assert not capsys.readouterr().err
+    with pytest.raises(MachineError, match="lies outside /workspace"):
+        main([*line, "output_dir=/elsewhere/run"])
+
+
+@pytest.mark.parametrize(("words", "missing"), [
+    ((), "--image and --claim"), (("--image", "i"), "--claim"), (("--claim", "c"), "--image"),
+    (("--image", "i", "--claim", ":/data"), "--claim"),
+])
+def test_a_job_without_image_or_claim_is_not_submitted(words, missing, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = ["launch", "kubernetes", QUICKSTART, "--nodes", "2", "--gpus-per-node", "8", "--submit"]
+    assert guarded(main, [*line, *words]) == 2
+    assert f"--submit needs {missing}\n" in capsys.readouterr().err

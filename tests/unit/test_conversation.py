@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from peftune.cli import main
 from peftune.conversation import Talk
-from peftune.errors import ConfigError, DataError
+from peftune.errors import ConfigError, DataError, guarded
 from peftune.loop.generate import _Spoken, generate_texts
 from peftune.reopen import open_trained, opened
 
@@ -73,3 +73,28 @@ def test_a_model_that_writes_no_text_is_not_talked_to(classify, train):
     folder = train(classify, "train.max_steps=2")
     with pytest.raises(ConfigError, match="writes no text"):
         main(["chat", str(folder)])
+
+
+def test_a_closed_input_ends_the_conversation_as_its_end_does(talk, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # what python makes of `<&-`
+    assert main(["chat", talk.trained.config.output_dir]) == 0
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf_8_is_said_and_the_next_one_is_answered(errors, talk, monkeypatch, capsys):
+    pipe = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\nhi\n\xe4h\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", pipe)
+    assert main(["chat", talk.trained.config.output_dir, "--max-new-tokens", "3"]) == 0
+    said = capsys.readouterr().out.partition("stops an answer\n")[2]
+    first, mend, answer, last, *_ = said.splitlines()
+    assert first == last == "error: the line is not UTF-8: it was not said to the model" and "UTF-8" in mend
+    assert "error" not in answer
+
+
+@pytest.mark.parametrize(("option", "value", "mend"), [
+    ("--max-new-tokens", "0", "1 or more"), ("--max-new-tokens", "-3", "1 or more"),
+    *(("--temperature", value, "0, or 1e-06 and more") for value in ("-1", "nan", "inf", "1e-300")),
+])
+def test_lengths_and_temperatures_that_cannot_be_are_refused_before_anything_is_looked_for(option, value, mend, capsys):
+    assert guarded(main, ["chat", "no/run", f"{option}={value}"]) == 2
+    assert capsys.readouterr().err == f"error: {option} {value}\n  mend: use {mend}\n"
