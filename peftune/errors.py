@@ -167,7 +167,7 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
         say("stopped from the keyboard")
         code = EXIT_KEYBOARD
     except Exception as error:
-        refusal = _refusal(error)
+        refusal = None if several else _refusal(error)  # of several, the others would wait for this one
         if refusal is None and not several:
             raise
         if refusal is None:

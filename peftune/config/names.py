@@ -81,7 +81,7 @@ FAMILIAR: dict[str, str] = {
     "train_file": "data.train",
     "validation_file": "data.validation",
     "val": "data.validation",
-    "eval": "data.validation",
+    "eval": "data.validation for the rows, evaluation for when they are scored",
     "val_size": "data.validation, a fraction",
     "val_set_size": "data.validation, a fraction",
     "test_file": "data.test",

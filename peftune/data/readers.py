@@ -102,11 +102,12 @@ def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
                     twice = next((name for name in header if header.count(name) > 1), None)
                     if twice is not None:
                         faults.add(file_fault(str(file), line, f"two columns are called {twice!r:.40}: no row is read",
-                                          "give each column a name of its own"))
+                                              "give each column a name of its own"))
                         return
                 elif len(record) != len(header):
-                    faults.add(file_fault(str(file), line, f"{len(record)} columns, and the header has {len(header)}",
-                                      f"give {len(header)} columns, with quotes around fields that hold {delimiter!r}"))
+                    faults.add(file_fault(
+                        str(file), line, f"{len(record)} columns, and the header has {len(header)}",
+                        f"give {len(header)} columns, with quotes around fields that hold {delimiter!r}"))
                 else:
                     yield RawRow(dict(zip(header, record, strict=True)), str(file), line)
     except UnicodeDecodeError as error:
@@ -183,7 +184,7 @@ def _read_conll(file: Path, faults: Faults) -> Iterator[RawRow]:
             elif len(columns) == 1:
                 broken = True
                 faults.add(file_fault(str(file), number, f"the word {columns[0]!r:.40} has no tag",
-                                  "write the word, blanks, and its tag in the last column"))
+                                      "write the word, blanks, and its tag in the last column"))
             elif not (columns[0] == "#" and not words):
                 first = first if words else number
                 words.append(columns[0])

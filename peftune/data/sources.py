@@ -47,7 +47,7 @@ def files_of(source: Source) -> list[Path]:
                                        "name a file: a device or a pipe may never end"))
         if file.suffix.lower() not in READERS:
             raise DataError(file_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
-                                   f"use one of {', '.join(READERS)}"))
+                                       f"use one of {', '.join(READERS)}"))
     refuse_hub_settings(source)
     return files
 
