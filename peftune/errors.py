@@ -159,7 +159,8 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = door(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except PeftuneError as error:
         say(f"{error.heading}: {error}")
         code = error.exit_code
@@ -167,12 +168,12 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
         say("stopped from the keyboard")
         code = EXIT_KEYBOARD
     except Exception as error:
-        refusal = None if several else _refusal(error)  # of several, the others would wait for this one
-        if refusal is None and not several:
-            raise
-        if refusal is None:
+        if several:
             traceback.print_exc()  # what python itself would do next, had the process not to end below
             _end_process(EXIT_OUR_FAULT)
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
         if refusal != EXIT_PIPE:
             say(f"error: cannot be written: {error}\n  mend: make room on the disk that is written to")
         code = refusal

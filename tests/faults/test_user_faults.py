@@ -187,6 +187,9 @@ def test_a_reader_that_goes_away_and_a_full_disk_behind_standard_output_are_no_f
         refused = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert refused.returncode == 2 and "cannot be written: [Errno 28]" in refused.stderr
     assert "Traceback" not in refused.stderr and "Exception ignored" not in refused.stderr
+    closed = subprocess.run(f"{shlex.join(words)} >&-", shell=True, cwd=ROOT, capture_output=True, text=True,
+                            check=False)
+    assert (closed.returncode, closed.stderr) == (0, "")
 
 
 def test_what_was_written_through_a_link_goes_where_it_leads(tmp_path):
