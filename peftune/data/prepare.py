@@ -170,7 +170,7 @@ def _fill(
         raise DataError(found.faults.kept)
     for name, spool in spools.items():
         if not spool.rows:
-            raise DataError([*found.faults.kept, _empty(name, "the split has no good row", config)])
+            raise DataError([*found.faults.kept, _without_rows(name, spools, config)])
     known = targets or encoder.targets(spools["train"].read(), config)
     survey = Survey(encoder.surveyed_as, scores=known.problem == "regression")
     doubts: list[Finding] = []
@@ -233,6 +233,15 @@ def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterato
         yield Finding("no_target", name, f"{counts.dropped_no_target:,} of {counts.rows:,} rows of {name} were "
                       "dropped: nothing of them is to be learned", "raise data.max_length, or look at data.train_on",
                       counts.dropped_no_target, tuple(outcome.no_target))
+
+
+def _without_rows(name: str, spools: Mapping[str, Spool], config: DataConfig) -> Fault:
+    held = spools["validation"].rows if "validation" in spools else 0
+    if name == "train" and isinstance(config.validation, float) and held:
+        return Fault(kind="data", file=as_sources(config.train)[0].path, mend="add rows that differ, or "
+                     "data.validation=null", message=f"data.validation = {config.validation} holds out all {held:,} "
+                     "rows: equal ones stay together")
+    return _empty(name, "the split has no good row", config)
 
 
 def _empty(name: str, why: str, config: DataConfig) -> Fault:

@@ -181,3 +181,9 @@ def test_it_is_told_how_many_rows_are_read_while_they_are(write_rows, tmp_path, 
     config, told = DataConfig(train=write_rows("t.jsonl", tiny.intent_rows(10)), validation=None), []
     spool.spool_rows(config, ("classification",), 0, ("train",), tmp_path, lambda *said: told.append(said))
     assert told == [("train rows read", 4, 0), ("train rows read", 8, 0)]
+
+
+def test_a_fraction_that_holds_out_all_rows_since_they_are_equal_says_so(classify, write_rows, tmp_path, capsys):
+    data = {"train": write_rows("same.jsonl", [{"text": "hello", "label": "a"}] * 20), "validation": 0.1}
+    assert main(["check", str(write_config({**classify, "data": data}, tmp_path / "c"))]) == 2
+    assert "holds out all 20 rows: equal ones stay together" in capsys.readouterr().out
