@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,7 +216,7 @@ def _predict(parsed: argparse.Namespace) -> int:
         from peftune.loop.publish import write_text
         from peftune.reopen import open_trained, opened, predict_file
 
-    if Path(parsed.output).exists() and Path(parsed.output).samefile(parsed.input):
+    if os.path.exists(parsed.input) and os.path.exists(parsed.output) and os.path.samefile(parsed.input, parsed.output):
         raise MachineError(Fault(kind="environment", file=parsed.output, message="--output is the --input",
                                  mend="give another --output"))
     with opened(only_json=False) as (world, display):

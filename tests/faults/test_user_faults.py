@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peftune.cli import main
-from peftune.errors import PeftuneError
+from peftune.errors import PeftuneError, guarded
 from peftune.loop.publish import write_text
 from tests.conftest import ROOT, write_config
 
@@ -209,3 +209,10 @@ def test_predictions_never_take_the_place_of_their_input(tmp_path):
     with pytest.raises(PeftuneError, match="--output is the --input"):
         main(["predict", "run", "--input", str(rows), "--output", f"{tmp_path}/../{tmp_path.name}/new.jsonl"])
     assert rows.read_text() == '{"text": "a"}\n'
+
+
+def test_an_input_that_is_missing_is_said_though_the_output_is_there(classify, train, tmp_path, capsys):
+    folder, output = train({**classify, "train": {**classify["train"], "max_steps": 1}}), tmp_path / "old.jsonl"
+    output.write_text("old")
+    assert guarded(main, ["predict", str(folder), "--input", str(tmp_path / "no.jsonl"), "--output", str(output)]) == 2
+    assert "no such file" in capsys.readouterr().err and output.read_text() == "old"
