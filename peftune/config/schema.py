@@ -35,7 +35,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _no_switch_for_another_value(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take true for 1."""
         if isinstance(value, bool) and not _takes_bool(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("another value than true or false")

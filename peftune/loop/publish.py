@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,16 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise refused(path, error) from None
+
+
+@contextlib.contextmanager
+def warning_of_refusal(path: Path, warn: Callable[[str], None]) -> Iterator[None]:
+    """Around what writes `path`, where the run goes on without it: told why the disk refuses."""
+    try:
+        with writing(path):
+            yield
+    except Unwritable as error:
+        warn(str(error))
 
 
 def refused(path: Path, reason: OSError | SafetensorError | str) -> Unwritable:

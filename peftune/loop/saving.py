@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from peftune.errors import EXIT_PREEMPTED, Fault, Preempted, Unwritable
 from peftune.loop.checkpoint import folder_of
-from peftune.loop.publish import clear_drafts, refuse_vanished, refused, write_json, writing
+from peftune.loop.publish import clear_drafts, refuse_vanished, warning_of_refusal, write_json, writing
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
 from peftune.parallel.names import processes_words
@@ -67,12 +67,10 @@ def leave(run: Run, state: TrainState) -> NoReturn:
     save(run, state, last=True)
     checkpoint, line = folder_of(run.folder, state.step), line_that_goes_on(run)
     if world.is_main:
-        try:
+        with warning_of_refusal(run.folder / STOPPED, run.journal.warn):  # the checkpoint may have filled the disk
             write_json(run.folder / STOPPED, {
                 "exit": "preempted", "exit_code": EXIT_PREEMPTED, "why": why, "step": state.step, "steps": run.steps,
                 "checkpoint": str(checkpoint.relative_to(run.folder)), "go_on": line})
-        except OSError as error:  # the checkpoint may have filled the disk: the exit code says what matters
-            run.journal.warn(str(refused(run.folder / STOPPED, error)))
     raise Preempted(Fault(kind="preempted", message=f"{why}: {state.step} of {run.steps} steps are done and saved in "
                           f"{checkpoint}; exit {EXIT_PREEMPTED}\n  to go on: {line}, or the command that you used"))
 

@@ -90,8 +90,9 @@ class SelfCheck:
         if stuck:
             raise _failed(f"{len(stuck)} tensors have a gradient and did not move", stuck,
                           "raise train.learning_rate, or model.pure_bf16=false")
-        adapted = {name for name, _ in self._trainable if NEW_HEAD not in name}
-        if not self._alive & (adapted or {name for name, _ in self._trainable}):
+        names = {name for name, _ in self._trainable}
+        adapted = {name for name in names if NEW_HEAD not in name} or names
+        if not self._alive & adapted:
             raise _failed("every gradient is zero" + (" but the new head's" if self._alive else ""), sorted(adapted),
                           "check the adapter's scale (lora_alpha), the labels and the loss mask")
 

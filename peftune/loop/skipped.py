@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.errors import Fault, SelfCheckError
-from peftune.loop.publish import refused, write_text
+from peftune.loop.publish import warning_of_refusal, write_text
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
 from peftune.loop.step import StepStats
@@ -32,10 +32,8 @@ def note_skipped(run: Run, state: TrainState, stats: StepStats) -> None:
         row = {"step": state.step, "why": what, "learning_rate": run.learning_rate(state.step - 1),
                "examples": examples}
         earlier = [old for old in _rows(path) if old["step"] < state.step]  # a resumed run does later ones again
-        try:
+        with warning_of_refusal(path, run.journal.warn):
             write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*earlier, row]))
-        except OSError as error:  # training goes on without a disk, as it does where a checkpoint is refused
-            run.journal.warn(str(refused(path, error)))
     shown = ", ".join(examples[:SHOWN]) + (", ..." if len(examples) > SHOWN else "")
     said = f"step {state.step}: {what}; no weight was changed"
     if state.skipped_in_a_row > run.max_skipped_steps:

@@ -139,9 +139,8 @@ class Zero:
     def weight(self, parameter: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return parameter
-        part: Any = _partition(parameter)
-        own = parameter.ds_numel - self.world.rank * part.numel()  # type: ignore[attr-defined]
-        return part[:max(0, own)]  # nobody writes what fills the last part up
+        part = _partition(parameter)
+        return part[:self._own_values(parameter, part.numel())]  # nobody writes what fills the last part up
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
@@ -221,15 +220,18 @@ class Zero:
     def _base_state(self, share: Share) -> dict[str, Any]:
         return self._engine.optimizer.optimizer.state[share.flat]
 
+    def _own_values(self, parameter: Any, size: int) -> int:
+        """How many of this rank's `size` values of a ZeRO-3 weight are the weight's: the last part is filled up."""
+        return max(0, min(size, parameter.ds_numel - self.world.rank * size))
+
     def _share(self, parameter: Any) -> Share | None:
         """Where this rank's part of a trained weight lies; None if it has none."""
         optimizer = self._engine.optimizer
         if self.stage == 3:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            begin = self.world.rank * size
-            real = max(0, min(size, parameter.ds_numel - begin))  # the last part is filled up
+            own = self._own_values(parameter, size)
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            return Share(flat, int(offset), real, begin, self._shape(parameter)) if real else None
+            return Share(flat, int(offset), own, self.world.rank * size, self._shape(parameter)) if own else None
         link = parameter._hp_mapping
         if link is None:
             return None

@@ -176,7 +176,7 @@ def test_check_says_what_training_would_refuse_before_it_loads(override, said, c
     assert said in fault["message"]
 
 
-def test_a_reader_that_goes_away_and_a_full_disk_behind_standard_output_are_no_faults_of_ours(classify, tmp_path):
+def test_a_reader_that_goes_away_and_a_full_disk_behind_standard_output_are_no_faults_of_ours():
     words = [sys.executable, "-m", "peftune", "schema"]
     many = ("import sys; from peftune.errors import guarded; "
             "sys.exit(guarded(lambda words: print('x' * 10**6) or 0, []))")

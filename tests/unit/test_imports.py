@@ -52,13 +52,14 @@ def test_a_command_imports_its_libraries_without_a_search(command, tmp_path):
     code = f"""
 import gc, sys
 from peftune import cli, train
+from peftune.errors import PeftuneError
 searched = []
 gc.callbacks.append(lambda phase, info: searched.append("torch" in sys.modules and "peft" not in sys.modules))
 words = [{str(tmp_path / "c.yaml")!r}]
 try:
     train.main(words) if {command!r} == "train" else cli.main([{command!r}, *words])
-except Exception as error:
-    print(type(error).__name__)
+except PeftuneError:
+    pass  # there is no such model
 assert "peft" in sys.modules and not any(searched), searched
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 """
