@@ -32,20 +32,27 @@ from peftune.loop.optimizer import build_optimizer
 from peftune.loop.run import Run
 from peftune.loop.step import train_step
 from peftune.model import packing
-from peftune.model.lean import LeanGatedMLP, LeanLoraLinear, LeanRMSNorm, make_lean
+from peftune.model.fusion import fused_passes
+from peftune.model.lean import make_lean
+from peftune.model.lean_gated import LeanGatedMLP
+from peftune.model.lean_lora import LeanLoraLinear
+from peftune.model.lean_norm import LeanRMSNorm
+from peftune.model.lean_rotary import LeanRotation
+from peftune.model.precision import DTYPES
+from peftune.numerics.passes import PLAIN
 from peftune.observe.manifest import environment
 from peftune.plan.live import LiveBytes
 
-ATTENTION = "attention"
+ATTENTION, COMPILED = "attention", "compiled"
 ATTENDS = packing.attends
 VARIANTS: Mapping[str, tuple[type[nn.Module] | str, ...]] = {
     "plain": (), "norms": (LeanRMSNorm,), "LoRA layers": (LeanLoraLinear,),
-    "LoRA layers, gated blocks": (LeanLoraLinear, LeanGatedMLP), "attention": (ATTENTION,),
-    "all": (LeanRMSNorm, LeanLoraLinear, LeanGatedMLP, ATTENTION)}
-"""What is lean. A gated block needs a lean LoRA layer."""
+    "LoRA layers, gated blocks": (LeanLoraLinear, LeanGatedMLP), "rotations": (LeanRotation,),
+    "attention": (ATTENTION,), "all": (LeanRMSNorm, LeanLoraLinear, LeanGatedMLP, LeanRotation, ATTENTION),
+    "all, compiled": (LeanRMSNorm, LeanLoraLinear, LeanGatedMLP, LeanRotation, ATTENTION, COMPILED)}
+"""What is lean. A gated block needs a lean LoRA layer. `compiled` is model.compile=parts."""
 WARM_UP, STEPS = 1, 4
 MIB = 2**20
-Classes = dict[nn.Module, type[nn.Module]]
 
 
 class Subject:
@@ -53,9 +60,7 @@ class Subject:
 
     def __init__(self, run: Run, config: RunConfig) -> None:
         self.run, self.config = run, config
-        self.plain: Classes = {module: type(module) for module in run.model.modules()}
-        make_lean(run.model, by_module=False)
-        self.lean: Classes = {module: type(module) for module in run.model.modules()}
+        self.plain = {module: type(module) for module in run.model.modules()}
         self.start = [parameter.detach().clone() for parameter in self._trained()]
         run.model.train()
 
@@ -64,8 +69,7 @@ class Subject:
 
     def measure(self, variant: str) -> dict[str, Any]:
         """Take the stretch of steps; the last one is followed byte by byte and not timed."""
-        for module, plain in self.plain.items():
-            module.__class__ = self.lean[module] if self.lean[module] in VARIANTS[variant] else plain
+        self._dress(VARIANTS[variant])
         packing.attends = ATTENDS if ATTENTION in VARIANTS[variant] else lambda *_, **__: False
         with torch.no_grad():
             for parameter, value in zip(self._trained(), self.start, strict=True):
@@ -86,6 +90,16 @@ class Subject:
         return {"tokens_per_second": tokens / seconds, "tokens_per_core_second": tokens / cpu_s, "losses": losses,
                 "peak_bytes": max(peak.live_bytes for peak in live.peaks.values())}
 
+    def _dress(self, lean: tuple[type[nn.Module] | str, ...]) -> None:
+        for module, plain in self.plain.items():
+            module.__class__ = plain
+        device, dtype = torch.device("cpu"), DTYPES[self.config.model.dtype]
+        make_lean(self.run.model, by_module=False, passes=fused_passes(device, dtype) if COMPILED in lean else PLAIN)
+        kinds = tuple(kind for kind in lean if isinstance(kind, type))
+        for module, plain in self.plain.items():
+            if not isinstance(module, kinds):
+                module.__class__ = plain
+
     def _step(self, step: int, optimizer: torch.optim.Optimizer) -> Any:
         run = self.run
         return train_step(run.model, run.work(step), optimizer, run.strategy, losses=run.losses,
@@ -96,7 +110,7 @@ def measured(config_path: Path, repeats: int) -> dict[str, list[dict[str, Any]]]
     """The records of each variant."""
     config = load([str(config_path), "data.validation=null"])
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    building.make_lean = lambda model, by_module: None  # the run begins plain
+    building.make_lean = lambda model, **_: None  # the run begins plain
     with build(config) as built:
         assert built.run is not None, "a measured run starts in an empty folder"
         subject = Subject(built.run, config)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import model_facts, model_for_training, reference_for
+from peftune.build_model import fusion_notes, model_facts, model_for_training, reference_for
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -184,7 +184,7 @@ def _run(
         counts = count(model)
         if memory.gradient_checkpointing:
             enable_gradient_checkpointing(model)
-        if config.model.compile:
+        if config.model.compiles_whole:
             model.compile(dynamic=True)
         frozen = (frozen_copy(model, DTYPES[config.model.dtype])
                   if task.needs_reference and config.adapter is None else None)
@@ -196,7 +196,7 @@ def _run(
         roads = road_notes(config.model, model, text.config, world=world, divided=strategy.lockstep
                            ) if task.next_token else []
         reference = reference_for(model, frozen, strategy, layout) if task.needs_reference else None
-        notes += weight_notes(loaded, counts, config.model.dtype) + roads
+        notes += weight_notes(loaded, counts, config.model.dtype) + fusion_notes(config.model, model) + roads
         anew = ", activations recomputed" if memory.gradient_checkpointing else ""
         notes += [f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}{anew}", memory_note(memory)]
     torch.manual_seed(config.seed + world.rank)

@@ -7,20 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from peftune.config.schema import RunConfig
+from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
 from peftune.loop.data_start import start_from_planned_data
 from peftune.model.assemble import Parameters, assemble
 from peftune.model.download import Tell
 from peftune.model.eva import reads_data
-from peftune.model.lean import make_lean
+from peftune.model.fusion import fused_passes
+from peftune.model.lean import layers_of_passes, make_lean
 from peftune.model.load import Loaded, adjust_config, load_weights, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
 from peftune.model.packing import use_packing
+from peftune.model.precision import DTYPES
 from peftune.model.quantize import quantised_by, quantization_of
 from peftune.model.reference import Reference, reference_of
 from peftune.model.vocabulary import new_rows
+from peftune.numerics.passes import PLAIN
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
 from peftune.tasks.text import Text
@@ -43,9 +46,19 @@ def model_for_training(
     if reads_data(model):
         start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
                                 seed=config.seed, pad_id=text.tokenizer.pad_token_id)
-    if not config.model.compile:
-        make_lean(model, by_module=strategy.name in BY_MODULE)
+    if not config.model.compiles_whole:
+        passes = PLAIN if not config.model.compile else fused_passes(strategy.world.device, DTYPES[config.model.dtype])
+        make_lean(model, by_module=strategy.name in BY_MODULE, passes=passes)
     return model, loaded
+
+
+def fusion_notes(config: ModelConfig, model: nn.Module) -> list[str]:
+    """What model.compile=parts has found in the model, for a person."""
+    if config.compile != "parts":
+        return []
+    layers = layers_of_passes(model)
+    return [f"elementwise parts of {layers} layers are compiled" if layers else
+            "model.compile=parts knows no layer of this model and changes nothing"]
 
 
 def model_facts(config: RunConfig, loaded: Loaded, counts: Parameters, layout: Layout) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
         expected = " or ".join(d["ctx"]["expected"] for d in choices)
         names = [name.strip("' ") for name in expected.replace(" or ", ",").split(",")]
         near = difflib.get_close_matches(str(detail["input"]), names, n=1)
-        others = [d["msg"].removeprefix("Input should be ") for d in details if d["type"] != "literal_error"]
+        others = [_wanted(d) for d in details if d["type"] != "literal_error"]
         return "not one of the values here", (f"did you mean {near[0]}? " if near else "") + "use " + " or ".join(
             [expected, *others])
     bounds = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
@@ -153,9 +153,11 @@ def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
         return "not of this form", f"use {context['error']}"
     if any(one["type"] in ("string_too_short", "too_short") for one in details):
         return "empty", "write what it shall be"
-    messages = dict.fromkeys(WANTED.get(d["type"], d["msg"]) for d in details)
-    needs = " or ".join(message.removeprefix("Input should be ").replace("valid ", "") for message in messages)
-    return "wrong type", f"use {needs}"
+    return "wrong type", f"use {' or '.join(dict.fromkeys(map(_wanted, details)))}"
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    return WANTED.get(detail["type"], detail["msg"].removeprefix("Input should be ").replace("valid ", ""))
 
 
 def _short(value: Any) -> str:

@@ -60,9 +60,9 @@ RULES: tuple[Refusal[RunConfig], ...] = (
     ),
     Refusal(
         "model.quantization",
-        lambda c: c.model.quantization != "none" and c.model.compile,
+        lambda c: c.model.quantization != "none" and c.model.compiles_whole,
         "quantised layers have not been seen to compute the same when compiled",
-        "model.compile=false, or model.quantization=none",
+        "model.compile=parts, or model.quantization=none",
     ),
     Refusal(
         "model.quantization",
@@ -72,9 +72,9 @@ RULES: tuple[Refusal[RunConfig], ...] = (
     ),
     Refusal(
         "data.layout",
-        lambda c: c.data.layout == "packed" and c.model.compile,
-        "packed rows have another shape each step, and model.compile needs equal ones",
-        "data.layout=padded, or model.compile=false",
+        lambda c: c.data.layout == "packed" and c.model.compiles_whole,
+        "packed rows have another shape each step, and a whole model is compiled for equal ones",
+        "model.compile=parts, or data.layout=padded",
     ),
     Refusal(
         "data.layout",
@@ -194,9 +194,9 @@ STRATEGY_RULES: tuple[StrategyRule, ...] = (
     ),
     StrategyRule(  # pytorch/pytorch#115484 for ZeRO-3, meta-pytorch/torchtune#1516 for FSDP2 with LoRA
         "model.compile",
-        lambda c: c.model.compile,
+        lambda c: c.model.compiles_whole,
         "a compiled model does not see the hooks that gather and divide its weights",
-        "model.compile=false, or --strategy ddp",
+        "model.compile=parts, or --strategy ddp",
         ("zero", "fsdp2"),
     ),
     StrategyRule(

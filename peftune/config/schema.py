@@ -68,8 +68,9 @@ class ModelConfig(Section):
     reuse_frozen_layers: bool = True
     """Compute what the layers below the first trained one give for each example once, and read it from disk in later
     epochs: with one process and dropout 0, where it is proven to change nothing."""
-    compile: bool = False
-    """Pass the model through torch.compile."""
+    compile: Literal["parts"] | bool = False
+    """Use torch.compile. parts: for what lies between products of matrices (norms, gates, rotary positions), which then
+    touches memory once. true: for the whole model, with padded rows and without what else makes steps lean."""
     added_tokens: tuple[str, ...] = ()
     """Tokens to teach the model: added to the tokenizer, each with a row of the embeddings that begins as the mean of
     the others and trains."""
@@ -77,6 +78,11 @@ class ModelConfig(Section):
     """The same for marks that are no text: they are left out of generated answers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+
+    @property
+    def compiles_whole(self) -> bool:
+        """Whether torch.compile gets the model in one piece."""
+        return self.compile is True
 
 
 class AdapterConfig(BaseModel):

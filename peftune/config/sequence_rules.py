@@ -26,8 +26,8 @@ SEQUENCE_RULES: tuple[Refusal[RunConfig], ...] = (
         "model.attention=sdpa, which runs FlashAttention's kernel of torch on GPUs",
     ),
     Refusal(
-        "model.compile", lambda c: c.model.compile,
-        "packed rows have another shape each step", "model.compile=false",
+        "model.compile", lambda c: c.model.compiles_whole,
+        "packed rows have another shape each step", "model.compile=parts, or false",
     ),
     Refusal(
         "adapter.method", lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,

@@ -55,16 +55,16 @@ def choose_layout(
     vocabulary = model_config.get_text_config().to_dict().get("vocab_size", SMALL_VOCABULARY)
     proof = _Proof(model, pad_id, vocabulary, DTYPES[config.dtype], autocast, world, longest, pooled)
     rotating = longest_row_matters(model_config, longest)
-    if wanted == "padded":
-        return _padded(config, proof, rotating, "")
+    if wanted == "padded" or config.compiles_whole:
+        why = "" if wanted == "padded" else " (model.compile=true needs rows of equal shape)"
+        return _padded(config, proof, rotating, why)
     first = first_position(model_config)
     few_sizes = division is None and world.device.type == "cpu" and makes_code_slowly(DTYPES[config.dtype])
-    kind = None if config.compile else use_packing(model, pooled=pooled, first_position=first, few_sizes=few_sizes)
+    kind = use_packing(model, pooled=pooled, first_position=first, few_sizes=few_sizes)
     if rotating:
         why = rotating
     elif kind is None or (kind == "varlen" and division is not None):
-        why = ("model.compile needs rows of equal shape" if config.compile else
-               f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end")
+        why = f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end"
     else:
         layout = Layout(kind, first, few_sizes=few_sizes)
         tried = longest if division is None else min(longest, TRIED_TOKENS)
@@ -93,7 +93,7 @@ def _refuse_if_asked_for(wanted: str, why: str, *, divided: bool) -> None:
 
 def _padded(config: ModelConfig, proof: _Proof, rotating: str, why: str) -> tuple[Layout, str]:
     """Rows padded to the longest, if the model is proven to take no notice; else rows of equal length."""
-    fault = rotating or (None if config.compile else proof.of_padding())
+    fault = rotating or (None if config.compiles_whole else proof.of_padding())
     if fault is None:
         return PADDED, why
     return replace(PADDED, equal_lengths=True), f"{why}, rows of equal length alone: {fault}"

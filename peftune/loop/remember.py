@@ -49,8 +49,8 @@ def remember(run: Run, config: ModelConfig) -> None:
 def _unsuited(run: Run, config: ModelConfig) -> str | None:
     if config.dropout != 0:
         return "model.dropout is not 0"
-    if config.compile:
-        return "model.compile"
+    if config.compiles_whole:
+        return "model.compile=true"
     return "several processes deal examples anew in each epoch" if run.strategy.world.ranks > 1 else None
 
 

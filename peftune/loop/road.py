@@ -38,7 +38,7 @@ def choose_road(
     """
     rows = rows_at_once(config, model_config, world.device, divided=divided)
     if rows is None:
-        return "model.compile needs shapes that do not depend on the targets"
+        return "model.compile=true needs shapes that do not depend on the targets"
     vocabulary = model_config.get_text_config().vocab_size
     if world.same(looks_ahead(model, vocabulary=vocabulary, dtype=DTYPES[config.dtype], device=world.device,
                               autocast=autocast)):
@@ -67,6 +67,6 @@ def rows_at_once(
     config: ModelConfig, model_config: PreTrainedConfig, device: torch.device, *, divided: bool
 ) -> int | None:
     """Tokens whose logits are to exist at once, see `EndsInLosses.rows`, if the model is proven to allow it."""
-    if config.compile:
+    if config.compiles_whole:
         return None
     return 0 if divided else chunk_rows(model_config.get_text_config().vocab_size, device)

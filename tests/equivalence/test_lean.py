@@ -9,10 +9,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Olmo2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GlmConfig,
+    LlamaConfig,
+    ModernBertDecoderConfig,
+    Olmo2Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from peftune.model.lean import LeanGatedMLP, LeanLoraLinear, LeanRMSNorm, make_lean
+from peftune.model.lean import make_lean
+from peftune.model.lean_gated import LeanGatedMLP
+from peftune.model.lean_lora import LeanLoraLinear
+from peftune.model.lean_norm import LeanRMSNorm
+from peftune.model.lean_rotary import LeanRotation
 from peftune.model.precision import enable_gradient_checkpointing
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -86,7 +98,7 @@ def test_a_lean_lora_layer_has_peft_s_outputs_and_gradients_in_float64(bias: boo
 def test_a_lean_model_takes_the_step_of_the_plain_one(kind: Any) -> None:
     plain = adapted(kind, torch.float64)
     twin = lean(plain)
-    assert (layers(twin, LeanLoraLinear), layers(twin, LeanGatedMLP)) == (14, 2)
+    assert (layers(twin, LeanLoraLinear), layers(twin, LeanGatedMLP), layers(twin, LeanRotation)) == (14, 2, 2)
     assert_one_step(plain, twin, FLOAT32_NORMS)
 
 
@@ -197,6 +209,39 @@ def test_norms_of_another_formula_stay_as_they_are() -> None:
     model = AutoModelForCausalLM.from_config(Gemma2Config(**SIZES, head_dim=8))
     make_lean(model, by_module=False)
     assert layers(model, LeanRMSNorm) == 0
+
+
+@pytest.mark.parametrize("kind", [GlmConfig, ModernBertDecoderConfig])
+def test_rotations_of_another_formula_stay_as_they_are(kind: Any) -> None:
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, head_dim=8, eos_token_id=1, bos_token_id=1, cls_token_id=1,
+                                                  sep_token_id=1))
+    make_lean(model, by_module=False)
+    assert layers(model, LeanRotation) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lean_rotation_has_the_bits_of_the_plain_one_and_its_gradient(dtype: torch.dtype) -> None:
+    plain = adapted(dtype=dtype).get_base_model().model.layers[0].self_attn
+    twin, results = copy.deepcopy(plain), []
+    make_lean(twin, by_module=True)
+    assert isinstance(twin, LeanRotation) and isinstance(twin, type(plain))
+    angles = torch.arange(11 * 8).view(1, 11, 8).to(dtype)
+    for attention in (plain, twin):
+        x = torch.linspace(-1, 1, 2 * 11 * 32).view(2, 11, 32).to(dtype).requires_grad_()
+        y, _ = attention(x, (angles.cos(), angles.sin()))
+        y.sin().sum().backward()
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1])
+
+
+def test_what_turns_a_part_of_each_head_alone_is_left_to_the_model() -> None:
+    attention = adapted().get_base_model().model.layers[0].self_attn
+    make_lean(attention, by_module=True)
+    rotate = type(attention).forward.__globals__["apply_rotary_pos_emb"]
+    x = torch.ones(1, 4, 3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="must match the size"):  # as transformers' own function does
+        rotate(x, x, torch.ones(1, 3, 6), torch.ones(1, 3, 6))
 
 
 def test_a_lean_model_keeps_fewer_bytes_for_backward() -> None:
