@@ -23,7 +23,6 @@ from peftune.model.precision import DTYPES
 from peftune.model.quantize import quantised_by, quantization_of
 from peftune.model.reference import Reference, reference_of
 from peftune.model.vocabulary import new_rows
-from peftune.numerics.passes import PLAIN
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
 from peftune.tasks.text import Text
@@ -47,8 +46,11 @@ def model_for_training(
         start_from_planned_data(config.model, model, data, strategy, batch_size=config.train.batch_size,
                                 seed=config.seed, pad_id=text.tokenizer.pad_token_id)
     if not config.model.compiles_whole:
-        passes = PLAIN if not config.model.compile else fused_passes(strategy.world.device, DTYPES[config.model.dtype])
-        make_lean(model, by_module=strategy.name in BY_MODULE, passes=passes)
+        by_module = strategy.name in BY_MODULE
+        make_lean(model, by_module=by_module)
+        if config.model.compile and layers_of_passes(model):
+            passes = fused_passes(strategy.world.device, DTYPES[config.model.dtype])
+            make_lean(model, by_module=by_module, passes=passes)
     return model, loaded
 
 

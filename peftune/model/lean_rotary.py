@@ -26,7 +26,7 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
 class LeanRotation:
-    """What attention layers are whose rotation is ours."""
+    """What attention layers are whose rotation is ours; their own class is the second base."""
 
 
 @cache
@@ -35,6 +35,8 @@ def with_lean_rotation(kind: Any, passes: Passes) -> type[nn.Module] | None:
 
     Its forward pass is that of `kind`, in which the name of the rotation means ours.
     """
+    if issubclass(kind, LeanRotation):
+        kind = kind.__bases__[1]
     forward: Any = kind.forward
     if not isinstance(forward, FunctionType) or ROTATE not in forward.__code__.co_names:
         return None

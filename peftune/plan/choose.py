@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from peftune.config.rules import WITHOUT_RECOMPUTING
-from peftune.config.schema import RunConfig
+from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
 from peftune.errors import in_a_line
@@ -42,6 +42,8 @@ BESIDE_TENSORS = {"float32": 80 * 2**20, "bfloat16": 224 * 2**20}
 pages of libraries, Python's objects, the plan itself."""
 MORE_CODE = 96 * 2**20
 """What bfloat16's are more, in bytes, where code for twice as many shapes is kept (`keep_few_products`)."""
+COMPILER = 96 * 2**20
+"""What model.compile=parts adds, in bytes: torch.compile's libraries stay in the process."""
 WIDENED = 32 * 2**20
 """What float32's are more, in bytes, where bfloat16 is multiplied in float32: factors as they are widened."""
 LIMIT = "PEFTUNE_MEMORY_BYTES"
@@ -83,7 +85,7 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
     each sequence.
     """
     world = strategy.world
-    room = -world.largest(-room_bytes(world.device, config.model.dtype))
+    room = -world.largest(-room_bytes(world.device, config.model))
     return world.on_main(lambda: _memory_of_run(config, text, data, strategy, sharing, room))
 
 
@@ -198,7 +200,7 @@ def wants_recomputing(config: RunConfig) -> bool | None:
     return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 
 
-def room_bytes(device: torch.device, dtype: str) -> int:
+def room_bytes(device: torch.device, config: ModelConfig) -> int:
     """What this rank's tensors may take: a share of the free memory; on CPUs of PEFTUNE_MEMORY_BYTES, if that is
     less."""
     if device.type == "cuda":
@@ -207,9 +209,8 @@ def room_bytes(device: torch.device, dtype: str) -> int:
     free = psutil.virtual_memory().available // processes_here()
     limit = os.environ.get(LIMIT)
     most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
-    beside = BESIDE_TENSORS[dtype]
-    if dtype == "bfloat16" and lacks_bfloat16():
-        beside = BESIDE_TENSORS["float32"] + WIDENED
-    elif makes_code_slowly(DTYPES[dtype]):
-        beside += MORE_CODE
+    widens = config.dtype == "bfloat16" and lacks_bfloat16()
+    beside = BESIDE_TENSORS["float32"] + WIDENED if widens else BESIDE_TENSORS[config.dtype]
+    beside += MORE_CODE if makes_code_slowly(DTYPES[config.dtype]) else 0
+    beside += COMPILER if config.compile == "parts" else 0
     return int(SHARE * most) - beside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from peftune.model.lean_lora import LeanLoraLinear
 from peftune.model.lean_norm import LeanRMSNorm
 from peftune.model.lean_rotary import LeanRotation
 from peftune.model.precision import enable_gradient_checkpointing
+from peftune.numerics.passes import PLAIN
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "use_cache": False}
@@ -271,3 +273,13 @@ def test_a_lean_model_is_saved_as_plain_peft(tmp_path: Any) -> None:
     again = PeftModel.from_pretrained(adapted().unload(), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, plain.eval()(input_ids=IDS).logits)
+
+
+def test_lean_layers_can_be_given_other_passes() -> None:
+    model = lean(adapted())
+    attention = type(model.get_base_model().model.layers[0].self_attn)
+    other = replace(PLAIN, rotated=lambda x, cos, sin: PLAIN.rotated(x, cos, sin))
+    make_lean(model, by_module=False, passes=other)
+    again = type(model.get_base_model().model.layers[0].self_attn)
+    assert again is not attention and again.__bases__ == attention.__bases__
+    assert all(module.passes is other for module in model.modules() if isinstance(module, LeanRMSNorm | LeanGatedMLP))
