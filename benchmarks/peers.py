@@ -14,8 +14,9 @@ The scripts in benchmarks/peers/ are short and need nothing of ours. TRL needs a
 
 What is chosen for the peers, in their favour: no recomputed activations where they fit, SDPA, fused AdamW, the
 examples' token ids made beforehand, tcmalloc where it is installed (as `peftune train` takes it), and for `grouped`
-rows sorted within each step by transformers' own sampler. TRL's packed rows hold several examples each; its steps take
-as many tokens as the others' do, to within one packed row.
+rows sorted within each step by transformers' own sampler. `ours_compiled` has model.compile=parts, `hf_compiled` the
+Trainer's torch_compile. TRL's packed rows hold several examples each; its steps take as many tokens as the others' do,
+to within one packed row.
 
 Results are written after each run. One that fails is written down with its last lines, the others go on, and the exit
 code is 1. A file that --to names and that exists is gone on with: only who lacks a result is measured. `--add` puts
@@ -35,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +59,16 @@ CELLS: Mapping[str, tuple[Cell, int]] = {
 """What is trained, and rows of a peer's micro-batch."""
 RANK: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 LEARNING_RATE = 2e-4
+OURS: Mapping[str, str] = {"ours": "false", "ours_compiled": "parts"}
+"""Our entries, each with its model.compile."""
 CAUSAL: Mapping[str, Mapping[str, Any]] = {
     "hf_grouped": {"script": "hf_trainer.py", "sampling": "group_by_length"},
+    "hf_compiled": {"script": "hf_trainer.py", "sampling": "group_by_length", "compile": True},
     "hf_random": {"script": "hf_trainer.py", "sampling": "random"},
     "trl_padded": {"script": "trl_sft.py", "packing": False},
     "trl_packed": {"script": "trl_sft.py", "packing": True},
 }
-ENCODER = {name: values for name, values in CAUSAL.items() if name.startswith("hf_")}
+ENCODER = {name: CAUSAL[name] for name in ("hf_grouped", "hf_random")}
 ENCODER_ROWS, ENCODER_VALIDATION, ENCODER_BATCH, ENCODER_MICRO = 2048, 200, 64, 64
 
 
@@ -75,9 +80,11 @@ class Contest:
         self.train, self.validation = (token_rows(config, split) for split in ("train", "validation"))
         self.flops_per_token: float | None = None
 
-    def ours(self) -> dict[str, Any]:
-        """Our loop, as its users launch it."""
-        record = ours(self.config, self.folder / str(time.time_ns()), processes=1, threads=self.threads,
+    def ours(self, compiled: str) -> dict[str, Any]:
+        """Our loop, as its users launch it. `compiled`: model.compile."""
+        config = self.folder / f"compile-{compiled}.yaml"
+        config.write_text(f"base: {self.config}\nmodel: {{compile: {compiled}}}\n", encoding="utf-8")
+        record = ours(config, self.folder / str(time.time_ns()), processes=1, threads=self.threads,
                       tcmalloc=bool(preload()))
         return record | ({"flops_per_token": self.flops_per_token} if self.flops_per_token else {})
 
@@ -161,17 +168,18 @@ def encoder(bench: Bench, intents: Path) -> Contest:
 
 
 def ratios_of(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
-    """Ours over each peer's: medians of tokens (without padding) a second, in the middle step and in all counted steps
-    together, and of memory in steps."""
+    """Each of ours over each peer's: medians of tokens (without padding) a second, in the middle step and in all
+    counted steps together, and of memory in steps."""
     found = {name: summary_of(runs) for name, runs in records.items()}
     ratios: dict[str, float] = {}
-    for name, theirs in found.items():
-        if name == "ours" or "ours" not in found:
+    for mine, name in product([name for name in OURS if name in found], found):
+        if name in OURS:
             continue
+        own, theirs, suffix = found[mine], found[name], mine.removeprefix("ours")
         for key, label in (("tokens_per_second_of_middle_step", "tokens/s"), ("tokens_per_second", "whole tokens/s")):
-            ratios[f"{label} over {name}"] = found["ours"][key]["median"] / theirs[key]["median"]
+            ratios[f"{label}{suffix} over {name}"] = own[key]["median"] / theirs[key]["median"]
         kind = memory_of(theirs)
-        ratios[f"memory of {name} over ours"] = theirs[kind]["median"] / found["ours"][kind]["median"]
+        ratios[f"memory of {name} over {mine}"] = theirs[kind]["median"] / own[kind]["median"]
     return ratios
 
 
@@ -185,10 +193,10 @@ def table_of(records: Mapping[str, Sequence[Mapping[str, Any]]], failures: Itera
     lines = ["| | tokens/s, middle step (range) | samples/s | padding | ours is faster by | "
              "peak memory in steps (GiB) | final loss | launch to first step (s) |", "| --- |" + " ---: |" * 7]
     found = {name: summary_of(runs) for name, runs in records.items()}
-    ours_rate = found["ours"]["tokens_per_second_of_middle_step"]["median"] if "ours" in found else None
+    own_rates = [found[name]["tokens_per_second_of_middle_step"]["median"] for name in OURS if name in found]
     for name, one in found.items():
         rate = one["tokens_per_second_of_middle_step"]
-        faster = f"{ours_rate / rate['median']:.2f}x" if ours_rate else ""
+        faster = ", ".join(f"{own / rate['median']:.2f}x" for own in own_rates)
         lines.append(
             f"| {name} | {rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f}) | "
             f"{one['samples_per_second']['median']:.2f} | {one['padding_share']['median']:.0%} | {faster} | "
@@ -206,9 +214,9 @@ def loss_parity(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
 
 def outcome_of(kept: Kept, setting: Mapping[str, Any]) -> dict[str, Any]:
     """All that is known of the contestants, for the results file."""
-    records = {name: kept.records[name] for name in ("ours", *CAUSAL) if kept.records.get(name)}
+    records = {name: kept.records[name] for name in (*OURS, *CAUSAL) if kept.records.get(name)}
     return {**setting, "warm_up_steps": WARM_UP, "adapter": RANK, "learning_rate": LEARNING_RATE,
-            "peers": {name: CAUSAL[name] for name in records if name != "ours"}, "failures": kept.failures,
+            "peers": {name: CAUSAL[name] for name in records if name in CAUSAL}, "failures": kept.failures,
             "ratios": ratios_of(records), "loss_parity": loss_parity(records),
             "summaries": {name: summary_of(runs) for name, runs in records.items()}, "records": records}
 
@@ -219,7 +227,7 @@ def main() -> int:
     parser.add_argument("cell", nargs="?", choices=list(CELLS), default="60m")
     options(parser, repeats=1)
     parser.add_argument("--intents", type=Path, help='JSON lines of {"text", "label"}: compare classifiers instead')
-    parser.add_argument("--only", nargs="+", choices=["ours", *CAUSAL], default=["ours", *CAUSAL])
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *CAUSAL], default=[*OURS, *CAUSAL])
     parser.add_argument("--micro-rows", type=int, help="rows of a peer's micro-batch; default 8, of llama-8b 1")
     parser.add_argument("--trl-python", help="python of an environment with TRL")
     parser.add_argument("--add", action="store_true", help="add repeats to the records in --to")
@@ -237,7 +245,9 @@ def main() -> int:
                 "setting": {**contest.values, "model": Path(contest.values["model"]).name}}
         kept = kept_in(asked.to, same, here["commit"])
         earlier = max(map(len, kept.records.values()), default=0) if asked.add else 0
-        contestants: dict[str, Callable[[], dict[str, Any]]] = {"ours": contest.ours}
+        contestants: dict[str, Callable[[], dict[str, Any]]] = {
+            name: partial(contest.ours, compiled) for name, compiled in OURS.items()
+            if name == "ours" or not asked.intents}
         for name, chosen in (ENCODER if asked.intents else CAUSAL).items():
             python = asked.trl_python if name.startswith("trl") else sys.executable
             if python is not None:

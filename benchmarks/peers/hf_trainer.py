@@ -38,6 +38,6 @@ Trainer(
         learning_rate=order["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         bf16=True, train_sampling_strategy=order["sampling"], seed=0, logging_steps=order["steps"], report_to="none",
         save_strategy="no", gradient_checkpointing=order["recompute"], disable_tqdm=True, remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available()),
+        torch_compile=order.get("compile", False), use_cpu=not torch.cuda.is_available()),
 ).train()
 finish(order, model, clock)
