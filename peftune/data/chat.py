@@ -124,9 +124,11 @@ def assistant_spans(
 
     Needs no generation markers in the template. Turn i begins where the rendering of the turns before it,
     with the generation prompt, ends; and it ends where the rendering of the turns up to it ends.
-    Templates that render the last turn otherwise than earlier ones (Qwen3 adds an empty thinking block, and strips
-    thinking from turns that are not last) break the second rule; then a stand-in of known text takes the turn's place,
-    and shows what follows an answer there and how much of that is its end mark.
+    Templates that close a conversation otherwise than a turn (Phi-3 adds the end of text, gpt-oss takes another mark)
+    show the end of an earlier turn where the next generation prompt begins. Templates that render the last turn
+    otherwise than earlier ones (Qwen3 adds an empty thinking block, and strips thinking from turns that are not last)
+    break the second rule; then a stand-in of known text takes the turn's place, and shows what follows an answer there
+    and how much of that is its end mark.
 
     Returns:
         The whole text, and [begin, end) character spans in it.
@@ -154,7 +156,7 @@ def _spans(
     whole, eos = show(messages), tokenizer.eos_token
     spans: list[Span] = []
     for i in turns:
-        begin, end = _turn_begin(show, messages, whole, i), _turn_end(show, messages, whole, i)
+        begin, end = _turn_begin(show, messages, whole, i), _turn_end(show, messages, whole, i, eos)
         if eos and whole.startswith(eos, end):  # a template that parts turns by their end mark: the last has none
             end += len(eos)
         if end <= begin:
@@ -178,7 +180,7 @@ def _turn_begin(show: Callable[..., str], messages: Sequence[Message], whole: st
     )
 
 
-def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int) -> int:
+def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int, eos: str | None) -> int:
     before, turn, after = messages[:i], messages[i], messages[i + 1:]
     stand_in = {key: value for key, value in turn.items() if key != "tool_calls"} | {"content": STAND_IN}
     if turn.get("tool_calls") and show([*before, stand_in]) == show([*before, {**turn, "content": STAND_IN}]):
@@ -186,11 +188,24 @@ def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str,
     upto = show([*before, turn])
     if whole.startswith(upto):
         return len(upto)
+    header = _generation_header(show, before, eos)
+    prompt = show([*before, turn], generation_prompt=True)
+    if header and prompt.endswith(header) and whole.startswith(prompt.removesuffix(header)):
+        return len(prompt) - len(header)
     mark = show([*before, stand_in]).rpartition(STAND_IN)[2]
     rest = show([*before, stand_in, *after]).rpartition(STAND_IN)[2]
     if rest.startswith(mark) and whole.endswith(rest):
         return len(whole) - len(rest) + len(mark)
     raise TemplateMismatch(f"turn {i + 1} cannot be found in what the chat template renders")
+
+
+def _generation_header(show: Callable[..., str], messages: Sequence[Message], eos: str | None) -> str:
+    """What a generation prompt adds to these turns, whose rendering may end in a mark that only closes the whole."""
+    if not messages:
+        return ""
+    closed, prompt = show(messages), show(messages, generation_prompt=True)
+    turns = closed if prompt.startswith(closed) else closed.removesuffix(eos or "")
+    return prompt.removeprefix(turns) if prompt.startswith(turns) else ""
 
 
 def round_trip_fault(
