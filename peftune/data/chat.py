@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 import unicodedata
@@ -75,6 +76,8 @@ def render(
 ) -> str:
     """The conversation as the model reads it.
 
+    Arguments of calls are records, or a JSON text for a template that takes no records (DeepSeek's).
+
     A template is a program that comes with a model. transformers runs it in Jinja's sandbox, where it reaches no
     attribute that leads out of it; its time is bounded here.
 
@@ -93,7 +96,21 @@ def render(
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 whatever a foreign program raises means that it does not render this
+        written = _with_arguments_as_text(messages)
+        if written != list(messages):
+            return render(tokenizer, written, tools, generation_prompt=generation_prompt)
         raise TemplateMismatch(f"the chat template refuses it: {error}") from None
+
+
+def _with_arguments_as_text(messages: Sequence[Message]) -> list[Message]:
+    def call_of(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [{**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
+            if isinstance(message.get("tool_calls"), list) else message for message in messages]
 
 
 @contextlib.contextmanager
