@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftune.data.targets import RowFault
-from peftune.data.turns import kind_of, tools_of, turns_of
+from peftune.data.turns import SHAREGPT, Turn, is_learned, kind_of, tools_of, turns_of, with_system
 
 Fields = dict[str, Any]
 
@@ -68,16 +68,42 @@ def _plain_text(values: Mapping[str, Any]) -> Fields:
 
 
 def _prompt_completion(values: Mapping[str, Any]) -> Fields:
+    if isinstance(values.get("prompt"), list):
+        return _completed_conversation(values)
     return {"prompt": _text(values, "prompt", empty=True), "completion": _text(values, "completion")}
+
+
+def _completed_conversation(values: Mapping[str, Any]) -> Fields:
+    """A conversation of which the turns of the prompt are read, and not learned."""
+    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns_of(values, "prompt")]
+    if isinstance(values.get("completion"), list):
+        said = turns_of(values, "completion")
+    else:
+        said = [{"role": "assistant", "content": _text(values, "completion")}]
+    return _answered({"messages": [*with_system(values, asked), *said], **tools_of(values)})
 
 
 def _alpaca(values: Mapping[str, Any]) -> Fields:
     extra = _text(values, "input", empty=True) if values.get("input") is not None else ""
     instruction = _text(values, "instruction")
-    system = _text(values, "system", empty=True) if values.get("system") is not None else ""
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, "output")}]
-    return {"messages": ([{"role": "system", "content": system}] if system.strip() else []) + messages}
+    if values.get("system") is not None:
+        _text(values, "system", empty=True)  # refuses what is none
+    turns = [*_history(values), {"role": "user", "content": question},
+             {"role": "assistant", "content": _text(values, "output")}]
+    return {"messages": with_system(values, turns)}
+
+
+def _history(values: Mapping[str, Any]) -> list[Turn]:
+    """Earlier turns: LLaMA-Factory's column of pairs of an instruction and its answer."""
+    pairs = values.get("history")
+    pairs = [] if pairs in (None, "") else pairs
+    if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)
+            for pair in pairs):
+        raise RowFault("history is no list of pairs of texts", 'write [["question", "answer"], ...], or leave it out')
+    return [{"role": role, "content": said}
+            for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]
 
 
 def _messages(values: Mapping[str, Any]) -> Fields:
@@ -85,7 +111,7 @@ def _messages(values: Mapping[str, Any]) -> Fields:
 
 
 def _messages_said(values: Mapping[str, Any]) -> Fields:
-    return {"messages": turns_of(values, "messages", role="role", content="content"), **tools_of(values)}
+    return {"messages": with_system(values, turns_of(values, "messages")), **tools_of(values)}
 
 
 def _sharegpt(values: Mapping[str, Any]) -> Fields:
@@ -93,13 +119,15 @@ def _sharegpt(values: Mapping[str, Any]) -> Fields:
 
 
 def _sharegpt_said(values: Mapping[str, Any]) -> Fields:
-    messages, system = turns_of(values, "conversations", role="from", content="value"), values.get("system")
-    first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return {"messages": [*first, *messages], **tools_of(values)}
+    return {"messages": with_system(values, turns_of(values, "conversations", SHAREGPT)), **tools_of(values)}
+
+
+def _prompt_said(values: Mapping[str, Any]) -> Fields:
+    return {"messages": with_system(values, turns_of(values, "prompt")), **tools_of(values)}
 
 
 def _answered(fields: Fields) -> Fields:
-    if not any(message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+    if not any(is_learned(message) and (message["content"].strip() or message.get("tool_calls"))
                for message in fields["messages"]):
         raise RowFault("no assistant turn to learn from", "add one, or delete the row")
     return fields
@@ -175,7 +203,7 @@ def preference_fields(values: Mapping[str, Any]) -> Fields:
         chosen, rejected = _text(values, "chosen"), _text(values, "rejected")
         if isinstance(prompt, list):
             key = "prompt" if "prompt" in values else "messages"
-            fields = {"messages": turns_of(values, key, role="role", content="content")}
+            fields = {"messages": with_system(values, turns_of(values, key))}
         else:
             fields = {"prompt": _text(values, "prompt", empty=True)}
         fields |= {"chosen": chosen, "rejected": rejected}
@@ -185,13 +213,13 @@ def preference_fields(values: Mapping[str, Any]) -> Fields:
 
 
 def _of_conversations(values: Mapping[str, Any]) -> Fields:
-    chosen, rejected = (turns_of(values, key, role="role", content="content") for key in ("chosen", "rejected"))
+    chosen, rejected = (turns_of(values, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
             raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
-    return {"messages": _with_prompt(values, chosen[:-1]), "chosen": chosen[-1]["content"],
+    return {"messages": with_system(values, _with_prompt(values, chosen[:-1])), "chosen": chosen[-1]["content"],
             "rejected": rejected[-1]["content"]}
 
 
@@ -201,7 +229,7 @@ def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> lis
     if prompt in (None, ""):
         return shared
     if isinstance(prompt, list):
-        before = turns_of(values, "prompt", role="role", content="content")
+        before = turns_of(values, "prompt")
         if shared[: len(before)] == before:
             return shared
         if shared and before[-len(shared):] == shared:
@@ -242,11 +270,13 @@ def prompt_fields(values: Mapping[str, Any], format: str) -> Fields:
     Raises:
         RowFault: the record does not hold what the format asks for, or nothing comes before the answer.
     """
-    if format in ("prompt_completion", "text"):
-        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+    said = _prompt_said if isinstance(values.get("prompt"), list) else None
+    said = {"messages": _messages_said, "sharegpt": _sharegpt_said, "prompt_completion": said}.get(format)
     if format == "alpaca":
         return {"messages": _alpaca({**values, "output": "-"})["messages"][:-1]}
-    fields = (_messages_said if format == "messages" else _sharegpt_said)(values)
+    if said is None:
+        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+    fields = said(values)
     while fields["messages"] and fields["messages"][-1]["role"] == "assistant":
         fields["messages"].pop()
     if not fields["messages"]:

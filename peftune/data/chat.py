@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
+from peftune.data.turns import is_learned
 from peftune.errors import ConfigError, Fault
 
 Message = Mapping[str, Any]
@@ -154,7 +155,7 @@ def assistant_spans(
         TemplateMismatch: a turn cannot be found in the whole text, or what the model would read before it when
             generating is not what stands before it here.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if is_learned(message)]
     return _spans(tokenizer, messages, tools, turns)
 
 
@@ -162,7 +163,7 @@ def last_assistant_span(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
 ) -> tuple[str, list[Span]]:
     """As `assistant_spans`, for the last assistant turn alone: earlier ones may be such as cannot be learned."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if is_learned(message)]
     return _spans(tokenizer, messages, tools, turns[-1:])
 
 
