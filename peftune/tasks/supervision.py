@@ -8,6 +8,7 @@ from typing import Any
 from peftune.data.canonical import PROMPT_COLUMNS, prompt_fields
 from peftune.data.chat import Span, TemplateMismatch, assistant_spans, last_assistant_span, render, round_trip_fault
 from peftune.data.examples import Example
+from peftune.data.findings import Doubt
 from peftune.data.formats import prompt_format
 from peftune.data.targets import RowFault
 from peftune.tasks.task import TextEncoder
@@ -93,16 +94,37 @@ def _begun(whole: str, text: TextEncoder) -> bool:
     return bool(bos) and whole.startswith(bos)
 
 
-def round_trip_doubt(fields: Mapping[str, Any], text: TextEncoder) -> str | None:
-    """Why a conversation does not survive its template and tokenizer; None where it does, or is none."""
-    if "messages" not in fields or "chosen" in fields:
-        return None
+def doubt(fields: Mapping[str, Any], text: TextEncoder) -> Doubt | None:
+    """Why a conversation does not survive template and tokenizer, or a prompt its completion; None where it does."""
+    why = _round_trip_doubt(fields, text) if "messages" in fields else None
+    if why is not None:
+        return Doubt("round_trip", why)
+    return _joined_tokens(fields, text) if fields.get("prompt") else None
+
+
+def _round_trip_doubt(fields: Mapping[str, Any], text: TextEncoder) -> str | None:
     try:
         whole = render(text.tokenizer, fields["messages"], fields.get("tools"))
         ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
         return round_trip_fault(text.tokenizer, fields["messages"], fields.get("tools"), ids)
     except TemplateMismatch:
         return None  # said as a bad row
+
+
+def _joined_tokens(fields: Mapping[str, Any], text: TextEncoder) -> Doubt | None:
+    ids, supervised = supervised_tokens(fields, text)
+    first = supervised.index(True) if any(supervised) else len(ids)
+    if ids[:first] == _prompt_ids(fields["prompt"], text):
+        return None
+    joined = text.tokenizer.decode(ids[first : first + 1])
+    return Doubt("joined_tokens", f"the prompt ends, and the completion begins, inside the token {joined!r:.40}")
+
+
+def _prompt_ids(prompt: str, text: TextEncoder) -> list[int]:
+    """Of a prompt alone, without the end-of-text token that some tokenizers put behind each text."""
+    ids = list(text.tokenizer(prompt, add_special_tokens=not _begun(prompt, text))["input_ids"])
+    own = prompt.endswith(text.tokenizer.eos_token)
+    return ids[:-1] if ids and ids[-1] == text.tokenizer.eos_token_id and not own else ids
 
 
 def prompt_tokens(fields: Mapping[str, Any], text: TextEncoder) -> Example:
@@ -117,8 +139,7 @@ def prompt_tokens(fields: Mapping[str, Any], text: TextEncoder) -> Example:
                        "column with --config and data.columns={prompt: NAME}")
     asked = prompt_fields(fields, format)
     if "prompt" in asked:
-        encoding = text.tokenizer(asked["prompt"], add_special_tokens=not _begun(asked["prompt"], text))["input_ids"]
-        ids = encoding[:-1] if encoding and encoding[-1] == text.tokenizer.eos_token_id else encoding
+        ids = _prompt_ids(asked["prompt"], text)
     else:
         try:
             whole = render(text.tokenizer, asked["messages"], asked.get("tools"), generation_prompt=True)
