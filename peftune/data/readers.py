@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftune.data.rows import Faults, RawRow
+from peftune.data.rows import Faults, RawRow, without_absent
 from peftune.errors import Fault
 
 
@@ -148,7 +148,7 @@ def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
         for batch in table.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield RawRow(value, str(file), number)
+                yield RawRow({key: without_absent(member) for key, member in value.items()}, str(file), number)
     except (pyarrow.ArrowException, OSError) as error:
         faults.add(file_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
 
