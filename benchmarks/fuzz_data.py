@@ -20,7 +20,8 @@ from benchmarks.fuzz_values import NESTED, Draw, spoilt_bytes
 from peftune.config.schema import DataConfig, EvaluationConfig, ModelConfig, TrainConfig
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.readers import READERS
-from peftune.reopen import read_prompts
+from peftune.data.sources import read_records
+from peftune.reopen import prompts_of
 from peftune.tasks import TASKS
 from peftune.tasks.text import Text, open_text
 from tests import tiny
@@ -271,4 +272,4 @@ def act_on_input(draw: tuple[str, str, bytes | str], folder: Path, models: Path)
     path = folder / f"input{ending}"
     put(path, content)
     text = text_of(task, model_of(task, models))
-    read_prompts(str(path), text.encoder, {})
+    prompts_of(read_records(str(path)), text.encoder, {})

@@ -40,7 +40,7 @@ from peftune.parallel.names import refuse_divided_sequences
 from peftune.parallel.world import World, close_world, open_world
 from peftune.tasks import TASKS
 from peftune.tasks.task import BoundEncoder, Record, Task
-from peftune.tasks.text import Text, open_text, quiet_libraries
+from peftune.tasks.text import Text, data_warnings, open_text, quiet_libraries
 from peftune.tasks.token_classification import scheme_of
 
 
@@ -165,7 +165,10 @@ def open_split(trained: Trained, split: str) -> Split:
     path = trained.evaluator.world.on_main(lambda: prepare(
         config.data, trained.text.encoder, seed=config.seed, identity=trained.text.identity(),
         targets=trained.evaluator.targets, only=(split,)))
-    return open_prepared(path).splits[split]
+    prepared = open_prepared(path)
+    for said in data_warnings(prepared):
+        trained.evaluator.warn(said)
+    return prepared.splits[split]
 
 
 def predict_file(trained: Trained, path: str) -> list[Record]:
@@ -179,13 +182,12 @@ def predict_file(trained: Trained, path: str) -> list[Record]:
 
 def predict_rows(trained: Trained, rows: Iterable[RawRow]) -> list[Record]:
     """The same for records that are read already."""
-    examples = prompts_of(rows, trained.text.encoder, trained.config.data.columns)
-    return predict(trained.evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
-
-
-def read_prompts(path: str, encoder: BoundEncoder, columns: Mapping[str, str]) -> list[Example]:
-    """The records of a file as examples to predict from. Raises DataError, as `predict_file`."""
-    return prompts_of(read_records(path), encoder, columns)
+    text, evaluator = trained.text.encoder, trained.evaluator
+    examples = prompts_of(rows, text, trained.config.data.columns)
+    if cut := sum(example.full_length > text.max_length for example in examples):
+        end = "beginning" if evaluator.task.generates else "end"
+        evaluator.warn(f"{cut:,} of {len(examples):,} records lose their {end}, over {text.max_length:,} tokens")
+    return predict(evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
 
 
 def prompts_of(rows: Iterable[RawRow], encoder: BoundEncoder, columns: Mapping[str, str]) -> list[Example]:

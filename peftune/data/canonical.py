@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from peftune.data.targets import RowFault
+from peftune.data.turns import SHAREGPT, Turn, is_learned, kind_of, tools_of, turns_of, with_system
 
 Fields = dict[str, Any]
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-         "model": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "function": "tool",
-         "observation": "tool"}
 
 
 def class_names(label: Any) -> list[str]:
@@ -32,15 +28,10 @@ def _text(values: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
         raise RowFault(f"the key {key} is missing", f"add {key}, or delete the row")
     value = values[key]
     if not isinstance(value, str):
-        raise RowFault(f"{key} is {_kind(value)}, not a text", "write it in quotes, or delete the row")
+        raise RowFault(f"{key} is {kind_of(value)}, not a text", "write it in quotes, or delete the row")
     if not empty and not value.strip():
         raise RowFault(f"{key} is empty", f"fill in {key}, or delete the row")
     return value
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "null", list: "a list", dict: "a record", bool: "true or false"}
-    return names.get(type(value), f"the number {value!r:.40}" if isinstance(value, int | float) else "not text")
 
 
 def refuse_surrogates(fields: Any) -> None:
@@ -64,7 +55,7 @@ def _classification(values: Mapping[str, Any]) -> Fields:
     label = values["label"]
     members = label if isinstance(label, list) else [label]
     if not all(isinstance(member, str | int | float) for member in members) or label == "":
-        kind = "empty" if label == "" else _kind(label)
+        kind = "empty" if label == "" else kind_of(label)
         raise RowFault(f"label is {kind}", "write a name, a number, or a list of names")
     if any(isinstance(member, float) and not math.isfinite(member) for member in members):
         raise RowFault(f"label is {label!r:.40}: not a finite number", "write a finite number, or delete the row")
@@ -77,16 +68,42 @@ def _plain_text(values: Mapping[str, Any]) -> Fields:
 
 
 def _prompt_completion(values: Mapping[str, Any]) -> Fields:
+    if isinstance(values.get("prompt"), list):
+        return _completed_conversation(values)
     return {"prompt": _text(values, "prompt", empty=True), "completion": _text(values, "completion")}
+
+
+def _completed_conversation(values: Mapping[str, Any]) -> Fields:
+    """A conversation of which the turns of the prompt are read, and not learned."""
+    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns_of(values, "prompt")]
+    if isinstance(values.get("completion"), list):
+        said = turns_of(values, "completion")
+    else:
+        said = [{"role": "assistant", "content": _text(values, "completion")}]
+    return _answered({"messages": [*with_system(values, asked), *said], **tools_of(values)})
 
 
 def _alpaca(values: Mapping[str, Any]) -> Fields:
     extra = _text(values, "input", empty=True) if values.get("input") is not None else ""
     instruction = _text(values, "instruction")
-    system = _text(values, "system", empty=True) if values.get("system") is not None else ""
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(values, "output")}]
-    return {"messages": ([{"role": "system", "content": system}] if system.strip() else []) + messages}
+    if values.get("system") is not None:
+        _text(values, "system", empty=True)  # refuses what is none
+    turns = [*_history(values), {"role": "user", "content": question},
+             {"role": "assistant", "content": _text(values, "output")}]
+    return {"messages": with_system(values, turns)}
+
+
+def _history(values: Mapping[str, Any]) -> list[Turn]:
+    """Earlier turns: LLaMA-Factory's column of pairs of an instruction and its answer."""
+    pairs = values.get("history")
+    pairs = [] if pairs in (None, "") else pairs
+    if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)
+            for pair in pairs):
+        raise RowFault("history is no list of pairs of texts", 'write [["question", "answer"], ...], or leave it out')
+    return [{"role": role, "content": said}
+            for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]
 
 
 def _messages(values: Mapping[str, Any]) -> Fields:
@@ -94,7 +111,7 @@ def _messages(values: Mapping[str, Any]) -> Fields:
 
 
 def _messages_said(values: Mapping[str, Any]) -> Fields:
-    return {"messages": _turns(values, "messages", role="role", content="content"), **_tools(values)}
+    return {"messages": with_system(values, turns_of(values, "messages")), **tools_of(values)}
 
 
 def _sharegpt(values: Mapping[str, Any]) -> Fields:
@@ -102,64 +119,30 @@ def _sharegpt(values: Mapping[str, Any]) -> Fields:
 
 
 def _sharegpt_said(values: Mapping[str, Any]) -> Fields:
-    messages, system = _turns(values, "conversations", role="from", content="value"), values.get("system")
-    first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return {"messages": [*first, *messages], **_tools(values)}
+    return {"messages": with_system(values, turns_of(values, "conversations", SHAREGPT)), **tools_of(values)}
 
 
-def _turns(values: Mapping[str, Any], key: str, *, role: str, content: str) -> list[dict[str, Any]]:
-    turns = values.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise RowFault(f"{key} is {_kind(turns) if turns != [] else 'empty'}, not a list of turns",
-                      f'write [{{"{role}": "user", "{content}": "..."}}, ...]')
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or role not in turn:
-            raise RowFault(f"turn {number} of {key} is no record with {role} and {content}", "mend the turn")
-        name = ROLES.get(turn[role]) if isinstance(turn[role], str) else None
-        if name is None:
-            raise RowFault(f"turn {number} has the unknown role {turn[role]!r:.40}", f"use one of {', '.join(ROLES)}")
-        said = turn.get(content)
-        calls = turn.get("tool_calls")
-        if not isinstance(said, str) and not (said is None and calls):
-            raise RowFault(f"turn {number} of {key}: {content} is {_kind(said)}, not a text", "write a text")
-        others = {k: v for k, v in turn.items() if k not in (role, content) and v is not None}
-        messages.append({"role": name, "content": said or "", **others})
-    return messages
+def _prompt_said(values: Mapping[str, Any]) -> Fields:
+    return {"messages": with_system(values, turns_of(values, "prompt")), **tools_of(values)}
 
 
 def _answered(fields: Fields) -> Fields:
-    if not any(message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+    if not any(is_learned(message) and (message["content"].strip() or message.get("tool_calls"))
                for message in fields["messages"]):
         raise RowFault("no assistant turn to learn from", "add one, or delete the row")
     return fields
-
-
-def _tools(values: Mapping[str, Any]) -> Fields:
-    """The functions that may be called: a list of records, or that list as a JSON text."""
-    tools, mend = values.get("tools"), 'write [{"type": "function", "function": {...}}], or leave tools out'
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise RowFault("tools is a text that is no JSON", mend) from None
-    elif isinstance(tools, str | None):
-        tools = []
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise RowFault("tools is no list of records", mend)
-    return {"tools": tools} if tools else {}
 
 
 def _ner(values: Mapping[str, Any]) -> Fields:
     words, tags = values.get("tokens"), values.get("ner_tags", values.get("tags"))
     for key, value, kinds in (("tokens", words, str), ("ner_tags", tags, str | int)):
         if not isinstance(value, list) or not value:
-            raise RowFault(f"{key} is {_kind(value) if value != [] else 'empty'}, not a list",
+            raise RowFault(f"{key} is {kind_of(value) if value != [] else 'empty'}, not a list",
                            'write {"tokens": ["...", ...], "ner_tags": ["O", ...]}')
         odd = next((n for n, member in enumerate(value) if not isinstance(member, kinds)
                     or isinstance(member, bool)), None)
         if odd is not None:
-            raise RowFault(f"{key}[{odd}] is {_kind(value[odd])}", "write one word and one tag a position")
+            raise RowFault(f"{key}[{odd}] is {kind_of(value[odd])}", "write one word and one tag a position")
     assert isinstance(words, list) and isinstance(tags, list)
     if len(words) != len(tags):
         raise RowFault(f"{len(words)} tokens and {len(tags)} tags", "write one tag for each token")
@@ -187,7 +170,7 @@ def _squad(values: Mapping[str, Any]) -> Fields:
         mend = "data.columns={answers: answer}" if "answer" in values else "add answers, [] where the context has none"
         raise RowFault(f"answers is {'null' if 'answers' in values else 'missing'}", mend)
     if not isinstance(given, list):
-        raise RowFault(f"answers is {_kind(given)}", 'write [{"text": "...", "answer_start": 0}]')
+        raise RowFault(f"answers is {kind_of(given)}", 'write [{"text": "...", "answer_start": 0}]')
     return {"question": _text(values, "question"), "context": context,
             "answers": [_answer(answer, context) for answer in given]}
 
@@ -220,23 +203,23 @@ def preference_fields(values: Mapping[str, Any]) -> Fields:
         chosen, rejected = _text(values, "chosen"), _text(values, "rejected")
         if isinstance(prompt, list):
             key = "prompt" if "prompt" in values else "messages"
-            fields = {"messages": _turns(values, key, role="role", content="content")}
+            fields = {"messages": with_system(values, turns_of(values, key))}
         else:
             fields = {"prompt": _text(values, "prompt", empty=True)}
         fields |= {"chosen": chosen, "rejected": rejected}
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
-    return {**fields, **_tools(values)}
+    return {**fields, **tools_of(values)}
 
 
 def _of_conversations(values: Mapping[str, Any]) -> Fields:
-    chosen, rejected = (_turns(values, key, role="role", content="content") for key in ("chosen", "rejected"))
+    chosen, rejected = (turns_of(values, key) for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
         if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
             raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
-    return {"messages": _with_prompt(values, chosen[:-1]), "chosen": chosen[-1]["content"],
+    return {"messages": with_system(values, _with_prompt(values, chosen[:-1])), "chosen": chosen[-1]["content"],
             "rejected": rejected[-1]["content"]}
 
 
@@ -246,7 +229,7 @@ def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> lis
     if prompt in (None, ""):
         return shared
     if isinstance(prompt, list):
-        before = _turns(values, "prompt", role="role", content="content")
+        before = turns_of(values, "prompt")
         if shared[: len(before)] == before:
             return shared
         if shared and before[-len(shared):] == shared:
@@ -287,11 +270,13 @@ def prompt_fields(values: Mapping[str, Any], format: str) -> Fields:
     Raises:
         RowFault: the record does not hold what the format asks for, or nothing comes before the answer.
     """
-    if format in ("prompt_completion", "text"):
-        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+    said = _prompt_said if isinstance(values.get("prompt"), list) else None
+    said = {"messages": _messages_said, "sharegpt": _sharegpt_said, "prompt_completion": said}.get(format)
     if format == "alpaca":
         return {"messages": _alpaca({**values, "output": "-"})["messages"][:-1]}
-    fields = (_messages_said if format == "messages" else _sharegpt_said)(values)
+    if said is None:
+        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+    fields = said(values)
     while fields["messages"] and fields["messages"][-1]["role"] == "assistant":
         fields["messages"].pop()
     if not fields["messages"]:

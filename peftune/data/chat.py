@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 import unicodedata
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
+from peftune.data.turns import is_learned
 from peftune.errors import ConfigError, Fault
 
 Message = Mapping[str, Any]
@@ -75,6 +77,8 @@ def render(
 ) -> str:
     """The conversation as the model reads it.
 
+    Arguments of calls are records, or a JSON text for a template that takes no records (DeepSeek's).
+
     A template is a program that comes with a model. transformers runs it in Jinja's sandbox, where it reaches no
     attribute that leads out of it; its time is bounded here.
 
@@ -93,7 +97,21 @@ def render(
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 whatever a foreign program raises means that it does not render this
+        written = _with_arguments_as_text(messages)
+        if written != list(messages):
+            return render(tokenizer, written, tools, generation_prompt=generation_prompt)
         raise TemplateMismatch(f"the chat template refuses it: {error}") from None
+
+
+def _with_arguments_as_text(messages: Sequence[Message]) -> list[Message]:
+    def call_of(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), Mapping):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [{**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
+            if isinstance(message.get("tool_calls"), list) else message for message in messages]
 
 
 @contextlib.contextmanager
@@ -124,9 +142,11 @@ def assistant_spans(
 
     Needs no generation markers in the template. Turn i begins where the rendering of the turns before it,
     with the generation prompt, ends; and it ends where the rendering of the turns up to it ends.
-    Templates that render the last turn otherwise than earlier ones (Qwen3 adds an empty thinking block, and strips
-    thinking from turns that are not last) break the second rule; then a stand-in of known text takes the turn's place,
-    and shows what follows an answer there and how much of that is its end mark.
+    Templates that close a conversation otherwise than a turn (Phi-3 adds the end of text, gpt-oss takes another mark)
+    show the end of an earlier turn where the next generation prompt begins. Templates that render the last turn
+    otherwise than earlier ones (Qwen3 adds an empty thinking block, and strips thinking from turns that are not last)
+    break the second rule; then a stand-in of known text takes the turn's place, and shows what follows an answer there
+    and how much of that is its end mark.
 
     Returns:
         The whole text, and [begin, end) character spans in it.
@@ -135,7 +155,7 @@ def assistant_spans(
         TemplateMismatch: a turn cannot be found in the whole text, or what the model would read before it when
             generating is not what stands before it here.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if is_learned(message)]
     return _spans(tokenizer, messages, tools, turns)
 
 
@@ -143,7 +163,7 @@ def last_assistant_span(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None
 ) -> tuple[str, list[Span]]:
     """As `assistant_spans`, for the last assistant turn alone: earlier ones may be such as cannot be learned."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if is_learned(message)]
     return _spans(tokenizer, messages, tools, turns[-1:])
 
 
@@ -154,7 +174,7 @@ def _spans(
     whole, eos = show(messages), tokenizer.eos_token
     spans: list[Span] = []
     for i in turns:
-        begin, end = _turn_begin(show, messages, whole, i), _turn_end(show, messages, whole, i)
+        begin, end = _turn_begin(show, messages, whole, i), _turn_end(show, messages, whole, i, eos)
         if eos and whole.startswith(eos, end):  # a template that parts turns by their end mark: the last has none
             end += len(eos)
         if end <= begin:
@@ -178,7 +198,7 @@ def _turn_begin(show: Callable[..., str], messages: Sequence[Message], whole: st
     )
 
 
-def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int) -> int:
+def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int, eos: str | None) -> int:
     before, turn, after = messages[:i], messages[i], messages[i + 1:]
     stand_in = {key: value for key, value in turn.items() if key != "tool_calls"} | {"content": STAND_IN}
     if turn.get("tool_calls") and show([*before, stand_in]) == show([*before, {**turn, "content": STAND_IN}]):
@@ -186,11 +206,24 @@ def _turn_end(show: Callable[..., str], messages: Sequence[Message], whole: str,
     upto = show([*before, turn])
     if whole.startswith(upto):
         return len(upto)
+    header = _generation_header(show, before, eos)
+    prompt = show([*before, turn], generation_prompt=True)
+    if header and prompt.endswith(header) and whole.startswith(prompt.removesuffix(header)):
+        return len(prompt) - len(header)
     mark = show([*before, stand_in]).rpartition(STAND_IN)[2]
     rest = show([*before, stand_in, *after]).rpartition(STAND_IN)[2]
     if rest.startswith(mark) and whole.endswith(rest):
         return len(whole) - len(rest) + len(mark)
     raise TemplateMismatch(f"turn {i + 1} cannot be found in what the chat template renders")
+
+
+def _generation_header(show: Callable[..., str], messages: Sequence[Message], eos: str | None) -> str:
+    """What a generation prompt adds to these turns, whose rendering may end in a mark that only closes the whole."""
+    if not messages:
+        return ""
+    closed, prompt = show(messages), show(messages, generation_prompt=True)
+    turns = closed if prompt.startswith(closed) else closed.removesuffix(eos or "")
+    return prompt.removeprefix(turns) if prompt.startswith(turns) else ""
 
 
 def round_trip_fault(

@@ -26,12 +26,20 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why the tokens of a row may not say what the row says."""
+
+    kind: Literal["round_trip", "joined_tokens"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One thing to look at in a split."""
 
     kind: str
     """leak | near_leak | conflicting_label | exact_duplicate | near_duplicate | tag_scheme | lost_characters |
-    imbalance | few_examples | label_spelling | round_trip | too_long | no_target."""
+    imbalance | few_examples | label_spelling | round_trip | joined_tokens | too_long | no_target."""
     split: str
     message: str
     mend: str

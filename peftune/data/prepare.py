@@ -211,14 +211,22 @@ def _write_meta(
     (draft / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
+DOUBTS = {
+    "round_trip": ("do not come back from their tokens",
+                   "give the tokenizer's own chat template, or a tokenizer that knows these characters"),
+    "joined_tokens": ("begin their completion inside a token of the prompt: `peftune predict` reads another prompt",
+                      "end prompts without a blank, and begin completions with it"),
+}
+
+
 def _doubts(name: str, spool: Spool, encoder: RowEncoder) -> Iterator[Finding]:
-    """Rows among the first whose text does not come back from its tokens: the same fault is in the others."""
+    """Rows among the first whose tokens may not say what they say: the same fault is in the others."""
     found = [(row, encoder.doubt(row)) for row in itertools.islice(spool.read(), LOOKED_AT)]
-    places = tuple(Place(row.file, row.line, why) for row, why in found if why is not None)
-    if places:
-        yield Finding("round_trip", name, f"{len(places)} of the first {len(found)} rows of {name} do not come back "
-                      "from their tokens", "give the tokenizer's own chat template, or a tokenizer that knows these "
-                      "characters", len(places), places)
+    for kind, (message, mend) in DOUBTS.items():
+        places = tuple(Place(row.file, row.line, why.message) for row, why in found if why and why.kind == kind)
+        if places:
+            yield Finding(kind, name, f"{len(places)} of the first {len(found)} rows of {name} {message}", mend,
+                          len(places), places)
 
 
 def _length_findings(name: str, outcome: Outcome, config: DataConfig) -> Iterator[Finding]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftune.data.rows import Faults, RawRow
+from peftune.data.rows import Faults, RawRow, without_absent
 from peftune.errors import Fault
 
 
@@ -147,7 +148,7 @@ def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
         for batch in table.iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield RawRow(value, str(file), number)
+                yield RawRow({key: without_absent(member) for key, member in value.items()}, str(file), number)
     except (pyarrow.ArrowException, OSError) as error:
         faults.add(file_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
 
@@ -164,14 +165,14 @@ def _read_text(file: Path, faults: Faults) -> Iterator[RawRow]:
 
 def _read_conll(file: Path, faults: Faults) -> Iterator[RawRow]:
     """Columns files: a word a line, its tag in the last column, a blank line after each sentence. One with a word that
-    cannot be read is left out."""
+    cannot be read is left out. Tabs part the columns of a line that has some, else blanks; words may hold others."""
     words: list[str] = []
     tags: list[str] = []
     first, broken = 0, False
     with file.open("rb") as stream:
         for number, content in enumerate(itertools.chain(stream, [b""]), start=1):
             try:
-                columns = content.decode("utf-8-sig" if number == 1 else "utf-8").split()
+                columns = _columns(content.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 faults.add(file_fault(str(file), number, f"not UTF-8 at byte {error.start} of the line",
                                       "save as UTF-8"))
@@ -189,6 +190,11 @@ def _read_conll(file: Path, faults: Faults) -> Iterator[RawRow]:
                 first = first if words else number
                 words.append(columns[0])
                 tags.append(columns[-1])
+
+
+def _columns(line: str) -> list[str]:
+    line = line.strip(string.whitespace)  # of ASCII: a no-break space is a part of its word
+    return [part.strip(" ") for part in line.split("\t" if "\t" in line else " ") if part.strip(" ")]
 
 
 READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {

@@ -21,6 +21,14 @@ class RawRow:
     line: int
 
 
+def without_absent(value: Any) -> Any:
+    """The same without fields that are null in the records inside it: in a table of columns each record has the fields
+    of all others, and a tool's arguments would hold the names of every other tool's."""
+    if isinstance(value, Mapping):
+        return {key: without_absent(member) for key, member in value.items() if member is not None}
+    return [without_absent(member) for member in value] if isinstance(value, list) else value
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One record in its canonical form.

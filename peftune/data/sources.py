@@ -30,6 +30,7 @@ def files_of(source: Source) -> list[Path]:
     """
     path = Path(source.path)
     if path.is_dir():
+        _refuse_saved_by_datasets(path)
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
         missing = f"the folder holds no {', '.join(READERS)} file"
     elif path.exists():
@@ -50,6 +51,17 @@ def files_of(source: Source) -> list[Path]:
                                        f"use one of {', '.join(READERS)}"))
     refuse_hub_settings(source)
     return files
+
+
+def _refuse_saved_by_datasets(folder: Path) -> None:
+    """Raise DataError for what `save_to_disk` of datasets wrote: of its files those that describe it look like data."""
+    marks = (*folder.rglob("dataset_dict.json"), *folder.rglob("state.json"))
+    saved = next((mark.parent for mark in marks if mark.name != "state.json" or any(mark.parent.glob("*.arrow"))), None)
+    if saved is not None:
+        one = "['train']" if (saved / "dataset_dict.json").is_file() else ""
+        raise DataError(file_fault(
+            str(saved), None, "is a data set in Arrow files, as save_to_disk writes them, which are not read",
+            f"datasets.load_from_disk({str(saved)!r}){one}.to_parquet('train.parquet') makes a file that is"))
 
 
 def fingerprint(source: Source) -> dict[str, Any]:

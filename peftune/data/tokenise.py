@@ -13,7 +13,7 @@ from typing import Protocol
 
 from peftune.config.schema import DataConfig
 from peftune.data.examples import Example
-from peftune.data.findings import SHOWN_PLACES, Place
+from peftune.data.findings import SHOWN_PLACES, Doubt, Place
 from peftune.data.rows import Faults, Row
 from peftune.data.spool import Spool
 from peftune.data.store import write
@@ -50,7 +50,7 @@ class RowEncoder(Protocol):
         ...
 
     def targets(self, rows: Iterable[Row], config: DataConfig) -> Targets: ...
-    def doubt(self, row: Row) -> str | None: ...
+    def doubt(self, row: Row) -> Doubt | None: ...
     def encode(self, row: Row, targets: Targets) -> Sequence[Example]: ...
 
 

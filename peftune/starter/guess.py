@@ -18,7 +18,7 @@ TASK_OF = {format: task for task, formats in FORMATS.items() for format in forma
 NEAR_MOST = 0.9
 """The first format that fits so many times the rows that any fits is taken."""
 ALSO_READ: Mapping[str, tuple[str, ...]] = {
-    "alpaca": ("input", "system"), "messages": ("tools",), "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system", "history"), "messages": ("system", "tools"), "sharegpt": ("system", "tools"),
     "classification": ("text_pair",), "squad": ("answers", "is_impossible"),
     "preference": ("prompt", "messages", "tools")}
 """Columns that a format takes where they are there."""

@@ -20,7 +20,7 @@ from peftune.numerics import scores
 from peftune.numerics.intervals import resampled_sums
 from peftune.numerics.losses import IGNORE
 from peftune.tasks import generated
-from peftune.tasks.supervision import prompt_tokens, round_trip_doubt, supervised_tokens
+from peftune.tasks.supervision import doubt, prompt_tokens, supervised_tokens
 from peftune.tasks.task import Metrics, Record, Task, TextEncoder, mean_loss, put, rounded
 
 NEXT_TOKEN = Targets("next_token")
@@ -140,7 +140,7 @@ CAUSAL_LM = Task(
     predictions=predictions,
     metrics=metrics,
     metric_names=metric_names,
-    doubt=round_trip_doubt,
+    doubt=doubt,
     generates=True,
     next_token=True,
     converses=True,

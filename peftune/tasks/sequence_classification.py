@@ -64,9 +64,10 @@ def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
 def _natural(name: str) -> tuple[int, float, str]:
     """Numbers in the order of their value, before words."""
     try:
-        return (0, float(name), name)
+        number = float(name)
     except ValueError:
-        return (1, 0.0, name)
+        number = math.nan
+    return (0, number, name) if math.isfinite(number) else (1, 0.0, name)  # "nan" is a word: it has no place among them
 
 
 def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:

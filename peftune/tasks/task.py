@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftune.config.schema import DataConfig
 from peftune.data.examples import Batch, Example
+from peftune.data.findings import Doubt
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
 from peftune.errors import ConfigError, Fault
@@ -85,7 +86,7 @@ class Task:
     """Names that `metrics` gives for these targets, the usual one first."""
     majority: Callable[[Iterable[Record], Sequence[Record], Targets], list[Record]] | None = None
     """(training records, records to score) -> the records with what counting alone would predict."""
-    doubt: Callable[[Mapping[str, Any], TextEncoder], str | None] | None = None
+    doubt: Callable[[Mapping[str, Any], TextEncoder], Doubt | None] | None = None
     """Fields of a row -> why the tokens may not say what the row says; None where they do."""
     generates: bool = False
     """Predictions are generated text, not read off the logits."""
@@ -138,7 +139,7 @@ class BoundEncoder:
     def targets(self, rows: Iterable[Row], config: DataConfig) -> Targets:
         return self.task.learn_targets(rows, config)
 
-    def doubt(self, row: Row) -> str | None:
+    def doubt(self, row: Row) -> Doubt | None:
         return None if self.task.doubt is None else self.task.doubt(row.fields, self.text)
 
     def encode(self, row: Row, targets: Targets) -> Sequence[Example]:

@@ -17,7 +17,7 @@ from peftune.data.sources import read_records
 from peftune.errors import ConfigError, DataError, Fault, ModelError, PeftuneError, RunFolderError, guarded
 from peftune.model.assemble import assemble
 from peftune.parallel.pieces import PieceReader
-from peftune.reopen import read_prompts
+from peftune.reopen import prompts_of
 from peftune.tasks import TASKS
 from peftune.tasks.text import Text, open_text
 from peftune.train import main
@@ -100,7 +100,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_refused_with_its_line(decoder, tmp
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "right"}\n{"prompt": "a \\ud800 b"}\n')
     with pytest.raises(DataError, match=r"prompts\.jsonl:2: .*surrogate"):
-        read_prompts(str(path), text_side("causal_lm", decoder).encoder, {})
+        prompts_of(read_records(str(path)), text_side("causal_lm", decoder).encoder, {})
 
 
 @pytest.mark.parametrize(("file", "spoil"), [

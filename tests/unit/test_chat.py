@@ -164,9 +164,9 @@ def test_the_format_of_the_run_decides_which_prompt_is_read(tokenizer):
 
 @pytest.mark.parametrize(("record", "said"), [
     ({"messages": [{"role": "user", "content": ["hi"]}]}, "turn 1 of messages: content is a list, not a text"),
-    ({"messages": [{"role": "developer", "content": "x"}]}, "unknown role 'developer'"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages holds no turn before"),
-    ({"prompt": ["hi"]}, "prompt is a list, not a text"),
+    ({"prompt": ["hi"]}, "turn 1 of prompt is no record with role and content"),
 ])
 def test_a_broken_prompt_is_said_to_be_broken_and_not_to_be_missing(tokenizer, record, said):
     with pytest.raises(RowFault) as caught:

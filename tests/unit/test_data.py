@@ -72,6 +72,19 @@ def test_every_kind_of_file_gives_its_rows_and_their_lines(tmp_path, kind):
     assert rows_of(path) == rows
 
 
+@pytest.mark.parametrize(("files", "split"), [
+    (("data-00000-of-00001.arrow", "dataset_info.json", "state.json"), ""),
+    (("dataset_dict.json", "train/data-00000-of-00001.arrow", "train/state.json"), "['train']"),
+])
+def test_a_folder_that_save_to_disk_wrote_is_named_as_one(tmp_path, files, split):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="as save_to_disk writes them") as caught:
+        list(read(Source(path=str(tmp_path)), Faults()))
+    assert f"load_from_disk({str(tmp_path)!r}){split}.to_parquet(" in caught.value.faults[0].mend
+
+
 def test_a_folder_and_a_glob_give_the_rows_of_their_files_in_order(tmp_path):
     for name in ("b", "a"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))

@@ -145,6 +145,16 @@ def test_answers_that_do_not_come_back_from_their_tokens_are_said(write_rows, tm
     assert {fault["line"] for fault in report["faults"] if fault["kind"] == "round_trip"} == {1, 2, 3, 4, 5}
 
 
+def test_completions_that_begin_inside_a_token_of_the_prompt_are_said(converse, write_rows, tmp_path, capsys):
+    rows = [{"prompt": f"q {i}{end}", "completion": begin + "the printer"}
+            for i, (end, begin) in enumerate([(":", " "), (": ", ""), (":\n", ""), (" pr", "inter "), ("</s>", " ")])]
+    settings = {**converse, "data": {"train": write_rows("p.jsonl", rows), "validation": None}}
+    code, report = checked(settings, tmp_path, capsys)
+    found = {fault["line"]: fault["message"] for fault in report["faults"] if fault["kind"] == "joined_tokens"}
+    assert code == 0 and set(found) == {2, 4}
+    assert found[2].endswith("inside the token ' the'")
+
+
 @pytest.mark.slow
 def test_several_processes_tokenise_as_one(encoder, write_rows, monkeypatch):
     from peftune.config.schema import ModelConfig

@@ -1,5 +1,6 @@
 """Labels to targets, logits to records, records to metrics."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -218,3 +219,9 @@ def test_better_knows_which_way_a_metric_improves_and_never_prefers_an_undefined
     assert better("accuracy", 0.9, 0.8) and not better("accuracy", 0.8, 0.8)
     assert better("loss", 0.1, 0.2) and not better("perplexity", 3.0, 2.0)
     assert not better("loss", None, 0.2) and better("loss", 1.0, None)
+
+
+def test_classes_are_in_one_order_whatever_comes_first():
+    labels = ["1", "nan", "10", "2", "Infinity", "b", "1.5"]  # float() reads two of the words as numbers
+    orders = {tuple(sorted(rows, key=sequence_classification._natural)) for rows in itertools.permutations(labels)}
+    assert orders == {("1", "1.5", "2", "10", "Infinity", "b", "nan")}

@@ -200,3 +200,15 @@ def test_a_small_encoder_learns_to_tag(tag, train):
     records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
     want, got = ([record[side] for record in records] for side in ("reference", "prediction"))
     assert result["metrics"]["validation"]["f1"] == pytest.approx(seqeval.f1_score(want, got), abs=1e-12)
+
+
+@pytest.mark.parametrize(("line", "word", "tag"), [
+    ("10\u00a0000 NUM B-sum", "10\u00a0000", "B-sum"), ("New York\tB-place", "New York", "B-place"),
+    ("x\u3000y  O \r", "x\u3000y", "O"), ("EU\tNNP\tB-org\t\r", "EU", "B-org"), (" EU   NNP  B-org", "EU", "B-org"),
+])
+def test_a_word_of_a_columns_file_keeps_the_blanks_that_part_no_columns(tmp_path, line, word, tag):
+    path = tmp_path / "a.conll"
+    path.write_text(f"{line}\nends\tO\n\n", encoding="utf-8", newline="")
+    faults = Faults()
+    [row] = read(Source(path=str(path)), faults)
+    assert row.values == {"tokens": [word, "ends"], "ner_tags": [tag, "O"]} and not faults.count

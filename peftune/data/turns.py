@@ -1,0 +1,108 @@
+"""The turns of a conversation, as their author wrote them -> as chat templates read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peftune.data.targets import RowFault
+
+Turn = dict[str, Any]
+MESSAGES, SHAREGPT = ("role", "content"), ("from", "value")
+"""The two ways to name the role and the text of a turn."""
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+         "model": "assistant", "bot": "assistant", "system": "system", "developer": "system",
+         "tool": "tool", "function": "tool", "observation": "tool"}
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for a person."""
+    names = {type(None): "null", list: "a list", dict: "a record", str: "a text", bool: "true or false"}
+    return names.get(type(value), f"the number {value!r:.40}" if isinstance(value, int | float) else "not text")
+
+
+def turns_of(values: Mapping[str, Any], key: str, usual: tuple[str, str] = MESSAGES) -> list[Turn]:
+    """The conversation in a column, each turn with `role`, `content` and what else it has.
+
+    Args:
+        values: of the row.
+        key: the column.
+        usual: how its turns name role and text; the other way is read too.
+
+    Raises:
+        RowFault: it is no list of such turns.
+    """
+    turns = values.get(key)
+    if not isinstance(turns, list) or not turns:
+        role, content = usual
+        raise RowFault(f"{key} is {kind_of(turns) if turns != [] else 'empty'}, not a list of turns",
+                       f'write [{{"{role}": "user", "{content}": "..."}}, ...]')
+    first = turns[0] if isinstance(turns[0], Mapping) else {}
+    names = next((names for names in (usual, MESSAGES, SHAREGPT) if names[0] in first), usual)
+    return [_turn(turn, number, key, names) for number, turn in enumerate(turns, start=1)]
+
+
+def _turn(turn: Any, number: int, key: str, names: tuple[str, str]) -> Turn:
+    role, content = names
+    if not isinstance(turn, Mapping) or role not in turn:
+        raise RowFault(f"turn {number} of {key} is no record with {role} and {content}", "mend the turn")
+    name = ROLES.get(turn[role]) if isinstance(turn[role], str) else None
+    if name is None:
+        raise RowFault(f"turn {number} has the unknown role {turn[role]!r:.40}", f"use one of {', '.join(ROLES)}")
+    said, calls = turn.get(content), turn.get("tool_calls")
+    if not isinstance(said, str) and not (said is None and calls):
+        raise RowFault(f"turn {number} of {key}: {content} is {kind_of(said)}, not a text", "write a text")
+    if turn.get("weight") not in (None, 0, 1):
+        raise RowFault(f"turn {number} of {key}: weight is {turn['weight']!r:.40}",
+                       "write 1, or 0 for a turn that is read and not learned")
+    others = {k: v for k, v in turn.items() if k not in names and v is not None}
+    if isinstance(calls, list):
+        others["tool_calls"] = [_call(call, number) for call in calls]
+    return {"role": name, "content": said or "", **others}
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Whether it is the assistant's, and its weight, as OpenAI's rows have it, is not 0."""
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0
+
+
+def with_system(values: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The turns, behind what the column `system` says, unless they begin with it themselves."""
+    system = values.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return turns
+    first = {"role": "system", "content": system}
+    return turns if turns[:1] == [first] else [first, *turns]
+
+
+def _call(call: Any, number: int) -> Any:
+    """A call whose arguments are a record: OpenAI writes them as a JSON text, which templates would quote again."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    written = function["arguments"]
+    try:
+        arguments = json.loads(written) if written.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RowFault(f"turn {number} calls a tool with arguments that are no JSON record: {written!r:.40}",
+                       'write {"name": value, ...}, as a record or as a text')
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def tools_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The functions that may be called: a list of records, or that list as a JSON text."""
+    tools, mend = values.get("tools"), 'write [{"type": "function", "function": {...}}], or leave tools out'
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise RowFault("tools is a text that is no JSON", mend) from None
+    elif isinstance(tools, str | None):
+        tools = []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RowFault("tools is no list of records", mend)
+    return {"tools": tools} if tools else {}
