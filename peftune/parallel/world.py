@@ -165,7 +165,7 @@ def _open_world() -> World:
     asked = int(os.environ.get(ASKED) or os.environ.get("WORLD_SIZE") or 1)
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise _wrong_world("accelerate launch was asked for several processes and started one plain process")
-    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if not use_cpu:
         _suit_changing_shapes()
     _join_after_restart(use_cpu)

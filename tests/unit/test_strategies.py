@@ -22,7 +22,7 @@ from peftune.parallel.fsdp2 import open_fsdp2
 from peftune.parallel.launcher import choose_launch, presets
 from peftune.parallel.names import ASKED_STRATEGY, STRATEGIES, check_launched
 from peftune.parallel.pieces import Piece, PieceReader, whole, write_pieces
-from peftune.parallel.world import World
+from peftune.parallel.world import World, opened_world
 from peftune.parallel.zero import step_count
 
 WRITE_64_MIB = """
@@ -126,6 +126,14 @@ def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
     assert (presets("accelerate") / f"{strategy}.yaml").is_file()
     launch = choose_launch(strategy, 1 if strategy == "single" else 2, ["c.yaml"])
     assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
+
+
+def test_the_cpu_computes_where_the_only_gpu_is_apples(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda *_: True)
+    with opened_world() as world:
+        assert world.device.type == "cpu"
 
 
 def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch):
