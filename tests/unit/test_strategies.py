@@ -152,6 +152,14 @@ def test_accelerates_other_divisions_are_refused(monkeypatch, key):
         check_launched("ddp")
 
 
+def test_a_deepspeed_json_that_deals_gradients_out_in_turn_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    monkeypatch.setenv(zero_config.FILE, str(file))
+    with pytest.raises(PeftuneError, match=r"ds\.json: zero_optimization\.round_robin_gradients: "):
+        zero_config.read_zero_config()
+
+
 def test_a_deepspeed_json_that_divides_sequences_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "sequence_parallel_size": 2}))
