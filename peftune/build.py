@@ -102,11 +102,11 @@ def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
     quiet_libraries()
     stop = stop or Stop()
     folder = Path(config.output_dir)
-    with watched_world(config.hang_timeout_s, stop) as world, FolderLock(folder) as lock:
+    with watched_world(config.hang_timeout_s, stop) as world, FolderLock(folder, config.hang_timeout_s) as lock:
         display = Display(quiet=not world.is_main)
         strategy = open_strategy(config, world)
         division = open_sequences(world)
-        world.on_main(lock.take)
+        world.on_main(lambda: lock.take(world.progress.tick))
         check_trackers(config.log.trackers)
         display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}"

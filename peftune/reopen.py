@@ -37,7 +37,7 @@ from peftune.model.resolve import load_model_config, resolve
 from peftune.model.save import ADAPTER, load_trained
 from peftune.observe.display import Display
 from peftune.parallel.names import refuse_divided_sequences
-from peftune.parallel.world import World, close_world, open_world
+from peftune.parallel.world import World, opened_world
 from peftune.tasks import TASKS
 from peftune.tasks.task import BoundEncoder, Record, Task
 from peftune.tasks.text import Text, data_warnings, open_text, quiet_libraries
@@ -58,11 +58,8 @@ class Trained:
 def opened(*, only_json: bool) -> Iterator[tuple[World, Display]]:
     """The processes of a command, until it ends, and what it tells a person: on standard error beside a JSON object."""
     refuse_divided_sequences()
-    world = open_world()
-    try:
+    with opened_world() as world:
         yield world, Display(quiet=not world.is_main, stream=sys.stderr if only_json else None)
-    finally:
-        close_world()
 
 
 def held_out(config: RunConfig) -> str:

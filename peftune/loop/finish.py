@@ -32,6 +32,7 @@ from peftune.tasks.task import Record
 CHECKED_EXAMPLES = 4
 CHECKED_TOKENS = 1024
 """Of each example: logits of all tokens of a long one may fit no device, and these say as much."""
+USUAL_LOGIT = 10.0
 SCORED_SPLITS = ("validation", "test")
 TRAIN_PART_ROWS = 500
 """Training rows that are scored like the other splits, to say what the model knows by heart; no more than the largest
@@ -142,13 +143,20 @@ def _publish_and_reload(
     with published(run.folder / "final") as draft:
         run.publish(model, weights, draft)
         deviation = run.reload_deviation(model, draft, inputs, logits)
-        if not deviation <= run.reload_tolerance:
+        tolerance = reload_tolerance(run.reload_tolerance, logits)
+        if not deviation <= tolerance:
             raise SelfCheckError(Fault(
                 kind="self_check", message=f"what was saved does not reload: logits differ by {deviation:.3g} "
-                f"(tolerance {run.reload_tolerance:.1g}); final/ was not published",
+                f"(tolerance {tolerance:.1g}); final/ was not published",
                 mend="the last checkpoint holds the training; report this with the config",
             ))
     return deviation
+
+
+def reload_tolerance(usual: float, logits: Tensor) -> float:
+    """How far reloaded logits may lie from these. `usual` holds up to a largest logit of `USUAL_LOGIT`: rounding grows
+    with what is rounded, and large models have logits of 30 and more. Those that a model masks say nothing of that."""
+    return usual * (logits.abs().max() / USUAL_LOGIT).clamp(1.0, 10.0).item()
 
 
 def _put_back(run: Run, name: str) -> None:

@@ -6,26 +6,37 @@ import fcntl
 import json
 import os
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from peftune.errors import Fault, RunFolderError
+from peftune.errors import Fault, RunFolderError, say
 from peftune.loop.publish import refused
 
 LOCK = ".lock"
 """File of the run folder. It stays there; what counts is the kernel's lock on it, which ends with the process."""
+LOOKING_S = 1.0
+LEFTOVER_S = 60
+"""What a failure has left of a run on another machine has ended so many seconds after `hang_timeout`."""
 
 
 class FolderLock:
     """The right to write into a run folder, for as long as a block, or this process, lasts."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, hang_timeout_s: float | None = None) -> None:
+        """`hang_timeout_s`: of the run; None waits for nobody."""
+        self._folder, self._patience_s = folder, 0.0 if hang_timeout_s is None else hang_timeout_s + LEFTOVER_S
         self._file: TextIO | None = None
 
-    def take(self) -> None:
+    def take(self, tick: Callable[[], None] = lambda: None) -> None:
         """Take it, if the folder is there and the lock is not this one's already.
+
+        A run on another machine that holds it may be what a failure has left of this very run: it is waited for.
+
+        Args:
+            tick: called while it is.
 
         Raises:
             RunFolderError: another run writes there.
@@ -46,21 +57,35 @@ class FolderLock:
                 return  # of a run that is done; it will be read only
             raise refused(self._folder, error) from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            said = file.read()
-            file.close()
-            raise RunFolderError(Fault(
-                kind="run_folder", file=str(self._folder), message=f"another run writes there{_who(said)}",
-                mend="wait for it or end it, or choose another output_dir")) from None
+            self._lock(file, tick)
         except OSError as error:
             file.close()
             raise refused(self._folder, error) from None
+        except RunFolderError:
+            file.close()
+            raise
         self._file = file
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
         file.flush()
+
+    def _lock(self, file: TextIO, tick: Callable[[], None]) -> None:
+        until, told = time.monotonic() + self._patience_s, False
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                host, who = _who(file.read())
+            if host in (None, socket.gethostname()) or time.monotonic() > until:
+                raise RunFolderError(Fault(
+                    kind="run_folder", file=str(self._folder), message=f"another run writes there{who}",
+                    mend="wait for it or end it, or choose another output_dir"))
+            if not told:
+                say(f"{self._folder}: another run writes there{who}; waited for, {self._patience_s:.0f} s at most")
+            told = True
+            tick()
+            time.sleep(LOOKING_S)
 
     def __enter__(self) -> FolderLock:
         return self
@@ -77,9 +102,10 @@ class FolderLock:
             raise refused(self._folder, f"{parent} is read-only, or not yours")
 
 
-def _who(said: str) -> str:
+def _who(said: str) -> tuple[str | None, str]:
+    """The machine of the run that holds the lock, and its process too in words; None where it is just being written."""
     try:
         taken = json.loads(said)
-        return f": process {taken['process']} on {taken['host']}"
-    except (ValueError, KeyError, TypeError):  # it is just being written
-        return ""
+        return taken["host"], f": process {taken['process']} on {taken['host']}"
+    except (ValueError, KeyError, TypeError):
+        return None, ""

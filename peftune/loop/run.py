@@ -59,6 +59,7 @@ class Run:
     reload_deviation: Callable[[nn.Module, Path, dict[str, Tensor], Tensor], float]
     """Largest difference between the live model's logits and those of what a published folder loads to."""
     reload_tolerance: float
+    """For that difference, see `finish.reload_tolerance`."""
     published_weights: Callable[[nn.Module, Path], dict[str, Tensor]]
     """The trained weights of a published folder, by the live model's names."""
     steps: int

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from peftune.data.store import Split
 from peftune.errors import Fault, SelfCheckError
@@ -37,6 +37,7 @@ class SelfCheck:
     ) -> None:
         """`set_back`: whether the method may undo a step of the weight of that name."""
         self._optimizer, self._strategy, self._set_back = optimizer, strategy, set_back
+        self._steps_like_gradients = "momentum" in optimizer.param_groups[0]  # SGD, whatever engine wraps it
         self._all = list(model.named_parameters())
         self._trainable = [(name, p) for name, p in self._all if p.requires_grad]
         self._before = self._checksums()
@@ -60,7 +61,7 @@ class SelfCheck:
             gradient = self._strategy.gradient(parameter)
             reached.append(gradient is not None)
             alive.append(gradient is not None and bool(gradient.any()))
-            if gradient is not None and gradient.numel() and isinstance(self._optimizer, SGD):
+            if gradient is not None and gradient.numel() and self._steps_like_gradients:
                 self._steepest[name] = max(self._steepest.get(name, 0.0), gradient.abs().max().item())
         missing = [name for (name, _), ranks in zip(self._trainable, self._summed(reached), strict=True) if not ranks]
         self._alive |= {name for (name, _), ranks in zip(self._trainable, self._summed(alive), strict=True) if ranks}

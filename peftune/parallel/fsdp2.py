@@ -51,12 +51,24 @@ class Fsdp2:
     lockstep: bool = True
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
+        if not all(parameter.requires_grad for parameter in model.parameters()):
+            self._equalise(model)
         self._shard(model)
         return model, build_optimizer(model)
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         self._shard(model)
         return model
+
+    @torch.no_grad()
+    def _equalise(self, model: nn.Module) -> None:
+        """Take the main process's adapter. One that starts from a decomposition of weights or data is rounded otherwise
+        on machines of another kind, and may be turned: a start put together from parts of several is none. All other
+        weights come from a file or from the seed."""
+        for tensor in (*trained(model).values(), *model.buffers()):
+            there = tensor.detach().to(self.world.device).contiguous()
+            self.world.broadcast(there)
+            tensor.copy_(there)
 
     def _shard(self, model: nn.Module) -> None:
         device = self.world.device.type

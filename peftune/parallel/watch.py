@@ -33,7 +33,7 @@ from peftune.errors import EXIT_OUR_FAULT, PeftuneError, Preempted, report_exit_
 from peftune.parallel.posts import Post, Verdict, born, lives, named, standstill, this_machine
 from peftune.parallel.progress import Activity, place_of_main_thread
 from peftune.parallel.stop import Stop
-from peftune.parallel.world import EXCHANGE_LIMIT, World, close_world, open_world
+from peftune.parallel.world import EXCHANGE_LIMIT, World, opened_world
 
 BEAT_S = 1.0
 """Between two posts of a rank; an eighth of the time-out where that is less."""
@@ -210,8 +210,7 @@ def watched_world(limit_s: int | None, stop: Stop) -> Iterator[World]:
         limit_s: the time-out; None watches nobody.
         stop: asked to wait where a signal is the consequence of another rank's end.
     """
-    world = open_world()
-    try:
+    with opened_world() as world:
         if world.ranks == 1 or limit_s is None:
             yield world
             return
@@ -223,8 +222,6 @@ def watched_world(limit_s: int | None, stop: Stop) -> Iterator[World]:
             watch.leave(error)
             raise
         watch.leave(None)
-    finally:
-        close_world()
 
 
 def _broken_exchange(error: BaseException) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -134,7 +135,27 @@ class World:
         return outcomes[self.rank - self.local_rank][0]  # launchers number the processes of a machine in a row
 
 
-def open_world() -> World:
+@contextlib.contextmanager
+def opened_world() -> Iterator[World]:
+    """The process group that the launcher's environment describes, until the block ends.
+
+    An error of one of several processes leaves the group as it is: NCCL ends one only together with the others, which
+    may be waiting in an exchange, while a process that fails ends without (`errors.guarded`).
+
+    Raises:
+        MachineError: see `_open_world`.
+    """
+    world = _open_world()
+    try:
+        yield world
+    except BaseException:
+        if world.ranks == 1:
+            _close_world()
+        raise
+    _close_world()
+
+
+def _open_world() -> World:
     """Start the process group that the launcher's environment describes.
 
     Raises:
@@ -144,7 +165,7 @@ def open_world() -> World:
     asked = int(os.environ.get(ASKED) or os.environ.get("WORLD_SIZE") or 1)
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise _wrong_world("accelerate launch was asked for several processes and started one plain process")
-    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
     if not use_cpu:
         _suit_changing_shapes()
     _join_after_restart(use_cpu)
@@ -201,8 +222,7 @@ def _wrong_world(message: str) -> MachineError:
     ))
 
 
-def close_world() -> None:
-    """End the process group, so that no process is left waiting for the others."""
+def _close_world() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     PartialState._reset_state()

@@ -47,6 +47,8 @@ class Zero:
     """The engine that trains, then those of frozen models: their hooks live as long as they do."""
     _reached: set[int] = field(default_factory=set)
     """Trained weights that a gradient has reached."""
+    _norm: list[Tensor] = field(default_factory=list)
+    """Of the step's gradient."""
 
     @property
     def stage(self) -> int:
@@ -63,13 +65,14 @@ class Zero:
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
         deepspeed = import_deepspeed(self.world)
         config = self._filled(model)
+        ours = build_optimizer(model)  # while weights have their shapes, which say what decays
         if self.stage == 3:
             self._divide(model, config)
         else:
             model.to(self.world.device)
         for parameter in trained(model).values():
             parameter.register_hook(Reached(self._reached, id(parameter)))
-        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=build_optimizer(model), config=config)
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=ours, config=config)
         self._engines.append(engine)
         return engine, optimizer
 
@@ -114,7 +117,8 @@ class Zero:
         else:
             optimizer._wait_for_offload_copies()
             norm = torch.as_tensor(optimizer.scaled_global_norm()).float()
-        return torch.where(norm < 0, torch.inf, norm)  # DeepSpeed says -1 for a norm that is not finite
+        self._norm[:] = [torch.where(norm < 0, torch.inf, norm)]  # DeepSpeed says -1 for a norm that is not finite
+        return self._norm[0]
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
         self._engine.step()
@@ -147,7 +151,9 @@ class Zero:
 
         if id(parameter) not in self._reached:
             return None
-        return safe_get_local_grad(parameter) if self.stage == 3 else safe_get_full_grad(parameter)
+        found = safe_get_local_grad(parameter) if self.stage == 3 else safe_get_full_grad(parameter)
+        bound = self._engine.optimizer.clip_grad or math.inf
+        return None if found is None else found * (bound / self._norm[0].to(found.device)).clamp(max=1.0)
 
     def gather(self, model: nn.Module) -> dict[str, Tensor]:
         if self.stage < 3:

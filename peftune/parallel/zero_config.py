@@ -58,6 +58,10 @@ def _check(file: str) -> None:
         raise _fault(file, f"no DeepSpeed JSON: {error}", "give a file that json can read") from None
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization"), dict):
         raise _fault(file, "has no section zero_optimization", 'write {"zero_optimization": {"stage": 2}}')
+    zero = given["zero_optimization"]
+    if zero.get("round_robin_gradients") is True and zero.get("stage") != 3:
+        raise _fault(file, "zero_optimization.round_robin_gradients: DeepSpeed 0.19 then mistakes the gradient of one "
+                     "weight for another's, and the run could not check itself", "write false, or leave it out")
     if given.get("sequence_parallel_size", 1) != 1:
         raise _fault(file, f"sequence_parallel_size: {given['sequence_parallel_size']}: DeepSpeed divides no sequence "
                      "here, peftune does", f"leave it out, and {DIVIDE_SEQUENCES}")

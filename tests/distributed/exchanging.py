@@ -1,4 +1,4 @@
-"""A rank of a test: attention over exchanged heads, beside plain attention over the whole row."""
+"""A rank of a test: attention over exchanged heads, beside plain attention over the whole row; an adapter to divide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peftune.model.division import attend_whole
+from peftune.parallel.fsdp2 import Fsdp2
 from peftune.parallel.sequences import SequenceGroup
+from peftune.parallel.world import World
 
 RANKS = 2
 
@@ -48,4 +50,22 @@ def attend_and_compare(rank: int, port: int, failures: Any) -> None:
     differences = [float((mine - theirs).abs().max()) for mine, theirs in pairs]
     if not max(differences) <= 1e-12:
         failures.put((rank, differences))
+    dist.destroy_process_group()
+
+
+def divide_and_compare(rank: int, port: int, failures: Any) -> None:
+    """An adapter that began otherwise on each rank is the main process's after it was divided."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 6, bias=False), torch.nn.BatchNorm1d(6))
+    model[0].requires_grad_(False)
+    for tensor in (*model[1].parameters(), *model[2].parameters(), model[2].running_mean):
+        torch.nn.init.constant_(tensor, 1.0 + rank)
+    strategy = Fsdp2(World(rank, RANKS, rank, torch.device("cpu"), "gloo"))
+    divided, _ = strategy.prepare(model, lambda placed: torch.optim.SGD(placed.parameters()))
+    for name, tensor in strategy.gather(divided).items():
+        if (name.startswith(("1.", "2.weight")) or name.endswith("mean")) and not bool((tensor == 1.0).all()):
+            failures.put((rank, name, tensor.tolist()))
+    if not bool((divided[2].running_mean == 1.0).all()):
+        failures.put((rank, "running_mean", divided[2].running_mean.tolist()))
     dist.destroy_process_group()

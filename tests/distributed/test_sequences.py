@@ -10,7 +10,7 @@ from benchmarks.deviations import deviations_of
 from benchmarks.launches import launched
 from benchmarks.parity import LAYOUTS, TOLERANCES, Bench, Cell
 from tests.conftest import free_port, metric_rows, summary
-from tests.distributed.exchanging import RANKS, attend_and_compare
+from tests.distributed.exchanging import RANKS, attend_and_compare, divide_and_compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -59,4 +59,10 @@ def test_processes_that_share_each_sequence_train_score_and_save_as_one_does(ben
 def test_attention_over_exchanged_heads_and_its_gradients_are_those_of_the_whole_row():
     failures = mp.get_context("spawn").SimpleQueue()
     mp.spawn(attend_and_compare, (free_port(), failures), nprocs=RANKS)
+    assert failures.empty(), failures.get()
+
+
+def test_a_divided_adapter_begins_as_the_main_process_has_it():
+    failures = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(divide_and_compare, (free_port(), failures), nprocs=RANKS)
     assert failures.empty(), failures.get()

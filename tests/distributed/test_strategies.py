@@ -158,8 +158,12 @@ def beside_one(strategy, method, *overrides, script=TRAIN, environment=()):
 @pytest.mark.parametrize("asked", [
     beside_one("zero3", "lora", "model.added_tokens=['<a>']", "model.added_special_tokens=['<b>']"),
     beside_one("fsdp2", "lora", "adapter.trainable_token_indices=[3, 5]"),
+    *(beside_one(strategy, "full", "train.weight_decay=0.5", "train.learning_rate=0.01")
+      for strategy in ("zero2", "zero3", "fsdp2")),
+    *(beside_one(strategy, "lora", "train.optimizer=sgd", "train.learning_rate=0.0001")
+      for strategy in ("zero2", "zero3")),
 ], ids=lambda asked: asked[1].name)
-def test_rows_of_single_tokens_train_as_on_one_process(bench, ran, asked):
+def test_settings_that_the_matrix_has_not_train_as_on_one_process(bench, ran, asked):
     one, divided = asked
     assert ran[one].returncode == ran[divided].returncode == 0, ran[divided].stderr
     found = deviations_of(bench.run_folder(divided), bench.run_folder(one), "causal_lm")

@@ -1,5 +1,6 @@
 """The output folder: another run writes there, it cannot be written, it vanishes."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from peftune.errors import guarded
 from peftune.loop.checkpoint import all_checkpoints, verify
-from peftune.loop.lock import FolderLock
+from peftune.loop.lock import LOCK, FolderLock
 from peftune.parallel.stop import Stop
 from peftune.train import main
 from tests.conftest import ROOT, write_config
@@ -81,6 +82,21 @@ def test_the_lock_ends_with_its_process_however_that_ends(tmp_path):
     other.wait()
     with FolderLock(tmp_path) as lock:
         lock.take()
+
+
+def test_what_a_lost_machine_goes_on_with_is_waited_for(tmp_path, capsys):
+    script = ("import sys, time; from pathlib import Path; from peftune.loop.lock import FolderLock\n"
+              "lock = FolderLock(Path(sys.argv[1])); lock.take(); print('taken', flush=True); time.sleep(3)")
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "taken\n"
+    (tmp_path / LOCK).write_text(json.dumps({"host": "node9", "process": 7}))
+    ticks = []
+    with pytest.raises(ValueError, match="another run writes there: process 7 on node9"):
+        FolderLock(tmp_path).take()
+    with FolderLock(tmp_path, 10) as lock:
+        lock.take(lambda: ticks.append(1))
+        assert other.wait(1) == 0 and ticks
+    assert capsys.readouterr().err.count("process 7 on node9; waited for, 70 s at most") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(classify, disk, tmp_path, capsys):

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 from peftune.errors import EXIT_CODE_FILE
+from peftune.parallel import world
 from peftune.parallel.launcher import choose_launch
 from peftune.parallel.posts import Post, standstill
+from peftune.parallel.stop import Stop
+from peftune.parallel.watch import watched_world
+from peftune.parallel.world import World
 from tests.conftest import summary, training_processes, write_config
 from tests.faults.test_preemption import Started, reached
 
@@ -59,6 +65,20 @@ def test_a_rank_that_is_silent_is_named_though_the_others_stand_still_a_little_l
 def test_ranks_that_have_ended_are_not_missed():
     assert judged(post(left=True), post(), unheard_s=(9e5, 0)) is None
     assert judged(post(left=True), post(left=True), unheard_s=(9e5, 9e5)) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_fails_does_not_wait_for_the_others_to_end_the_group(monkeypatch, ranks):
+    ended = []
+    monkeypatch.setattr(world, "_open_world", lambda: World(0, ranks, 0, torch.device("cpu"), None))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    with watched_world(None, Stop()):
+        pass
+    assert ended.pop()
+    with pytest.raises(ZeroDivisionError), watched_world(None, Stop()):
+        1 / 0  # noqa: B018
+    assert bool(ended) == (ranks == 1)
 
 
 @pytest.fixture

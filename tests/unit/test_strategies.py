@@ -22,7 +22,7 @@ from peftune.parallel.fsdp2 import open_fsdp2
 from peftune.parallel.launcher import choose_launch, presets
 from peftune.parallel.names import ASKED_STRATEGY, STRATEGIES, check_launched
 from peftune.parallel.pieces import Piece, PieceReader, whole, write_pieces
-from peftune.parallel.world import World
+from peftune.parallel.world import World, opened_world
 from peftune.parallel.zero import step_count
 
 WRITE_64_MIB = """
@@ -128,6 +128,14 @@ def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
     assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
 
 
+def test_the_cpu_computes_where_the_only_gpu_is_apples(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda *_: True)
+    with opened_world() as world:
+        assert world.device.type == "cpu"
+
+
 def test_another_strategy_than_the_one_asked_for_is_refused(monkeypatch):
     monkeypatch.setenv(ASKED_STRATEGY, "zero2")
     with pytest.raises(MachineError, match="zero2 was asked for, and single was started"):
@@ -142,6 +150,14 @@ def test_accelerates_other_divisions_are_refused(monkeypatch, key):
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{key.upper()}", "2")
     with pytest.raises(MachineError, match=f"parallelism_config_{key}: 2"):
         check_launched("ddp")
+
+
+def test_a_deepspeed_json_that_deals_gradients_out_in_turn_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    monkeypatch.setenv(zero_config.FILE, str(file))
+    with pytest.raises(PeftuneError, match=r"ds\.json: zero_optimization\.round_robin_gradients: "):
+        zero_config.read_zero_config()
 
 
 def test_a_deepspeed_json_that_divides_sequences_is_refused(tmp_path, monkeypatch):

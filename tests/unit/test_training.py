@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from peftune.errors import guarded
+from peftune.loop.finish import reload_tolerance
 from peftune.train import main
 from tests.conftest import EVERY_TASK, metric_rows, mostly_slow, summary, write_config
 
@@ -43,6 +45,11 @@ def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, reque
     assert keys <= rows[0].keys()
     records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
     assert all({"id", "prediction", "reference"} <= record.keys() for record in records)
+
+
+@pytest.mark.parametrize(("logit", "tolerance"), [(2.0, 0.5), (-30.0, 1.5), (torch.finfo(torch.float32).min, 5.0)])
+def test_reloaded_logits_may_differ_by_what_rounding_does_to_logits_of_their_size(logit, tolerance):
+    assert reload_tolerance(0.5, torch.tensor([0.0, logit])) == pytest.approx(tolerance)
 
 
 @pytest.mark.parametrize("adapter", [
