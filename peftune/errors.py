@@ -206,7 +206,11 @@ def report_exit_code(code: int) -> int:
     if report is None:
         return code
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one a machine: each has a launcher of its own
-        Path(report).write_text(str(code))
+        try:
+            Path(report).write_text(str(code))
+        except OSError:  # the disk is full: launchers know of this failure as of any
+            Path(report).unlink(missing_ok=True)
+            return code
     return EXIT_DONE
 
 

@@ -32,6 +32,12 @@ PLAIN = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
+STANDSTILL = (
+    "{%- macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%m', '07') | replace('%Y', '2024')"
+    " | replace('%b', 'Jul') | replace('%B', 'July') }}{% endmacro %}{{ '' }}"
+)
+"""Before templates that write today's date (Llama 3.2, gpt-oss): the day that Llama's name where they know none. So
+what is learned and scored depends on the data, not on the day."""
 NAMED = {"chatml": CHATML, "plain": PLAIN}
 """Templates for tokenizers that have none; `plain` needs no special tokens but the end of text."""
 
@@ -86,12 +92,13 @@ def render(
         TemplateMismatch: the template refuses the conversation (a role order it does not know, say).
         ConfigError: it takes longer than RENDER_LIMIT_S.
     """
+    known = list(tools) if tools else None
     try:
+        template = tokenizer.get_chat_template(None, known)
         with _limited_time():
             whole: str = tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) if tools else None, tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
+                list(messages), tools=known, tokenize=False, add_generation_prompt=generation_prompt,
+                chat_template=STANDSTILL + template if "strftime_now" in template else template)
         whole.encode("utf-8")  # half a surrogate pair is text for Python alone
         return whole
     except ConfigError:

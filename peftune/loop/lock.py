@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,6 +18,8 @@ from peftune.loop.publish import refused
 
 LOCK = ".lock"
 """File of the run folder. It stays there; what counts is the kernel's lock on it, which ends with the process."""
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that know no locks: Lustre without `-o flock`, NFS without its lock daemon."""
 LOOKING_S = 1.0
 LEFTOVER_S = 60
 """What a failure has left of a run on another machine has ended so many seconds after `hang_timeout`."""
@@ -60,7 +63,10 @@ class FolderLock:
             self._lock(file, tick)
         except OSError as error:
             file.close()
-            raise refused(self._folder, error) from None
+            if error.errno not in WITHOUT_LOCKS:
+                raise refused(self._folder, error) from None
+            say(f"{self._folder}: its file system has no locks ({error.strerror}): let no other run write there")
+            return
         except RunFolderError:
             file.close()
             raise

@@ -62,6 +62,9 @@ def _check(file: str) -> None:
     if zero.get("round_robin_gradients") is True and zero.get("stage") != 3:
         raise _fault(file, "zero_optimization.round_robin_gradients: DeepSpeed 0.19 then mistakes the gradient of one "
                      "weight for another's, and the run could not check itself", "write false, or leave it out")
+    if zero.get("mics_shard_size", -1) != -1:
+        raise _fault(file, "zero_optimization.mics_shard_size: saving knows weights that are divided among all devices "
+                     "alone", "leave it out")
     if given.get("sequence_parallel_size", 1) != 1:
         raise _fault(file, f"sequence_parallel_size: {given['sequence_parallel_size']}: DeepSpeed divides no sequence "
                      "here, peftune does", f"leave it out, and {DIVIDE_SEQUENCES}")

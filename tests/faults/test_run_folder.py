@@ -1,5 +1,6 @@
 """The output folder: another run writes there, it cannot be written, it vanishes."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from peftune.errors import guarded
+from peftune.errors import EXIT_CODE_FILE, guarded, report_exit_code
 from peftune.loop.checkpoint import all_checkpoints, verify
 from peftune.loop.lock import LOCK, FolderLock
 from peftune.parallel.stop import Stop
@@ -136,3 +137,21 @@ def test_a_folder_that_vanishes_is_said_and_not_made_again(config, classify, cap
     assert "it has vanished" in said.err and "mount its disk again" in said.err and "Traceback" not in said.err
     assert not folder.exists()
     assert guarded(main, [config]) == 0  # from the beginning
+
+
+def test_a_file_system_without_locks_is_said_and_trained_on(tmp_path, monkeypatch, capsys):
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("peftune.loop.lock.fcntl.flock", without)
+    with FolderLock(tmp_path) as lock:
+        lock.take()
+    assert "its file system has no locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_disk_too_full_for_the_exit_code_leaves_none_behind(tmp_path, monkeypatch):
+    code = tmp_path / "exit-code"
+    code.symlink_to("/dev/full")
+    monkeypatch.setenv(EXIT_CODE_FILE, str(code))
+    assert report_exit_code(2) == 2
+    assert not code.is_symlink()

@@ -152,11 +152,12 @@ def test_accelerates_other_divisions_are_refused(monkeypatch, key):
         check_launched("ddp")
 
 
-def test_a_deepspeed_json_that_deals_gradients_out_in_turn_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "value", "stage"), [("round_robin_gradients", True, 2), ("mics_shard_size", 2, 3)])
+def test_a_deepspeed_json_that_divides_in_a_way_we_do_not_know_is_refused(tmp_path, monkeypatch, key, value, stage):
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, key: value}}))
     monkeypatch.setenv(zero_config.FILE, str(file))
-    with pytest.raises(PeftuneError, match=r"ds\.json: zero_optimization\.round_robin_gradients: "):
+    with pytest.raises(PeftuneError, match=rf"ds\.json: zero_optimization\.{key}: "):
         zero_config.read_zero_config()
 
 
