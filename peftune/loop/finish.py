@@ -213,7 +213,7 @@ def _score_train_part(run: Run) -> dict[str, Any]:
 
 def _summary(run: Run, state: TrainState, scores: dict[str, Any], deviation: float) -> dict[str, Any]:
     return {
-        "task": run.facts["task"], "exit": "stopped_early" if state.stopped_early else "done",
+        "task": run.facts["task"], "exit": "stopped_early" if state.stopped_early and state.step < run.steps else "done",
         "steps": state.step, "skipped_steps": state.skipped_steps, "examples": state.examples, "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens, "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
