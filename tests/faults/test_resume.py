@@ -97,6 +97,15 @@ def test_patience_stops_early_and_best_is_kept(classify, train):
     assert json.loads((folder / "best" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_patience_that_ends_with_the_last_step_stops_nothing_early(classify, train):
+    settings = {**classify, "evaluation": {"every_steps": 1, "patience": 1, "metric": "loss"}}
+    settings["train"] = {**settings["train"], "learning_rate": 0.3, "max_steps": 40, "lr_scheduler": "constant"}
+    steps = summary(train(settings, name="first"))["steps"]
+    assert steps < 40
+    result = summary(train(settings, f"train.max_steps={steps}", name="second"))
+    assert (result["exit"], result["steps"]) == ("done", steps)
+
+
 def best_of_step_3(classify, train) -> Path:
     """A run of six steps whose best weights are those of step 3."""
     settings = {**classify, "checkpoint": {"every_steps": 1, "keep": 9},
