@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftune.data.targets import RowFault
+from peftune.data.values import kind_of
 
 Turn = dict[str, Any]
 MESSAGES, SHAREGPT = ("role", "content"), ("from", "value")
@@ -15,12 +16,6 @@ MESSAGES, SHAREGPT = ("role", "content"), ("from", "value")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant", "system": "system", "developer": "system",
          "tool": "tool", "function": "tool", "observation": "tool"}
-
-
-def kind_of(value: object) -> str:
-    """What a value is, for a person."""
-    names = {type(None): "null", list: "a list", dict: "a record", str: "a text", bool: "true or false"}
-    return names.get(type(value), f"the number {value!r:.40}" if isinstance(value, int | float) else "not text")
 
 
 def turns_of(values: Mapping[str, Any], key: str, usual: tuple[str, str] = MESSAGES) -> list[Turn]:

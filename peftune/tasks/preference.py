@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peftune.config.schema import DataConfig, TrainConfig
-from peftune.data.canonical import preference_fields
 from peftune.data.examples import Batch, Example
+from peftune.data.preferences import preference_fields
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
 from peftune.model.next_token import nats_by_sequence

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftune.config.schema import DataConfig, TrainConfig
-from peftune.data.canonical import preference_fields
 from peftune.data.layouts import lay_out
+from peftune.data.preferences import preference_fields
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.model.next_token import end_in_losses

@@ -2,7 +2,8 @@
 
 import pytest
 
-from peftune.data.canonical import CANONICAL, preference_fields, prompt_fields
+from peftune.data.canonical import CANONICAL, prompt_fields
+from peftune.data.preferences import preference_fields
 from peftune.data.targets import RowFault
 from tests.templates import FAMILIES, family_tokenizer
 from tests.unit.test_templates import marked_text

@@ -1,0 +1,69 @@
+"""Pairs of answers, in the shapes that preference sets have: the prompt, the chosen and the rejected one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftune.data.targets import RowFault
+from peftune.data.turns import tools_of, turns_of, with_system
+from peftune.data.values import text_of
+
+
+def preference_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt, as text or as a conversation, with a chosen and a rejected answer.
+
+    Answers may be whole conversations, as preference sets have them: then what both share is the prompt.
+
+    Raises:
+        RowFault: an answer is missing, or both are the same.
+    """
+    sides = [values.get(key) for key in ("chosen", "rejected")]
+    if all(isinstance(side, list) for side in sides):
+        fields = _of_conversations(values)
+    else:
+        prompt = values.get("prompt", values.get("messages"))
+        chosen, rejected = text_of(values, "chosen"), text_of(values, "rejected")
+        if isinstance(prompt, list):
+            key = "prompt" if "prompt" in values else "messages"
+            fields = {"messages": with_system(values, turns_of(values, key))}
+        else:
+            fields = {"prompt": text_of(values, "prompt", empty=True)}
+        fields |= {"chosen": chosen, "rejected": rejected}
+    if fields["chosen"].strip() == fields["rejected"].strip():
+        raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
+    return {**fields, **tools_of(values)}
+
+
+def _of_conversations(values: Mapping[str, Any]) -> dict[str, Any]:
+    chosen, rejected = (turns_of(values, key) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
+    for key, turns in (("chosen", chosen), ("rejected", rejected)):
+        if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+            raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
+    return {"messages": with_system(values, _with_prompt(values, chosen[:-1])), "chosen": chosen[-1]["content"],
+            "rejected": rejected[-1]["content"]}
+
+
+def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What both answers share, after those turns of `prompt` that it does not hold itself."""
+    prompt = values.get("prompt")
+    if prompt in (None, ""):
+        return shared
+    if isinstance(prompt, list):
+        before = turns_of(values, "prompt")
+        if shared[: len(before)] == before:
+            return shared
+        if shared and before[-len(shared):] == shared:
+            return before
+        if not shared or shared[0]["role"] != before[-1]["role"]:
+            return [*before, *shared]
+    else:
+        text = text_of(values, "prompt")
+        if not shared:
+            return [{"role": "user", "content": text}]
+        said = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
+        if any(content and (content in text or text.strip() in content) for content in said):
+            return shared
+    raise RowFault("prompt is not what chosen and rejected begin with", "mend the prompt, or leave it out")
