@@ -44,7 +44,7 @@ def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     cut = [(ids[: text.max_length], targets[: text.max_length]) for ids, targets in sides]
     learned = all(any(target != IGNORE for target in targets[1:]) for _, targets in cut)
     record = {"id": row.id, "reference": "chosen", "source": f"{row.file}:{row.line}",
-              "prompt": row.fields.get("prompt") or _shown(row.fields["messages"]),
+              "prompt": row.fields["prompt"] if "prompt" in row.fields else _shown(row.fields["messages"]),
               "chosen": row.fields["chosen"], "rejected": row.fields["rejected"]}
     return [Example(
         [*cut[0][0], *cut[1][0]], [*cut[0][1], *cut[1][1]], int(learned), max(len(ids) for ids, _ in sides), record,

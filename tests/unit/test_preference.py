@@ -44,6 +44,11 @@ def test_a_pair_whose_prompt_fills_the_limit_has_no_target(decoder):
     assert encoded(tokenizer, fields, max_length=4).num_targets == 0
 
 
+def test_a_prompt_may_be_empty(decoder):
+    example = encoded(AutoTokenizer.from_pretrained(decoder), {"prompt": "", "chosen": "a", "rejected": "b"})
+    assert example.record["prompt"] == "" and example.num_targets == 1
+
+
 TURN = {"role": "user", "content": "q"}
 
 
