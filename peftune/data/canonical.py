@@ -8,7 +8,16 @@ from typing import Any
 
 from peftune.data.preferences import preference_fields
 from peftune.data.targets import RowFault
-from peftune.data.turns import SHAREGPT, Turn, is_learned, tools_of, turns_of, with_system
+from peftune.data.turns import (
+    SHAREGPT,
+    Turn,
+    is_conversation,
+    is_learned,
+    prompt_turns,
+    tools_of,
+    turns_of,
+    with_system,
+)
 from peftune.data.values import kind_of, text_of
 
 Fields = dict[str, Any]
@@ -59,27 +68,25 @@ def _plain_text(values: Mapping[str, Any]) -> Fields:
 
 
 def _prompt_completion(values: Mapping[str, Any]) -> Fields:
-    if isinstance(values.get("prompt"), list):
+    if is_conversation(values):
         return _completed_conversation(values)
     return {"prompt": text_of(values, "prompt", empty=True), "completion": text_of(values, "completion")}
 
 
 def _completed_conversation(values: Mapping[str, Any]) -> Fields:
     """A conversation of which the turns of the prompt are read, and not learned."""
-    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns_of(values, "prompt")]
+    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt_turns(values)]
     if isinstance(values.get("completion"), list):
         said = turns_of(values, "completion")
     else:
         said = [{"role": "assistant", "content": text_of(values, "completion")}]
-    return _answered({"messages": [*with_system(values, asked), *said], **tools_of(values)})
+    return _answered({"messages": [*asked, *said], **tools_of(values)})
 
 
 def _alpaca(values: Mapping[str, Any]) -> Fields:
     extra = text_of(values, "input", empty=True) if values.get("input") is not None else ""
     instruction = text_of(values, "instruction")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    if values.get("system") is not None:
-        text_of(values, "system", empty=True)  # refuses what is none
     turns = [*_history(values), {"role": "user", "content": question},
              {"role": "assistant", "content": text_of(values, "output")}]
     return {"messages": with_system(values, turns)}
@@ -114,7 +121,7 @@ def _sharegpt_said(values: Mapping[str, Any]) -> Fields:
 
 
 def _prompt_said(values: Mapping[str, Any]) -> Fields:
-    return {"messages": with_system(values, turns_of(values, "prompt")), **tools_of(values)}
+    return {"messages": prompt_turns(values), **tools_of(values)}
 
 
 def _answered(fields: Fields) -> Fields:
@@ -202,7 +209,7 @@ def prompt_fields(values: Mapping[str, Any], format: str) -> Fields:
     Raises:
         RowFault: the record does not hold what the format asks for, or nothing comes before the answer.
     """
-    said = _prompt_said if isinstance(values.get("prompt"), list) else None
+    said = _prompt_said if is_conversation(values) else None
     said = {"messages": _messages_said, "sharegpt": _sharegpt_said, "prompt_completion": said}.get(format)
     if format == "alpaca":
         return {"messages": _alpaca({**values, "output": "-"})["messages"][:-1]}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftune.data.targets import RowFault
-from peftune.data.turns import tools_of, turns_of, with_system
+from peftune.data.turns import is_conversation, prompt_turns, tools_of, turns_of, with_system
 from peftune.data.values import text_of
 
 
@@ -22,17 +22,19 @@ def preference_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     if all(isinstance(side, list) for side in sides):
         fields = _of_conversations(values)
     else:
-        prompt = values.get("prompt", values.get("messages"))
-        chosen, rejected = text_of(values, "chosen"), text_of(values, "rejected")
-        if isinstance(prompt, list):
-            key = "prompt" if "prompt" in values else "messages"
-            fields = {"messages": with_system(values, turns_of(values, key))}
-        else:
-            fields = {"prompt": text_of(values, "prompt", empty=True)}
-        fields |= {"chosen": chosen, "rejected": rejected}
+        fields = {**_prompt(values), "chosen": text_of(values, "chosen"), "rejected": text_of(values, "rejected")}
     if fields["chosen"].strip() == fields["rejected"].strip():
         raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
     return {**fields, **tools_of(values)}
+
+
+def _prompt(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The turns, or the text, that both answers answer."""
+    if "prompt" not in values and isinstance(values.get("messages"), list):
+        return {"messages": with_system(values, turns_of(values, "messages"))}
+    if is_conversation(values):
+        return {"messages": prompt_turns(values)}
+    return {"prompt": text_of(values, "prompt", empty=True)}
 
 
 def _of_conversations(values: Mapping[str, Any]) -> dict[str, Any]:

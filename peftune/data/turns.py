@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftune.data.targets import RowFault
-from peftune.data.values import kind_of
+from peftune.data.values import kind_of, text_of
 
 Turn = dict[str, Any]
 MESSAGES, SHAREGPT = ("role", "content"), ("from", "value")
@@ -58,15 +58,39 @@ def _turn(turn: Any, number: int, key: str, names: tuple[str, str]) -> Turn:
     return {"role": name, "content": said or "", **others}
 
 
+def is_conversation(values: Mapping[str, Any]) -> bool:
+    """Whether a prompt is one of a chat: it is written as turns, or is a text beside a column `system`.
+
+    An empty cell counts: of a file with such a column all rows are to be rendered alike.
+    """
+    return isinstance(values.get("prompt"), list) or "system" in values
+
+
+def prompt_turns(values: Mapping[str, Any]) -> list[Turn]:
+    """The turns of a prompt, of which a text is the user's; behind the column `system`.
+
+    Raises:
+        RowFault: it is neither a list of turns nor a text.
+    """
+    if isinstance(values.get("prompt"), list):
+        return with_system(values, turns_of(values, "prompt"))
+    said = text_of(values, "prompt", empty=True)
+    return with_system(values, [{"role": "user", "content": said}] if said.strip() else [])
+
+
 def is_learned(turn: Mapping[str, Any]) -> bool:
     """Whether it is the assistant's, and its weight, as OpenAI's rows have it, is not 0."""
     return turn["role"] == "assistant" and turn.get("weight", 1) != 0
 
 
 def with_system(values: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
-    """The turns, behind what the column `system` says, unless they begin with it themselves."""
-    system = values.get("system")
-    if not isinstance(system, str) or not system.strip():
+    """The turns, behind what the column `system` says, unless they begin with it themselves.
+
+    Raises:
+        RowFault: it says what is no text.
+    """
+    system = text_of(values, "system", empty=True) if values.get("system") is not None else ""
+    if not system.strip():
         return turns
     first = {"role": "system", "content": system}
     return turns if turns[:1] == [first] else [first, *turns]

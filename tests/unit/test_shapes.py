@@ -3,6 +3,7 @@
 import pytest
 
 from peftune.data.canonical import CANONICAL, prompt_fields
+from peftune.data.formats import COLUMNS
 from peftune.data.preferences import preference_fields
 from peftune.data.targets import RowFault
 from tests.templates import FAMILIES, family_tokenizer
@@ -80,9 +81,30 @@ def test_a_column_system_comes_before_the_turns_once(format, turns):
     {"prompt": [ASKED], "chosen": "Hello!", "rejected": "What?"},
     {"chosen": [ASKED, SAID], "rejected": [ASKED, {**SAID, "content": "What?"}]},
     {"prompt": "Hi", "chosen": [SAID], "rejected": [{**SAID, "content": "What?"}]},
+    {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
 ])
 def test_a_column_system_comes_before_the_prompt_of_a_pair(row):
     assert preference_fields({**row, "system": "Be brief."})["messages"] == [SYSTEM, ASKED]
+
+
+@pytest.mark.parametrize("system", ["", None, "Be brief."])
+def test_a_prompt_beside_a_column_system_is_a_turn_of_the_user_filled_or_not(decoder, system):
+    row = {"system": system, "prompt": "Hi"}
+    asked = "### System:\nBe brief.\n### User:\nHi\n" if system else "### User:\nHi\n"
+    fields = CANONICAL["prompt_completion"]({**row, "completion": "Hello!"})
+    assert learned(decoder, fields) == f"{asked}### Assistant:\n«Hello!</s>»\n"
+    assert prompt_fields(row, "prompt_completion") == {"messages": fields["messages"][:-1]}
+    assert preference_fields({**row, "chosen": "a", "rejected": "b"})["messages"] == fields["messages"][:-1]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Hi", "completion": "Hello!"}, {"messages": [ASKED, SAID]}, {"conversations": [ASKED, SAID]},
+    {"instruction": "Hi", "output": "Hello!"}, {"prompt": [ASKED], "completion": "Hello!"},
+])
+def test_a_system_that_is_no_text_is_refused(row):
+    format = next(name for name in CANONICAL if all(column in row for column in COLUMNS[name]))
+    with pytest.raises(RowFault, match="system is the number 3, not a text"):
+        CANONICAL[format]({**row, "system": 3})
 
 
 def test_turns_are_read_by_either_pair_of_names():
