@@ -47,6 +47,7 @@ def _turn(turn: Any, number: int, key: str, names: tuple[str, str]) -> Turn:
     if name is None:
         raise RowFault(f"turn {number} has the unknown role {turn[role]!r:.40}", f"use one of {', '.join(ROLES)}")
     said, calls = turn.get(content), turn.get("tool_calls")
+    said = _joined(said, f"turn {number} of {key}: {content}") if isinstance(said, list) else said
     if not isinstance(said, str) and not (said is None and calls):
         raise RowFault(f"turn {number} of {key}: {content} is {kind_of(said)}, not a text", "write a text")
     if turn.get("weight") not in (None, 0, 1):
@@ -56,6 +57,17 @@ def _turn(turn: Any, number: int, key: str, names: tuple[str, str]) -> Turn:
     if isinstance(calls, list):
         others["tool_calls"] = [_call(call, number) for call in calls]
     return {"role": name, "content": said or "", **others}
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    """The text of a content in parts, as OpenAI writes them: one behind the other, with nothing between."""
+    for number, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            said = f"of type {kind!r:.40}" if kind not in (None, "text") else "no record of a text"
+            raise RowFault(f"{place}[{number}] is {said}, and only text is read",
+                           'write {"type": "text", "text": "..."}')
+    return "".join(part["text"] for part in parts)
 
 
 def is_conversation(values: Mapping[str, Any]) -> bool:

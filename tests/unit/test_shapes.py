@@ -113,6 +113,27 @@ def test_turns_are_read_by_either_pair_of_names():
     assert CANONICAL["sharegpt"]({"conversations": [ASKED, SAID]})["messages"] == [ASKED, SAID]
 
 
+def in_parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_of_a_content_are_joined_as_they_stand():
+    turns = [{"role": "user", "content": in_parts("H", "i")}, {"role": "assistant", "content": in_parts("Hello", "!")}]
+    assert CANONICAL["messages"]({"messages": turns})["messages"] == [ASKED, SAID]
+    sides = {key: [ASKED, {"role": "assistant", "content": in_parts(key)}] for key in ("chosen", "rejected")}
+    assert preference_fields(sides) == {"messages": [ASKED], "chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize(("part", "said"), [
+    ({"type": "image_url", "image_url": {"url": "x"}}, "of type 'image_url'"),
+    *((part, "no record of a text") for part in ({"type": "text", "text": None}, {"text": "Hi"}, "Hi"))])
+def test_a_part_of_a_content_that_is_no_text_is_refused_with_its_place(part, said):
+    turns = [ASKED, {"role": "assistant", "content": [*in_parts("Hello"), part]}]
+    with pytest.raises(RowFault) as caught:
+        CANONICAL["messages"]({"messages": turns})
+    assert caught.value.message.startswith(f"turn 2 of messages: content[1] is {said}, and only text is read")
+
+
 def test_what_a_developer_says_is_a_system_turn():
     turns = [{"role": "developer", "content": "Be brief."}, ASKED, SAID]
     assert CANONICAL["messages"]({"messages": turns})["messages"] == [SYSTEM, ASKED, SAID]
