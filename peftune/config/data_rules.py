@@ -11,7 +11,7 @@ EXPECTED_COLUMNS: dict[str, tuple[str, ...]] = {
     "question_answering": ("question", "context", "answers", "is_impossible"),
     "causal_lm": ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text",
                   "system", "history", "tools"),
-    "preference": ("prompt", "messages", "chosen", "rejected", "system", "tools"),
+    "preference": ("prompt", "messages", "conversations", "chosen", "rejected", "system", "tools"),
 }
 """Names that a task looks for in a row, by task; besides them `id`."""
 

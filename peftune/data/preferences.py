@@ -19,7 +19,7 @@ def preference_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         RowFault: an answer is missing, or both are the same.
     """
     sides = [values.get(key) for key in ("chosen", "rejected")]
-    if all(isinstance(side, list) for side in sides):
+    if all(isinstance(side, list | Mapping) for side in sides):
         fields = _of_conversations(values)
     else:
         fields = {**_prompt(values), "chosen": text_of(values, "chosen"), "rejected": text_of(values, "rejected")}
@@ -30,15 +30,22 @@ def preference_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prompt(values: Mapping[str, Any]) -> dict[str, Any]:
     """The turns, or the text, that both answers answer."""
-    if "prompt" not in values and isinstance(values.get("messages"), list):
-        return {"messages": with_system(values, turns_of(values, "messages"))}
+    key = _prompt_column(values)
+    if key != "prompt":
+        return {"messages": with_system(values, turns_of(values, key))}
     if is_conversation(values):
         return {"messages": prompt_turns(values)}
     return {"prompt": text_of(values, "prompt", empty=True)}
 
 
+def _prompt_column(values: Mapping[str, Any]) -> str:
+    columns = ("prompt", "messages", "conversations")
+    return next((key for key in columns if values.get(key) not in (None, "")), "prompt")
+
+
 def _of_conversations(values: Mapping[str, Any]) -> dict[str, Any]:
-    chosen, rejected = (turns_of(values, key) for key in ("chosen", "rejected"))
+    chosen, rejected = (turns_of({key: [values[key]] if isinstance(values[key], Mapping) else values[key]}, key)
+                        for key in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
     for key, turns in (("chosen", chosen), ("rejected", rejected)):
@@ -49,12 +56,13 @@ def _of_conversations(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What both answers share, after those turns of `prompt` that it does not hold itself."""
-    prompt = values.get("prompt")
+    """What both answers share, after those turns of the prompt that it does not hold itself."""
+    key = "prompt" if shared else _prompt_column(values)
+    prompt = values.get(key)
     if prompt in (None, ""):
         return shared
     if isinstance(prompt, list):
-        before = turns_of(values, "prompt")
+        before = turns_of(values, key)
         if shared[: len(before)] == before:
             return shared
         if shared and before[-len(shared):] == shared:
@@ -62,7 +70,7 @@ def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> lis
         if not shared or shared[0]["role"] != before[-1]["role"]:
             return [*before, *shared]
     else:
-        text = text_of(values, "prompt")
+        text = text_of(values, key)
         if not shared:
             return [{"role": "user", "content": text}]
         said = [turn["content"].strip() for turn in shared if turn["role"] == "user"]

@@ -15,7 +15,7 @@ MESSAGES, SHAREGPT = ("role", "content"), ("from", "value")
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant", "system": "system", "developer": "system",
-         "tool": "tool", "function": "tool", "observation": "tool"}
+         "tool": "tool", "function": "tool", "observation": "tool", "function_call": "assistant"}
 
 
 def turns_of(values: Mapping[str, Any], key: str, usual: tuple[str, str] = MESSAGES) -> list[Turn]:
@@ -53,9 +53,11 @@ def _turn(turn: Any, number: int, key: str, names: tuple[str, str]) -> Turn:
     if turn.get("weight") not in (None, 0, 1):
         raise RowFault(f"turn {number} of {key}: weight is {turn['weight']!r:.40}",
                        "write 1, or 0 for a turn that is read and not learned")
-    others = {k: v for k, v in turn.items() if k not in names and v is not None}
-    if isinstance(calls, list):
-        others["tool_calls"] = [_call(call, number) for call in calls]
+    if turn[role] == "function_call":
+        said, calls = "", _written_calls(said, f"turn {number} of {key}: {content}")
+    others = {k: v for k, v in turn.items() if k not in (*names, "tool_calls") and v is not None}
+    if calls is not None:
+        others["tool_calls"] = [_call(call, number) for call in calls] if isinstance(calls, list) else calls
     return {"role": name, "content": said or "", **others}
 
 
@@ -122,6 +124,20 @@ def _call(call: Any, number: int) -> Any:
         raise RowFault(f"turn {number} calls a tool with arguments that are no JSON record: {written!r:.40}",
                        'write {"name": value, ...}, as a record or as a text')
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _written_calls(said: str | None, place: str) -> list[Any]:
+    """The calls that LLaMA-Factory's turns of `function_call` hold as JSON: one record, or a list of them."""
+    try:
+        written = json.loads(said or "")
+    except (ValueError, RecursionError):
+        written = None
+    calls = written if isinstance(written, list) else [written]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str)
+                            and isinstance(call.get("arguments", {}), Mapping | str) for call in calls):
+        raise RowFault(f"{place} is no call of a function: {said!r:.40}", 'write {"name": "...", "arguments": {...}}')
+    return [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+            for call in calls]
 
 
 def tools_of(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,11 @@ TURN = {"role": "user", "content": "q"}
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
     {"prompt": [TURN], "chosen": [TURN, {"role": "assistant", "content": "a"}],
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
+     "rejected": {"from": "gpt", "value": "b"}},
+    {"messages": [TURN], "chosen": {"role": "assistant", "content": "a"},
+     "rejected": {"role": "assistant", "content": "b"}},
+    {"conversations": [TURN], "chosen": "a", "rejected": "b"},
     {"prompt": "User: q", "chosen": [TURN, {"role": "assistant", "content": "a"}],
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
 ])
