@@ -35,7 +35,8 @@ class Row:
 
     `fields` are, by format: classification: text, text_pair, label; text: text;
     prompt_completion: prompt, completion; messages, sharegpt, alpaca: messages, tools; ner: tokens, tags;
-    squad: question, context, answers of text and start; preference: prompt or messages, chosen, rejected.
+    squad: question, context, answers of text and start; preference: prompt or messages, chosen, rejected,
+    each a text or turns.
     """
 
     fields: Mapping[str, Any]
