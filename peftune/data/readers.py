@@ -10,13 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftune.data.rows import Faults, RawRow, without_absent
-from peftune.errors import Fault
-
-
-def file_fault(file: str, line: int | None, message: str, mend: str) -> Fault:
-    """What is wrong in a file of data, or in one of its lines."""
-    return Fault(kind="data", file=file, line=line, message=message, mend=mend)
+from peftune.data.rows import Faults, RawRow, file_fault
+from peftune.data.tables import read_parquet
 
 
 def _record(value: Any, file: Path, line: int, faults: Faults) -> RawRow | None:
@@ -138,21 +133,6 @@ def _csv_records(file: Path, reader: Any, faults: Faults) -> Iterator[tuple[int,
             yield line, record
 
 
-def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow({key: without_absent(member) for key, member in value.items()}, str(file), number)
-    except (pyarrow.ArrowException, OSError) as error:
-        faults.add(file_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
-
-
 def _read_text(file: Path, faults: Faults) -> Iterator[RawRow]:
     try:
         with file.open(encoding="utf-8-sig") as stream:
@@ -203,7 +183,7 @@ READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
     ".txt": _read_text,
     ".conll": _read_conll,
     ".bio": _read_conll,

@@ -11,8 +11,8 @@ from typing import Any
 
 from peftune.config.schema import Source, Sources
 from peftune.data.hub import hub_fingerprint, read_hub, refuse_hub_settings
-from peftune.data.readers import READERS, file_fault
-from peftune.data.rows import Faults, RawRow
+from peftune.data.readers import READERS
+from peftune.data.rows import Faults, RawRow, file_fault
 from peftune.errors import DataError
 
 

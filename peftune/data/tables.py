@@ -1,0 +1,50 @@
+"""Tables of columns on disk, Parquet, -> raw rows; numbers that stand for names become the names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftune.data.rows import Faults, RawRow, file_fault, named, without_absent
+
+ROWS_AT_ONCE = 1024
+
+
+def read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
+    """Rows of a Parquet file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        names = class_names(table.schema_arrow.metadata)
+        yield from _rows(file, table.iter_batches(batch_size=ROWS_AT_ONCE), names)
+    except (pyarrow.ArrowException, OSError) as error:
+        faults.add(file_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
+
+
+def _rows(file: Path, batches: Iterator[Any], names: Mapping[str, list[str]]) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
+        for values in batch.to_pylist():
+            number += 1
+            yield RawRow({key: without_absent(named(value, names.get(key))) for key, value in values.items()},
+                         str(file), number)
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Columns whose numbers stand for names -> the names, as the library datasets writes them beside a table's schema;
+    also where each row holds a list of them. Nothing where another program has written it."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        found = {column: _names_of(feature) for column, feature in features.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {column: names for column, names in found.items() if names}
+
+
+def _names_of(feature: Any) -> list[str] | None:
+    inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+    return inner["names"] if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" else None

@@ -1,0 +1,60 @@
+"""Tables of columns: numbers that stand for names, as the library datasets writes them."""
+
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from peftune.config.schema import Source
+from peftune.data.rows import Faults
+from peftune.data.sources import read
+
+ROWS = [{"label": 1, "ner_tags": [0, 1], "text": "a", "number": 1},
+        {"label": 0, "ner_tags": [], "text": "b", "number": 0},
+        {"label": -1, "ner_tags": None, "text": "c", "number": 1}]
+NAMED = [{"label": "good", "ner_tags": ["O", "B-x"], "text": "a", "number": 1},
+         {"label": "bad", "ner_tags": [], "text": "b", "number": 0},
+         {"label": -1, "ner_tags": None, "text": "c", "number": 1}]
+
+
+def rows_of(path):
+    faults = Faults()
+    rows = [dict(row.values) for row in read(Source(path=str(path)), faults)]
+    assert not faults.count, faults.kept
+    return rows
+
+
+@pytest.fixture
+def data_set():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({
+        "label": datasets.ClassLabel(names=["bad", "good"]), "text": datasets.Value("string"),
+        "ner_tags": datasets.Sequence(datasets.ClassLabel(names=["O", "B-x"])), "number": datasets.Value("int64")})
+    return datasets.Dataset.from_list(ROWS, features=features)
+
+
+def test_classes_of_a_parquet_file_that_datasets_wrote_have_their_names(data_set, tmp_path):
+    data_set.to_parquet(tmp_path / "d.parquet")
+    assert rows_of(tmp_path / "d.parquet") == NAMED
+
+
+@pytest.mark.parametrize("list_of", [
+    lambda names: {"feature": names, "_type": "List"}, lambda names: {"feature": names, "_type": "Sequence"},
+    lambda names: [names]])
+def test_lists_of_classes_are_named_however_the_schema_writes_them(list_of, tmp_path):
+    def classes(*names):
+        return {"names": list(names), "_type": "ClassLabel"}
+
+    described = {"info": {"features": {"label": classes("bad", "good"), "ner_tags": list_of(classes("O", "B-x")),
+                                       "text": {"dtype": "string", "_type": "Value"}}}}
+    table = pa.Table.from_pylist(ROWS).replace_schema_metadata({b"huggingface": json.dumps(described).encode()})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert rows_of(tmp_path / "d.parquet") == NAMED
+
+
+@pytest.mark.parametrize("metadata", [None, {b"huggingface": b"{"}, {b"huggingface": b"[]"}, {b"other": b""},
+                                      {b"huggingface": b'{"info": {"features": null}}'}])
+def test_without_names_in_the_schema_numbers_stay_numbers(metadata, tmp_path):
+    parquet.write_table(pa.Table.from_pylist(ROWS).replace_schema_metadata(metadata), tmp_path / "d.parquet")
+    assert rows_of(tmp_path / "d.parquet") == ROWS
