@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import itertools
 import json
 import string
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from peftune.data.rows import Faults, RawRow, file_fault
-from peftune.data.tables import read_parquet
+from peftune.data.tables import read_arrow, read_parquet
+
+
+def kind_of_file(file: Path) -> str:
+    """How its name ends, in small letters; of a compressed one with what it ends in before that."""
+    kind = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + kind if kind == ".gz" else kind
+
+
+def _opened(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def _record(value: Any, file: Path, line: int, faults: Faults) -> RawRow | None:
@@ -37,7 +50,7 @@ def _no_constant(name: str) -> float:
 
 
 def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         for line, content in enumerate(stream, start=1):
             if not content.strip():
                 continue
@@ -56,7 +69,9 @@ def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
 
 def _read_json(file: Path, faults: Faults) -> Iterator[RawRow]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_once)
+        with _opened(file) as stream:
+            text = stream.read().decode("utf-8-sig")
+        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         mend = "one record a line is JSON Lines: name the file .jsonl" if error.msg == "Extra data" else "mend the JSON"
         faults.add(file_fault(str(file), error.lineno, f"broken JSON: {error.msg}", mend))
@@ -88,10 +103,10 @@ def _questions(values: list[Any]) -> Iterator[Any]:
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)  # texts may be longer than the 131,072 characters that Python takes of itself
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if kind_of_file(file).startswith(".tsv") else ","
     header: list[str] = []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(_opened(file), encoding="utf-8-sig", newline="") as stream:
             for line, record in _csv_records(file, csv.reader(stream, delimiter=delimiter, strict=True), faults):
                 if not header:
                     header = record
@@ -177,6 +192,16 @@ def _columns(line: str) -> list[str]:
     return [part.strip(" ") for part in line.split("\t" if "\t" in line else " ") if part.strip(" ")]
 
 
+def _unpacked(read: Callable[[Path, Faults], Iterator[RawRow]]) -> Callable[[Path, Faults], Iterator[RawRow]]:
+    def rows(file: Path, faults: Faults) -> Iterator[RawRow]:
+        try:
+            yield from read(file, faults)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            faults.add(file_fault(str(file), None, f"broken gzip: {error}", "compress the file again"))
+
+    return rows
+
+
 READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -184,9 +209,11 @@ READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": _read_text,
     ".conll": _read_conll,
     ".bio": _read_conll,
     ".iob": _read_conll,
     ".iob2": _read_conll,
 }
+READERS |= {f"{kind}.gz": _unpacked(READERS[kind]) for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")}

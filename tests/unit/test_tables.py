@@ -1,5 +1,6 @@
-"""Tables of columns: numbers that stand for names, as the library datasets writes them."""
+"""Tables of columns, and packed files: what is read, and which numbers have names, as datasets writes them."""
 
+import gzip
 import json
 
 import pyarrow as pa
@@ -37,6 +38,38 @@ def data_set():
 def test_classes_of_a_parquet_file_that_datasets_wrote_have_their_names(data_set, tmp_path):
     data_set.to_parquet(tmp_path / "d.parquet")
     assert rows_of(tmp_path / "d.parquet") == NAMED
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_files_with_and_without_an_index_are_read(data_set, kind, tmp_path):
+    table = data_set.data.table
+    with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as sink, {
+            "stream": pa.ipc.new_stream, "file": pa.ipc.new_file}[kind](sink, table.schema) as writer:
+        writer.write_table(table)
+        writer.write_table(table)
+    assert rows_of(tmp_path / "d.arrow") == [*NAMED, *NAMED]
+
+
+@pytest.mark.parametrize("name", ["d.arrow", "d.jsonl.gz", "d.csv.gz", "d.json.gz", "d.parquet"])
+@pytest.mark.parametrize("content", [b"", b"no such file", b"ARROW1\0\0 and no more", b"\x1f\x8b\x08 and no more",
+                                     gzip.compress(b"text,label\n" * 99)[:-9]])
+def test_broken_files_are_refused_and_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    faults = Faults()
+    list(read(Source(path=str(tmp_path / name)), faults))
+    assert faults.count and faults.kept[0].file == str(tmp_path / name)
+
+
+def test_an_arrow_file_whose_texts_end_beyond_it_is_refused(tmp_path):
+    table = pa.table({"text": pa.array(["abcdefgh"] * 3)})
+    with pa.OSFile(str(tmp_path / "d.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "d.arrow").read_bytes()
+    ends = b"".join(number.to_bytes(4, "little") for number in (0, 8, 16, 24))
+    assert content.count(ends) == 1
+    (tmp_path / "d.arrow").write_bytes(content.replace(ends, ends[:12] + (2**30).to_bytes(4, "little")))
+    faults = Faults()
+    assert not list(read(Source(path=str(tmp_path / "d.arrow")), faults)) and "broken Arrow" in faults.kept[0].message
 
 
 @pytest.mark.parametrize("list_of", [
