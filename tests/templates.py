@@ -229,8 +229,7 @@ def mistral(turns: Turns, system: str | None) -> str:
 
 
 WRITTEN = {"chatml": chatml, "plain": plain, "llama3": llama3, "qwen": qwen, "qwen3": qwen3, "qwen35": qwen35, "r1": r1,
-           "gemma": gemma,
-           "mistral": mistral}
+           "gemma": gemma, "mistral": mistral}
 
 
 # A question, a call of a tool, its answer, an answer; and how families write them, the tools listed before.

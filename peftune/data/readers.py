@@ -11,7 +11,7 @@ import string
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from peftune.data.rows import Faults, RawRow, file_fault
 from peftune.data.tables import read_arrow, read_parquet
@@ -23,7 +23,7 @@ def kind_of_file(file: Path) -> str:
     return Path(file.stem).suffix.lower() + kind if kind == ".gz" else kind
 
 
-def _opened(file: Path) -> IO[bytes]:
+def _opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
 
 

@@ -72,4 +72,5 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 
 def _names_of(feature: Any) -> list[str] | None:
     inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
-    return inner["names"] if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" else None
+    names = inner.get("names") if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" else None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -87,7 +87,9 @@ def test_lists_of_classes_are_named_however_the_schema_writes_them(list_of, tmp_
 
 
 @pytest.mark.parametrize("metadata", [None, {b"huggingface": b"{"}, {b"huggingface": b"[]"}, {b"other": b""},
-                                      {b"huggingface": b'{"info": {"features": null}}'}])
+                                      {b"huggingface": b'{"info": {"features": null}}'},
+                                      {b"huggingface": b'{"info": {"features": {"label": '
+                                                       b'{"_type": "ClassLabel", "names": [[0], 1]}}}}'}])
 def test_without_names_in_the_schema_numbers_stay_numbers(metadata, tmp_path):
     parquet.write_table(pa.Table.from_pylist(ROWS).replace_schema_metadata(metadata), tmp_path / "d.parquet")
     assert rows_of(tmp_path / "d.parquet") == ROWS
