@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import gzip
 import io
 import json
 import os
@@ -140,8 +141,10 @@ def _spoil_row(draw: Draw, rows: list[Any]) -> None:
 
 
 def _written(rows: list[Any], ending: str, draw: Draw) -> bytes:
-    if ending == ".parquet":
-        return _as_parquet(rows, draw)
+    if ending.endswith(".gz"):
+        return gzip.compress(_written(rows, ending.removesuffix(".gz"), draw))
+    if ending in (".parquet", ".arrow"):
+        return _as_table(rows, ending, draw)
     if ending in (".csv", ".tsv"):
         stream = io.StringIO()
         writer = csv.writer(stream, delimiter="\t" if ending == ".tsv" else ",", escapechar="\\")
@@ -191,7 +194,7 @@ STRANGE = (
 """Columns of values that JSON has no word for."""
 
 
-def _as_parquet(rows: list[Any], draw: Draw) -> bytes:
+def _as_table(rows: list[Any], ending: str, draw: Draw) -> bytes:
     """Columns as pyarrow infers them, or else their values as bytes; one perhaps of a type that JSON lacks."""
     records = [row for row in rows if isinstance(row, dict)]
     columns: dict[str, pyarrow.Array] = {}
@@ -199,7 +202,15 @@ def _as_parquet(rows: list[Any], draw: Draw) -> bytes:
         columns[name.encode("utf-8", "replace").decode()] = _column([row.get(name) for row in records])
     if columns and not draw(st.integers(0, 2)):
         columns[draw(st.sampled_from([*columns, "id"]))] = draw(st.sampled_from(STRANGE))(len(records))
-    return _table_bytes(columns)
+    return _table_bytes(columns) if ending == ".parquet" else _arrow_bytes(columns, draw)
+
+
+def _arrow_bytes(columns: dict[str, pyarrow.Array], draw: Draw) -> bytes:
+    table, sink = pyarrow.table(columns), io.BytesIO()
+    opened = draw(st.sampled_from((pyarrow.ipc.new_stream, pyarrow.ipc.new_file)))
+    with opened(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
 
 
 def _column(values: list[Any]) -> pyarrow.Array:

@@ -92,6 +92,21 @@ QWEN3 = _CHATML_TOOLS + r"""
     {%- endif %}
 {%- endfor %}""" + _CHATML_PROMPT
 
+QWEN35 = QWEN3.replace("(loop.last or thought)", "true").replace(
+    _CHATML_PROMPT, r"{{- '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}")
+"""Each answer after the last question has a thinking block, and the generation prompt opens it."""
+
+R1 = r"""
+{{- bos_token }}{{ messages[0]['content'] if messages[0]['role'] == 'system' }}
+{%- for m in messages %}
+    {%- if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}{% endif %}
+    {%- if m['role'] == 'assistant' %}
+        {{- '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+{{- '<｜Assistant｜><think>\n' if add_generation_prompt }}"""
+"""The generation prompt opens a thinking block, and no answer has one."""
+
 GEMMA = r"""
 {{- bos_token }}
 {%- set named = messages[0]['role'] == 'system' %}
@@ -139,6 +154,8 @@ FAMILIES = {
     "llama3": Family(LLAMA3, "<|eot_id|>", "<|begin_of_text|>", ("<|start_header_id|>", "<|end_header_id|>")),
     "qwen": Family(QWEN, "<|im_end|>", marks=_CHATML_MARKS),
     "qwen3": Family(QWEN3, "<|im_end|>", marks=_CHATML_MARKS),
+    "qwen35": Family(QWEN35, "<|im_end|>", marks=_CHATML_MARKS),
+    "r1": Family(R1, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>")),
     "gemma": Family(GEMMA, "<end_of_turn>", "<bos>", ("<start_of_turn>",)),
     "mistral": Family(MISTRAL, "</s>", "<s>", ("[INST]", "[/INST]")),
 }
@@ -188,6 +205,16 @@ def qwen3(turns: Turns, system: str | None) -> str:
     return chatml([*turns[:-1], (asked, thought + said)], system)
 
 
+def qwen35(turns: Turns, system: str | None) -> str:
+    before, thought, last = qwen3(turns, system).rpartition("«<think>\n")
+    return f"{before}{thought[1:]}«{last}"
+
+
+def r1(turns: Turns, system: str | None) -> str:
+    return f"<｜begin▁of▁sentence｜>{system or ''}" + "".join(
+        f"<｜User｜>{asked}<｜Assistant｜>«{said}<｜end▁of▁sentence｜>»" for asked, said in turns)
+
+
 def gemma(turns: Turns, system: str | None) -> str:
     (asked, said), *others = turns
     turns = [(f"{system}\n\n{asked}" if system else asked, said), *others]
@@ -201,8 +228,8 @@ def mistral(turns: Turns, system: str | None) -> str:
     return "<s>" + "".join(f"[INST] {asked} [/INST]« {said}</s>»" for asked, said in turns)
 
 
-WRITTEN = {"chatml": chatml, "plain": plain, "llama3": llama3, "qwen": qwen, "qwen3": qwen3, "gemma": gemma,
-           "mistral": mistral}
+WRITTEN = {"chatml": chatml, "plain": plain, "llama3": llama3, "qwen": qwen, "qwen3": qwen3, "qwen35": qwen35, "r1": r1,
+           "gemma": gemma, "mistral": mistral}
 
 
 # A question, a call of a tool, its answer, an answer; and how families write them, the tools listed before.

@@ -10,8 +10,8 @@ EXPECTED_COLUMNS: dict[str, tuple[str, ...]] = {
     "token_classification": ("tokens", "ner_tags", "tags"),
     "question_answering": ("question", "context", "answers", "is_impossible"),
     "causal_lm": ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text",
-                  "system", "tools"),
-    "preference": ("prompt", "messages", "chosen", "rejected", "tools"),
+                  "system", "history", "tools"),
+    "preference": ("prompt", "messages", "conversations", "chosen", "rejected", "system", "tools"),
 }
 """Names that a task looks for in a row, by task; besides them `id`."""
 

@@ -6,8 +6,19 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peftune.data.preferences import preference_fields
 from peftune.data.targets import RowFault
-from peftune.data.turns import SHAREGPT, Turn, is_learned, kind_of, tools_of, turns_of, with_system
+from peftune.data.turns import (
+    SHAREGPT,
+    Turn,
+    is_conversation,
+    is_learned,
+    prompt_turns,
+    tools_of,
+    turns_of,
+    with_system,
+)
+from peftune.data.values import kind_of, text_of
 
 Fields = dict[str, Any]
 
@@ -21,17 +32,6 @@ def _class_name(label: object) -> str:
     if isinstance(label, bool):
         return "true" if label else "false"
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
-
-
-def _text(values: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
-    if key not in values:
-        raise RowFault(f"the key {key} is missing", f"add {key}, or delete the row")
-    value = values[key]
-    if not isinstance(value, str):
-        raise RowFault(f"{key} is {kind_of(value)}, not a text", "write it in quotes, or delete the row")
-    if not empty and not value.strip():
-        raise RowFault(f"{key} is empty", f"fill in {key}, or delete the row")
-    return value
 
 
 def refuse_surrogates(fields: Any) -> None:
@@ -59,38 +59,36 @@ def _classification(values: Mapping[str, Any]) -> Fields:
         raise RowFault(f"label is {kind}", "write a name, a number, or a list of names")
     if any(isinstance(member, float) and not math.isfinite(member) for member in members):
         raise RowFault(f"label is {label!r:.40}: not a finite number", "write a finite number, or delete the row")
-    pair = _text(values, "text_pair", empty=True) if values.get("text_pair") is not None else None
-    return {"text": _text(values, "text"), "text_pair": pair, "label": label}
+    pair = text_of(values, "text_pair", empty=True) if values.get("text_pair") is not None else None
+    return {"text": text_of(values, "text"), "text_pair": pair, "label": label}
 
 
 def _plain_text(values: Mapping[str, Any]) -> Fields:
-    return {"text": _text(values, "text")}
+    return {"text": text_of(values, "text")}
 
 
 def _prompt_completion(values: Mapping[str, Any]) -> Fields:
-    if isinstance(values.get("prompt"), list):
+    if is_conversation(values):
         return _completed_conversation(values)
-    return {"prompt": _text(values, "prompt", empty=True), "completion": _text(values, "completion")}
+    return {"prompt": text_of(values, "prompt", empty=True), "completion": text_of(values, "completion")}
 
 
 def _completed_conversation(values: Mapping[str, Any]) -> Fields:
     """A conversation of which the turns of the prompt are read, and not learned."""
-    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns_of(values, "prompt")]
+    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt_turns(values)]
     if isinstance(values.get("completion"), list):
         said = turns_of(values, "completion")
     else:
-        said = [{"role": "assistant", "content": _text(values, "completion")}]
-    return _answered({"messages": [*with_system(values, asked), *said], **tools_of(values)})
+        said = [{"role": "assistant", "content": text_of(values, "completion")}]
+    return _answered({"messages": [*asked, *said], **tools_of(values)})
 
 
 def _alpaca(values: Mapping[str, Any]) -> Fields:
-    extra = _text(values, "input", empty=True) if values.get("input") is not None else ""
-    instruction = _text(values, "instruction")
+    extra = text_of(values, "input", empty=True) if values.get("input") is not None else ""
+    instruction = text_of(values, "instruction")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    if values.get("system") is not None:
-        _text(values, "system", empty=True)  # refuses what is none
     turns = [*_history(values), {"role": "user", "content": question},
-             {"role": "assistant", "content": _text(values, "output")}]
+             {"role": "assistant", "content": text_of(values, "output")}]
     return {"messages": with_system(values, turns)}
 
 
@@ -123,7 +121,7 @@ def _sharegpt_said(values: Mapping[str, Any]) -> Fields:
 
 
 def _prompt_said(values: Mapping[str, Any]) -> Fields:
-    return {"messages": with_system(values, turns_of(values, "prompt")), **tools_of(values)}
+    return {"messages": prompt_turns(values), **tools_of(values)}
 
 
 def _answered(fields: Fields) -> Fields:
@@ -157,7 +155,7 @@ def _ner(values: Mapping[str, Any]) -> Fields:
 
 
 def _squad(values: Mapping[str, Any]) -> Fields:
-    context, given = _text(values, "context"), values.get("answers")
+    context, given = text_of(values, "context"), values.get("answers")
     if isinstance(given, Mapping):  # the columns of hub data sets
         texts, starts = given.get("text"), given.get("answer_start")
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
@@ -171,7 +169,7 @@ def _squad(values: Mapping[str, Any]) -> Fields:
         raise RowFault(f"answers is {'null' if 'answers' in values else 'missing'}", mend)
     if not isinstance(given, list):
         raise RowFault(f"answers is {kind_of(given)}", 'write [{"text": "...", "answer_start": 0}]')
-    return {"question": _text(values, "question"), "context": context,
+    return {"question": text_of(values, "question"), "context": context,
             "answers": [_answer(answer, context) for answer in given]}
 
 
@@ -185,65 +183,6 @@ def _answer(answer: Any, context: str) -> Fields:
         mend = f"it stands at {at}: answer_start={at}" if at >= 0 else "mend the answer or the context"
         raise RowFault(f"the answer {text!r:.60} does not stand in the context at {start}", mend)
     return {"text": text, "start": start}
-
-
-def preference_fields(values: Mapping[str, Any]) -> Fields:
-    """A prompt, as text or as a conversation, with a chosen and a rejected answer.
-
-    Answers may be whole conversations, as preference sets have them: then what both share is the prompt.
-
-    Raises:
-        RowFault: an answer is missing, or both are the same.
-    """
-    sides = [values.get(key) for key in ("chosen", "rejected")]
-    if all(isinstance(side, list) for side in sides):
-        fields = _of_conversations(values)
-    else:
-        prompt = values.get("prompt", values.get("messages"))
-        chosen, rejected = _text(values, "chosen"), _text(values, "rejected")
-        if isinstance(prompt, list):
-            key = "prompt" if "prompt" in values else "messages"
-            fields = {"messages": with_system(values, turns_of(values, key))}
-        else:
-            fields = {"prompt": _text(values, "prompt", empty=True)}
-        fields |= {"chosen": chosen, "rejected": rejected}
-    if fields["chosen"].strip() == fields["rejected"].strip():
-        raise RowFault("chosen and rejected are the same", "mend one of them, or delete the row")
-    return {**fields, **tools_of(values)}
-
-
-def _of_conversations(values: Mapping[str, Any]) -> Fields:
-    chosen, rejected = (turns_of(values, key) for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1]:
-        raise RowFault("chosen and rejected differ before their last turn", "give both the same prompt")
-    for key, turns in (("chosen", chosen), ("rejected", rejected)):
-        if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-            raise RowFault(f"{key} does not end in an answer of the assistant", "add it, or delete the row")
-    return {"messages": with_system(values, _with_prompt(values, chosen[:-1])), "chosen": chosen[-1]["content"],
-            "rejected": rejected[-1]["content"]}
-
-
-def _with_prompt(values: Mapping[str, Any], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What both answers share, after those turns of `prompt` that it does not hold itself."""
-    prompt = values.get("prompt")
-    if prompt in (None, ""):
-        return shared
-    if isinstance(prompt, list):
-        before = turns_of(values, "prompt")
-        if shared[: len(before)] == before:
-            return shared
-        if shared and before[-len(shared):] == shared:
-            return before
-        if not shared or shared[0]["role"] != before[-1]["role"]:
-            return [*before, *shared]
-    else:
-        text = _text(values, "prompt")
-        if not shared:
-            return [{"role": "user", "content": text}]
-        said = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
-        if any(content and (content in text or text.strip() in content) for content in said):
-            return shared
-    raise RowFault("prompt is not what chosen and rejected begin with", "mend the prompt, or leave it out")
 
 
 CANONICAL: dict[str, Callable[[Mapping[str, Any]], Fields]] = {
@@ -270,12 +209,12 @@ def prompt_fields(values: Mapping[str, Any], format: str) -> Fields:
     Raises:
         RowFault: the record does not hold what the format asks for, or nothing comes before the answer.
     """
-    said = _prompt_said if isinstance(values.get("prompt"), list) else None
+    said = _prompt_said if is_conversation(values) else None
     said = {"messages": _messages_said, "sharegpt": _sharegpt_said, "prompt_completion": said}.get(format)
     if format == "alpaca":
         return {"messages": _alpaca({**values, "output": "-"})["messages"][:-1]}
     if said is None:
-        return {"prompt": _text(values, PROMPT_COLUMNS[format])}
+        return {"prompt": text_of(values, PROMPT_COLUMNS[format])}
     fields = said(values)
     while fields["messages"] and fields["messages"][-1]["role"] == "assistant":
         fields["messages"].pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import threading
 import unicodedata
@@ -22,6 +23,9 @@ Span = tuple[int, int]
 RENDER_LIMIT_S = 5.0
 """Of processor time for one conversation: thousands of times what real templates take."""
 STAND_IN = "\ue000stand-in\ue000"  # of the private use area: no template and no conversation holds it
+
+OPENED = re.compile(r"<think>\s*\Z")
+"""What a generation prompt ends in that has the model think before it answers."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -154,6 +158,9 @@ def assistant_spans(
     otherwise than earlier ones (Qwen3 adds an empty thinking block, and strips thinking from turns that are not last)
     break the second rule; then a stand-in of known text takes the turn's place, and shows what follows an answer there
     and how much of that is its end mark.
+    Generation prompts that open a thinking block (DeepSeek-R1's distilled models) stand before no turn that is rendered
+    without one: such a turn begins where the block would. Of the last turn alone the thinking is learned there, put
+    behind that prompt as the row has it, since these templates leave it out.
 
     Returns:
         The whole text, and [begin, end) character spans in it.
@@ -178,7 +185,7 @@ def _spans(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None, turns: Sequence[int]
 ) -> tuple[str, list[Span]]:
     show = partial(render, tokenizer, tools=tools)
-    whole, eos = show(messages), tokenizer.eos_token
+    whole, eos = _with_last_thinking(show, messages), tokenizer.eos_token
     spans: list[Span] = []
     for i in turns:
         begin, end = _turn_begin(show, messages, whole, i), _turn_end(show, messages, whole, i, eos)
@@ -190,15 +197,34 @@ def _spans(
     return whole, spans
 
 
+def _with_last_thinking(show: Callable[..., str], messages: Sequence[Message]) -> str:
+    """The rendered conversation, with the thinking of the last turn where its generation prompt opens one."""
+    whole, before, turn = show(messages), messages[:-1], messages[-1]
+    thinking = turn.get("reasoning_content")
+    said = f"{thinking}\n</think>\n\n{turn['content']}" if thinking else turn["content"]
+    if not before or not is_learned(turn) or "</think>" not in said:
+        return whole
+    prompt = show(before, generation_prompt=True)
+    begun = OPENED.sub("", prompt)
+    if begun == prompt or whole.startswith(prompt):
+        return whole
+    stand_in = show([*before, {**turn, "content": STAND_IN}])
+    if not stand_in.startswith(begun + STAND_IN):
+        raise TemplateMismatch(f"turn {len(messages)} thinks, and the chat template leaves that out")
+    return prompt + re.sub(r"\A\s*<think>\s*", "", said) + stand_in.removeprefix(begun + STAND_IN)
+
+
 def _turn_begin(show: Callable[..., str], messages: Sequence[Message], whole: str, i: int) -> int:
     if i == 0:  # many templates refuse to render no turn at all
         header = show(messages, generation_prompt=True).removeprefix(whole)
-        if header and header in whole:
-            return whole.index(header) + len(header)
+        for known in (header, OPENED.sub("", header)):
+            if known and known in whole:
+                return whole.index(known) + len(known)
         raise TemplateMismatch("the chat template does not show where turn 1 begins")
     prompt = show(messages[:i], generation_prompt=True)
-    if whole.startswith(prompt):
-        return len(prompt)
+    for known in (prompt, OPENED.sub("", prompt)):
+        if whole.startswith(known):
+            return len(known)
     raise TemplateMismatch(
         f"the chat template renders the turns before turn {i + 1} otherwise once more turns follow: "
         "what the model would learn from is not what it reads when it answers"

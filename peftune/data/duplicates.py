@@ -131,7 +131,9 @@ def _generation(fields: Mapping[str, Any]) -> _Pieces:
 def _preference(fields: Mapping[str, Any]) -> _Pieces:
     turns = fields.get("messages") or [{"role": "user", "content": fields.get("prompt", "")}]
     prompt = " ".join(map(_said, turns))
-    return fields, None, (prompt, fields["chosen"], fields["rejected"]), "", turns[-1]["content"] or fields["chosen"]
+    chosen, rejected = (said if isinstance(said, str) else " ".join(map(_said, said))
+                        for said in (fields["chosen"], fields["rejected"]))
+    return fields, None, (prompt, chosen, rejected), "", turns[-1]["content"] or chosen
 
 
 def _said(turn: Mapping[str, Any]) -> str:

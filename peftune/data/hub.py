@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import Source
-from peftune.data.rows import RawRow, without_absent
+from peftune.data.rows import RawRow, named, without_absent
 from peftune.errors import DataError, Fault, MachineError
 
 
@@ -19,7 +19,7 @@ def read_hub(source: Source) -> Iterator[RawRow]:
         data = data.shuffle(seed=0, buffer_size=source.shuffle_buffer)
     names = _class_names(data.features)
     for number, values in enumerate(data, start=1):
-        yield RawRow({key: without_absent(_named(value, names.get(key))) for key, value in values.items()}, source.path,
+        yield RawRow({key: without_absent(named(value, names.get(key))) for key, value in values.items()}, source.path,
                      number)
 
 
@@ -37,14 +37,6 @@ def _class_names(features: Any) -> dict[str, list[str]]:
         if names:
             found[column] = list(names)
     return found
-
-
-def _named(value: Any, names: list[str] | None) -> Any:
-    if names is None or value is None:
-        return value
-    if isinstance(value, list):
-        return [_named(member, names) for member in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _load_hub(source: Source) -> Any:

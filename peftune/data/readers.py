@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import itertools
 import json
 import string
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peftune.data.rows import Faults, RawRow, without_absent
-from peftune.errors import Fault
+from peftune.data.rows import Faults, RawRow, file_fault
+from peftune.data.tables import read_arrow, read_parquet
 
 
-def file_fault(file: str, line: int | None, message: str, mend: str) -> Fault:
-    """What is wrong in a file of data, or in one of its lines."""
-    return Fault(kind="data", file=file, line=line, message=message, mend=mend)
+def kind_of_file(file: Path) -> str:
+    """How its name ends, in small letters; of a compressed one with what it ends in before that."""
+    kind = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + kind if kind == ".gz" else kind
+
+
+def _opened(file: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")
 
 
 def _record(value: Any, file: Path, line: int, faults: Faults) -> RawRow | None:
@@ -42,7 +50,7 @@ def _no_constant(name: str) -> float:
 
 
 def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         for line, content in enumerate(stream, start=1):
             if not content.strip():
                 continue
@@ -61,7 +69,9 @@ def _read_jsonl(file: Path, faults: Faults) -> Iterator[RawRow]:
 
 def _read_json(file: Path, faults: Faults) -> Iterator[RawRow]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_once)
+        with _opened(file) as stream:
+            text = stream.read().decode("utf-8-sig")
+        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         mend = "one record a line is JSON Lines: name the file .jsonl" if error.msg == "Extra data" else "mend the JSON"
         faults.add(file_fault(str(file), error.lineno, f"broken JSON: {error.msg}", mend))
@@ -93,10 +103,10 @@ def _questions(values: list[Any]) -> Iterator[Any]:
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:
     csv.field_size_limit(2**31 - 1)  # texts may be longer than the 131,072 characters that Python takes of itself
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if kind_of_file(file).startswith(".tsv") else ","
     header: list[str] = []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
+        with io.TextIOWrapper(_opened(file), encoding="utf-8-sig", newline="") as stream:
             for line, record in _csv_records(file, csv.reader(stream, delimiter=delimiter, strict=True), faults):
                 if not header:
                     header = record
@@ -136,21 +146,6 @@ def _csv_records(file: Path, reader: Any, faults: Faults) -> Iterator[tuple[int,
         if record:
             header = False
             yield line, record
-
-
-def _read_parquet(file: Path, faults: Faults) -> Iterator[RawRow]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow({key: without_absent(member) for key, member in value.items()}, str(file), number)
-    except (pyarrow.ArrowException, OSError) as error:
-        faults.add(file_fault(str(file), None, f"broken Parquet: {error}", "write the file again"))
 
 
 def _read_text(file: Path, faults: Faults) -> Iterator[RawRow]:
@@ -197,16 +192,28 @@ def _columns(line: str) -> list[str]:
     return [part.strip(" ") for part in line.split("\t" if "\t" in line else " ") if part.strip(" ")]
 
 
+def _unpacked(read: Callable[[Path, Faults], Iterator[RawRow]]) -> Callable[[Path, Faults], Iterator[RawRow]]:
+    def rows(file: Path, faults: Faults) -> Iterator[RawRow]:
+        try:
+            yield from read(file, faults)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            faults.add(file_fault(str(file), None, f"broken gzip: {error}", "compress the file again"))
+
+    return rows
+
+
 READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".tsv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
     ".txt": _read_text,
     ".conll": _read_conll,
     ".bio": _read_conll,
     ".iob": _read_conll,
     ".iob2": _read_conll,
 }
+READERS |= {f"{kind}.gz": _unpacked(READERS[kind]) for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")}

@@ -29,13 +29,28 @@ def without_absent(value: Any) -> Any:
     return [without_absent(member) for member in value] if isinstance(value, list) else value
 
 
+def named(value: Any, names: list[str] | None) -> Any:
+    """A number of a class, or a list of them, as names; what no name belongs to stays as it is."""
+    if names is None or value is None:
+        return value
+    if isinstance(value, list):
+        return [named(member, names) for member in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def file_fault(file: str, line: int | None, message: str, mend: str) -> Fault:
+    """What is wrong in a file of data, or in one of its lines."""
+    return Fault(kind="data", file=file, line=line, message=message, mend=mend)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One record in its canonical form.
 
     `fields` are, by format: classification: text, text_pair, label; text: text;
     prompt_completion: prompt, completion; messages, sharegpt, alpaca: messages, tools; ner: tokens, tags;
-    squad: question, context, answers of text and start; preference: prompt or messages, chosen, rejected.
+    squad: question, context, answers of text and start; preference: prompt or messages, chosen, rejected,
+    each a text or turns.
     """
 
     fields: Mapping[str, Any]

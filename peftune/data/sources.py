@@ -11,8 +11,8 @@ from typing import Any
 
 from peftune.config.schema import Source, Sources
 from peftune.data.hub import hub_fingerprint, read_hub, refuse_hub_settings
-from peftune.data.readers import READERS, file_fault
-from peftune.data.rows import Faults, RawRow
+from peftune.data.readers import READERS, kind_of_file
+from peftune.data.rows import Faults, RawRow, file_fault
 from peftune.errors import DataError
 
 
@@ -31,7 +31,7 @@ def files_of(source: Source) -> list[Path]:
     path = Path(source.path)
     if path.is_dir():
         _refuse_saved_by_datasets(path)
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+        files = sorted(file for file in path.rglob("*") if kind_of_file(file) in READERS and file.is_file())
         missing = f"the folder holds no {', '.join(READERS)} file"
     elif path.exists():
         files, missing = [path], ""
@@ -46,8 +46,8 @@ def files_of(source: Source) -> list[Path]:
         if not file.is_file():
             raise DataError(file_fault(str(file), None, "no regular file",
                                        "name a file: a device or a pipe may never end"))
-        if file.suffix.lower() not in READERS:
-            raise DataError(file_fault(str(file), None, f"unknown kind of file {file.suffix!r}",
+        if kind_of_file(file) not in READERS:
+            raise DataError(file_fault(str(file), None, f"unknown kind of file {kind_of_file(file)!r}",
                                        f"use one of {', '.join(READERS)}"))
     refuse_hub_settings(source)
     return files
@@ -60,7 +60,7 @@ def _refuse_saved_by_datasets(folder: Path) -> None:
     if saved is not None:
         one = "['train']" if (saved / "dataset_dict.json").is_file() else ""
         raise DataError(file_fault(
-            str(saved), None, "is a data set in Arrow files, as save_to_disk writes them, which are not read",
+            str(saved), None, "is a data set in Arrow files, as save_to_disk writes them, which is not read whole",
             f"datasets.load_from_disk({str(saved)!r}){one}.to_parquet('train.parquet') makes a file that is"))
 
 
@@ -99,7 +99,7 @@ def read_records(path: str) -> list[RawRow]:
 
 def _read_file(file: Path, faults: Faults) -> Iterator[RawRow]:
     rows, before = 0, faults.count
-    for row in READERS[file.suffix.lower()](file, faults):
+    for row in READERS[kind_of_file(file)](file, faults):
         rows += 1
         yield row
     if rows == 0 and faults.count == before:
@@ -109,12 +109,12 @@ def _read_file(file: Path, faults: Faults) -> Iterator[RawRow]:
 def _may_be_hub_id(path: str) -> bool:
     name = path.partition(":")[0]
     plain = all(part and not part.startswith(".") for part in name.split("/"))
-    return plain and name.count("/") <= 1 and Path(name).suffix.lower() not in READERS and "*" not in name
+    return plain and name.count("/") <= 1 and kind_of_file(Path(name)) not in READERS and "*" not in name
 
 
 def _mend_missing(path: Path) -> str:
     if path.parent.is_dir():
-        near = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS)
+        near = sorted(file.name for file in path.parent.iterdir() if kind_of_file(file) in READERS)
         if near:
             return f"{path.parent} holds {', '.join(near[:8])}"
     return f"paths are relative to the current folder, {Path.cwd()}"

@@ -20,7 +20,7 @@ NEAR_MOST = 0.9
 ALSO_READ: Mapping[str, tuple[str, ...]] = {
     "alpaca": ("input", "system", "history"), "messages": ("system", "tools"), "sharegpt": ("system", "tools"),
     "classification": ("text_pair",), "squad": ("answers", "is_impossible"),
-    "preference": ("prompt", "messages", "tools")}
+    "prompt_completion": ("system",), "preference": ("prompt", "messages", "conversations", "system", "tools")}
 """Columns that a format takes where they are there."""
 MOST_CLASSES, ROWS_A_CLASS, LONGEST_CLASS = 20, 5, 60
 """A column of classes has few values, or at least so many rows for each, none longer than that."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peftune.config.schema import DataConfig, TrainConfig
-from peftune.data.canonical import preference_fields
 from peftune.data.examples import Batch, Example
+from peftune.data.preferences import preference_fields
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
 from peftune.model.next_token import nats_by_sequence
@@ -44,8 +44,9 @@ def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     cut = [(ids[: text.max_length], targets[: text.max_length]) for ids, targets in sides]
     learned = all(any(target != IGNORE for target in targets[1:]) for _, targets in cut)
     record = {"id": row.id, "reference": "chosen", "source": f"{row.file}:{row.line}",
-              "prompt": row.fields.get("prompt") or _shown(row.fields["messages"]),
-              "chosen": row.fields["chosen"], "rejected": row.fields["rejected"]}
+              "prompt": row.fields["prompt"] if "prompt" in row.fields else _shown(row.fields["messages"]),
+              **{answer: said if isinstance(said := row.fields[answer], str) else _shown(said)
+                 for answer in ("chosen", "rejected")}}
     return [Example(
         [*cut[0][0], *cut[1][0]], [*cut[0][1], *cut[1][1]], int(learned), max(len(ids) for ids, _ in sides), record,
         source=row.source, first_part=len(cut[0][0]))]
@@ -57,9 +58,13 @@ def _shown(messages: Sequence[Mapping[str, Any]]) -> str:
 
 def _side(fields: Mapping[str, Any], answer: str, text: TextEncoder) -> tuple[list[int], list[int]]:
     said = fields[answer]
-    whole = ({"prompt": fields["prompt"], "completion": said} if "prompt" in fields else
-             {"messages": [*fields["messages"], {"role": "assistant", "content": said}], "tools": fields.get("tools")})
-    ids, supervised = supervised_tokens(whole, text, last_only=True)
+    if "prompt" in fields:
+        whole = {"prompt": fields["prompt"], "completion": said}
+    else:
+        turns = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+        read = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in fields["messages"]]
+        whole = {"messages": [*read, *turns], "tools": fields.get("tools")}
+    ids, supervised = supervised_tokens(whole, text)
     return ids, [token if on else IGNORE for token, on in zip(ids, supervised, strict=True)]
 
 

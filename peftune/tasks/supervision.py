@@ -104,7 +104,7 @@ def doubt(fields: Mapping[str, Any], text: TextEncoder) -> Doubt | None:
 
 def _round_trip_doubt(fields: Mapping[str, Any], text: TextEncoder) -> str | None:
     try:
-        whole = render(text.tokenizer, fields["messages"], fields.get("tools"))
+        whole, _ = assistant_spans(text.tokenizer, fields["messages"], fields.get("tools"))
         ids = text.tokenizer(whole, add_special_tokens=False)["input_ids"]
         return round_trip_fault(text.tokenizer, fields["messages"], fields.get("tools"), ids)
     except TemplateMismatch:

@@ -163,7 +163,7 @@ def test_the_format_of_the_run_decides_which_prompt_is_read(tokenizer):
 
 
 @pytest.mark.parametrize(("record", "said"), [
-    ({"messages": [{"role": "user", "content": ["hi"]}]}, "turn 1 of messages: content is a list, not a text"),
+    ({"messages": [{"role": "user", "content": ["hi"]}]}, "turn 1 of messages: content[0] is no record of a text"),
     ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "messages holds no turn before"),
     ({"prompt": ["hi"]}, "turn 1 of prompt is no record with role and content"),

@@ -1,5 +1,6 @@
 """Files to rows to examples: what is read, what is refused, what a step sees."""
 
+import gzip
 import json
 import os
 import time
@@ -70,6 +71,11 @@ def test_every_kind_of_file_gives_its_rows_and_their_lines(tmp_path, kind):
         path.write_text("a, b\nc\n")
         rows = [{"text": "a, b"}, {"text": "c"}]
     assert rows_of(path) == rows
+    if kind in ("jsonl", "json", "csv", "tsv"):
+        packed = tmp_path / "packed" / f"data.{kind}.gz"
+        packed.parent.mkdir()
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        assert rows_of(packed) == rows_of(packed.parent) == rows
 
 
 @pytest.mark.parametrize(("files", "split"), [

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftune.config.schema import DataConfig, TrainConfig
-from peftune.data.canonical import preference_fields
 from peftune.data.layouts import lay_out
+from peftune.data.preferences import preference_fields
 from peftune.data.rows import Row
 from peftune.data.targets import RowFault, Targets
 from peftune.model.next_token import end_in_losses
@@ -44,6 +44,11 @@ def test_a_pair_whose_prompt_fills_the_limit_has_no_target(decoder):
     assert encoded(tokenizer, fields, max_length=4).num_targets == 0
 
 
+def test_a_prompt_may_be_empty(decoder):
+    example = encoded(AutoTokenizer.from_pretrained(decoder), {"prompt": "", "chosen": "a", "rejected": "b"})
+    assert example.record["prompt"] == "" and example.num_targets == 1
+
+
 TURN = {"role": "user", "content": "q"}
 
 
@@ -55,6 +60,11 @@ TURN = {"role": "user", "content": "q"}
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
     {"prompt": [TURN], "chosen": [TURN, {"role": "assistant", "content": "a"}],
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
+     "rejected": {"from": "gpt", "value": "b"}},
+    {"messages": [TURN], "chosen": {"role": "assistant", "content": "a"},
+     "rejected": {"role": "assistant", "content": "b"}},
+    {"conversations": [TURN], "chosen": "a", "rejected": "b"},
     {"prompt": "User: q", "chosen": [TURN, {"role": "assistant", "content": "a"}],
      "rejected": [TURN, {"role": "assistant", "content": "b"}]},
 ])

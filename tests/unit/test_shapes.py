@@ -2,7 +2,9 @@
 
 import pytest
 
-from peftune.data.canonical import CANONICAL, preference_fields, prompt_fields
+from peftune.data.canonical import CANONICAL, prompt_fields
+from peftune.data.formats import COLUMNS
+from peftune.data.preferences import preference_fields
 from peftune.data.targets import RowFault
 from tests.templates import FAMILIES, family_tokenizer
 from tests.unit.test_templates import marked_text
@@ -79,15 +81,57 @@ def test_a_column_system_comes_before_the_turns_once(format, turns):
     {"prompt": [ASKED], "chosen": "Hello!", "rejected": "What?"},
     {"chosen": [ASKED, SAID], "rejected": [ASKED, {**SAID, "content": "What?"}]},
     {"prompt": "Hi", "chosen": [SAID], "rejected": [{**SAID, "content": "What?"}]},
+    {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
 ])
 def test_a_column_system_comes_before_the_prompt_of_a_pair(row):
     assert preference_fields({**row, "system": "Be brief."})["messages"] == [SYSTEM, ASKED]
+
+
+@pytest.mark.parametrize("system", ["", None, "Be brief."])
+def test_a_prompt_beside_a_column_system_is_a_turn_of_the_user_filled_or_not(decoder, system):
+    row = {"system": system, "prompt": "Hi"}
+    asked = "### System:\nBe brief.\n### User:\nHi\n" if system else "### User:\nHi\n"
+    fields = CANONICAL["prompt_completion"]({**row, "completion": "Hello!"})
+    assert learned(decoder, fields) == f"{asked}### Assistant:\n«Hello!</s>»\n"
+    assert prompt_fields(row, "prompt_completion") == {"messages": fields["messages"][:-1]}
+    assert preference_fields({**row, "chosen": "a", "rejected": "b"})["messages"] == fields["messages"][:-1]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Hi", "completion": "Hello!"}, {"messages": [ASKED, SAID]}, {"conversations": [ASKED, SAID]},
+    {"instruction": "Hi", "output": "Hello!"}, {"prompt": [ASKED], "completion": "Hello!"},
+])
+def test_a_system_that_is_no_text_is_refused(row):
+    format = next(name for name in CANONICAL if all(column in row for column in COLUMNS[name]))
+    with pytest.raises(RowFault, match="system is the number 3, not a text"):
+        CANONICAL[format]({**row, "system": 3})
 
 
 def test_turns_are_read_by_either_pair_of_names():
     theirs = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
     assert CANONICAL["messages"]({"messages": theirs})["messages"] == [ASKED, SAID]
     assert CANONICAL["sharegpt"]({"conversations": [ASKED, SAID]})["messages"] == [ASKED, SAID]
+
+
+def in_parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_of_a_content_are_joined_as_they_stand():
+    turns = [{"role": "user", "content": in_parts("H", "i")}, {"role": "assistant", "content": in_parts("Hello", "!")}]
+    assert CANONICAL["messages"]({"messages": turns})["messages"] == [ASKED, SAID]
+    sides = {key: [ASKED, {"role": "assistant", "content": in_parts(key)}] for key in ("chosen", "rejected")}
+    assert preference_fields(sides) == {"messages": [ASKED], "chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize(("part", "said"), [
+    ({"type": "image_url", "image_url": {"url": "x"}}, "of type 'image_url'"),
+    *((part, "no record of a text") for part in ({"type": "text", "text": None}, {"text": "Hi"}, "Hi"))])
+def test_a_part_of_a_content_that_is_no_text_is_refused_with_its_place(part, said):
+    turns = [ASKED, {"role": "assistant", "content": [*in_parts("Hello"), part]}]
+    with pytest.raises(RowFault) as caught:
+        CANONICAL["messages"]({"messages": turns})
+    assert caught.value.message.startswith(f"turn 2 of messages: content[1] is {said}, and only text is read")
 
 
 def test_what_a_developer_says_is_a_system_turn():

@@ -15,6 +15,7 @@ from tests.templates import (
     CALLING,
     FAMILIES,
     MISTRAL,
+    R1,
     TOOLS,
     WRITTEN,
     Family,
@@ -118,6 +119,7 @@ def test_two_turns_after_a_system_turn_read_as_written_out_here(tokenizer, expec
 def test_a_last_turn_of_the_user_is_cut(tokenizer, name):
     messages = [*conversation(TURNS[:2]), {"role": "user", "content": "Still there?"}]
     expected = WRITTEN[name](TURNS[:2], None).replace("<think>\n\n</think>\n\n", "")  # qwen3: the answer is not last
+    expected = expected.replace("<think>\n«\n</think>\n\n", "«")  # qwen35
     assert marked_tokens(tokenizer, messages) == expected[: expected.rindex("»") + 1]
 
 
@@ -220,6 +222,36 @@ def test_thinking_is_learned_in_the_last_turn_and_earlier_turns_are_learned_with
     check(tokenizer, messages, expected)
     messages[1] = {"role": "assistant", "content": "Hello!", "reasoning_content": "A greeting."}
     check(tokenizer, messages, expected)
+
+
+@pytest.mark.parametrize("thought", [
+    "<think>\nThe end.\n</think>\n\nSee you.", "<think>The end.\n</think>\n\nSee you.",
+    "The end.\n</think>\n\nSee you.", None])
+@pytest.mark.parametrize(("name", "expected"), [
+    ("r1", "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>«Hello!<｜end▁of▁sentence｜>»<｜User｜>Bye"
+           "<｜Assistant｜><think>\n«The end.\n</think>\n\nSee you.<｜end▁of▁sentence｜>»"),
+    ("qwen35", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Hello!<|im_end|>»\n"
+               "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n<think>\n"
+               "«The end.\n</think>\n\nSee you.<|im_end|>»\n"),
+])
+def test_thinking_behind_a_prompt_that_opens_it_is_learned_in_the_last_turn(tokenizer, name, expected, thought):
+    messages = conversation([("Hi", "Hello!"), ("Bye", thought or "See you.")])
+    if thought is None:
+        messages[-1]["reasoning_content"] = "The end."
+    assert marked_text(tokenizer, messages) == expected
+    written = expected[: expected.rindex("»") + 1]
+    assert marked_tokens(tokenizer, messages) == written
+    asked = render(tokenizer, messages[:-1], None, generation_prompt=True)
+    assert written.replace("«", "").replace("»", "").startswith(asked)
+    assert marked_tokens(tokenizer, messages, train_on="last_turn") == written.replace("«", "", 1).replace("»", "", 1)
+    assert round_trip_fault(tokenizer, messages, None, encoded(tokenizer, messages).input_ids) is None
+
+
+def test_thinking_that_no_place_is_found_for_is_refused(decoder):
+    template = R1.replace("m['content'].split", "' ' + m['content'].split")
+    tokenizer = family_tokenizer(decoder, Family(template, "</s>"))
+    with pytest.raises(TemplateMismatch, match="turn 2 thinks, and the chat template leaves that out"):
+        assistant_spans(tokenizer, conversation([("Hi", "<think>\nSo.\n</think>\n\nHello!")]), None)
 
 
 @pytest.mark.parametrize("name", ["qwen3"])

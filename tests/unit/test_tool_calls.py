@@ -52,6 +52,28 @@ def test_arguments_that_are_no_record_are_refused(arguments):
         CANONICAL["messages"](calling(arguments))
 
 
+def in_turns_of_function_call(said):
+    """The same row as LLaMA-Factory writes it."""
+    roles = {"user": "human", "assistant": "gpt", "tool": "observation"}
+    turns = [{"from": roles[turn["role"]], "value": turn["content"]} for turn in CALLING]
+    turns[1] = {"from": "function_call", "value": said}
+    return {"conversations": turns, "tools": json.dumps(TOOLS)}
+
+
+@pytest.mark.parametrize("said", ['{"name": "find", "arguments": {"what": "p2"}}',
+                                  '[{"name": "find", "arguments": "{\\"what\\": \\"p2\\"}"}]'])
+@pytest.mark.parametrize("name", CALLED)
+def test_turns_of_function_call_are_learned_as_calls(decoder, name, said):
+    fields = CANONICAL["sharegpt"](in_turns_of_function_call(said))
+    assert marked_text(family_tokenizer(decoder, FAMILIES[name]), fields["messages"], fields["tools"]) == CALLED[name]
+
+
+@pytest.mark.parametrize("said", ["find p2", "{}", "[]", "3", '{"name": "find", "arguments": ["p2"]}', '["find"]'])
+def test_turns_of_function_call_that_hold_none_are_refused_with_their_place(said):
+    with pytest.raises(RowFault, match="turn 2 of conversations: value is no call of a function"):
+        CANONICAL["sharegpt"](in_turns_of_function_call(said))
+
+
 def test_a_refusal_of_the_template_is_said_where_arguments_are_not_the_reason(decoder):
     tokenizer = family_tokenizer(decoder, Family("{{ raise_exception('no tools here') }}", "</s>"))
     with pytest.raises(TemplateMismatch, match="no tools here"):
