@@ -212,8 +212,9 @@ def _score_train_part(run: Run) -> dict[str, Any]:
 
 
 def _summary(run: Run, state: TrainState, scores: dict[str, Any], deviation: float) -> dict[str, Any]:
+    early = state.stopped_early and state.step < run.steps
     return {
-        "task": run.facts["task"], "exit": "stopped_early" if state.stopped_early and state.step < run.steps else "done",
+        "task": run.facts["task"], "exit": "stopped_early" if early else "done",
         "steps": state.step, "skipped_steps": state.skipped_steps, "examples": state.examples, "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens, "seconds": state.seconds,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else 0.0,
