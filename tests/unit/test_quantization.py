@@ -301,7 +301,7 @@ def test_a_checkpoint_of_another_method_is_refused(decoder):
 
 @pytest.mark.parametrize(("changes", "said"), [
     (["model.quantization=nf4", "adapter=null"], "mend: adapter.method=lora, or model.quantization=none"),
-    (["model.quantization=int8", "model.compile=true"], "mend: model.compile=false"),
+    (["model.quantization=int8", "model.compile=true"], "mend: model.compile=parts"),
 ], ids=["whole weights", "compiled"])
 def test_what_cannot_be_quantised_is_refused_with_the_config(changes, said, converse, tmp_path):
     with pytest.raises(ConfigError, match=said):

@@ -52,7 +52,8 @@ def test_arrow_files_with_and_without_an_index_are_read(data_set, kind, tmp_path
 
 @pytest.mark.parametrize("name", ["d.arrow", "d.jsonl.gz", "d.csv.gz", "d.json.gz", "d.parquet"])
 @pytest.mark.parametrize("content", [b"", b"no such file", b"ARROW1\0\0 and no more", b"\x1f\x8b\x08 and no more",
-                                     gzip.compress(b"text,label\n" * 99)[:-9]])
+                                     gzip.compress(b"text,label\n" * 99)[:-9]],
+                         ids=["empty", "text", "cut arrow", "cut head", "cut gzip"])
 def test_broken_files_are_refused_and_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     faults = Faults()
