@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,16 +61,25 @@ def test_a_model_without_such_layers_says_so(train: Any, classify: dict[str, Any
 
 
 @pytest.mark.slow
-def test_several_processes_compile_too(launch: Any, converse: dict[str, Any], tmp_path: Any) -> None:
-    config = write_config(converse, tmp_path / "config")
-    ended = launch(config, "model.compile=parts", "train.max_steps=2", processes=2, timeout=400)
+@pytest.mark.parametrize(("strategy", "layers"), [("ddp", 9), ("zero3", 7), ("fsdp2", 9)])
+def test_processes_that_compile_train_the_model_of_one_that_does_not(
+    train: Any, command: Any, converse: dict[str, Any], tmp_path: Path, strategy: str, layers: int
+) -> None:
+    plain = train(converse, name="plain")
+    folder = tmp_path / strategy
+    ended = command("-m", "peftune", "train", "--processes", 2, "--strategy", strategy,
+                    write_config({**converse, "output_dir": str(folder)}, tmp_path / "config"), "model.compile=parts",
+                    env={"ACCELERATE_USE_CPU": "true"}, timeout=400)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    assert "elementwise parts of 9 layers are compiled" in ended.stdout
+    assert f"elementwise parts of {layers} layers are compiled" in ended.stdout, "ZeRO-3 gathers gated blocks by module"
+    losses = [[row["loss"] for row in metric_rows(one, "train")] for one in (plain, folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_compiler_is_told_what_to_install(converse: dict[str, Any], tmp_path: Any, command: Any
-                                                               ) -> None:
+def test_a_machine_without_a_compiler_is_told_what_to_install(
+    converse: dict[str, Any], tmp_path: Path, command: Any
+) -> None:
     config = write_config(converse, tmp_path / "config")
     ended = command("-m", "peftune.train", config, "model.compile=parts", env={
         "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
