@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from peftune.errors import Fault, ModelError
 from peftune.model.adapters import base_of
 from peftune.model.outputs import logits_of
 from peftune.model.proof import UNPROVEN, why_unproven
@@ -123,6 +124,9 @@ def looks_ahead(
 
     Arguments as for `road_fault`. Two rows of random tokens begin alike and go on differently. Logits of most of the
     equal tokens must differ: where bfloat16 rounds in another order, a router may send single ones to other experts.
+
+    Raises:
+        ModelError: logits are NaN.
     """
     ids = torch.randint(vocabulary, (2, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
     half = PROOF_TOKENS // 2
@@ -134,7 +138,11 @@ def looks_ahead(
     model.train(was_training)
     first, second = logits[:, -PROOF_TOKENS:][:, :half].float()
     deviation = (first - second).abs().amax(1).median()
-    return not deviation <= SEEN[dtype] * first.abs().max()
+    if first.isnan().any():
+        raise ModelError(Fault(
+            kind="model", message="model.name_or_path: its logits are no numbers: weights are damaged, or too large "
+            "for this type", mend="get the checkpoint again, or set model.dtype=float32"))
+    return bool(deviation > SEEN[dtype] * first.abs().max())
 
 
 @torch.no_grad()

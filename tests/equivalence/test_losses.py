@@ -243,3 +243,12 @@ def test_a_model_that_sees_the_tokens_it_is_to_predict_is_refused(config: Any, s
     expected = pytest.raises(ModelError, match="those after it in sight") if sees else contextlib.nullcontext()
     with expected:
         choose_road(settings, model, model.config, world=world, divided=False, autocast=autocast(settings, CPU))
+
+
+def test_a_model_whose_logits_are_no_numbers_is_refused_for_its_weights() -> None:
+    model = a_model("llama", None)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=r"name_or_path: its logits are no numbers"):
+        choose_road(ModelConfig(name_or_path="x", dtype="float32"), model, model.config, divided=False,
+                    world=World(0, 1, 0, CPU, None), autocast=contextlib.nullcontext)
