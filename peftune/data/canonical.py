@@ -14,6 +14,7 @@ from peftune.data.turns import (
     is_conversation,
     is_learned,
     prompt_turns,
+    read_alone,
     tools_of,
     turns_of,
     with_system,
@@ -75,12 +76,11 @@ def _prompt_completion(values: Mapping[str, Any]) -> Fields:
 
 def _completed_conversation(values: Mapping[str, Any]) -> Fields:
     """A conversation of which the turns of the prompt are read, and not learned."""
-    asked = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt_turns(values)]
     if isinstance(values.get("completion"), list):
         said = turns_of(values, "completion")
     else:
         said = [{"role": "assistant", "content": text_of(values, "completion")}]
-    return _answered({"messages": [*asked, *said], **tools_of(values)})
+    return _answered({"messages": [*read_alone(prompt_turns(values)), *said], **tools_of(values)})
 
 
 def _alpaca(values: Mapping[str, Any]) -> Fields:

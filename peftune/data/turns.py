@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftune.data.targets import RowFault
@@ -95,6 +95,11 @@ def prompt_turns(values: Mapping[str, Any]) -> list[Turn]:
 def is_learned(turn: Mapping[str, Any]) -> bool:
     """Whether it is the assistant's, and its weight, as OpenAI's rows have it, is not 0."""
     return turn["role"] == "assistant" and turn.get("weight", 1) != 0
+
+
+def read_alone(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns of a prompt: the assistant's among them are read, and not learned."""
+    return [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in turns]
 
 
 def with_system(values: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:

@@ -135,7 +135,7 @@ class Models:
                             task=subject.config.task, new_head=task.new_head, rows=subject.rows)
         if task.next_token and road is not None:
             end_in_losses(made)
-        if config.compile is not True:
+        if not config.compiles_whole:
             make_lean(made, by_module=road is not None and road.by_module)
         return made
 

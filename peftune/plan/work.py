@@ -94,7 +94,7 @@ def lengths_without_data(max_length: int, batch_size: int, steps: int, *, scored
 
 def packs(config: RunConfig) -> bool:
     """Whether micro-batches are to be packed, if the model can take them."""
-    return config.data.layout != "padded" and config.model.compile is not True
+    return config.data.layout != "padded" and not config.model.compiles_whole
 
 
 def lengths_of(config: RunConfig, data: Prepared) -> Lengths:

@@ -19,6 +19,7 @@ from peftune.data.examples import Batch, Example
 from peftune.data.preferences import preference_fields
 from peftune.data.rows import Row
 from peftune.data.targets import Targets
+from peftune.data.turns import read_alone
 from peftune.model.next_token import nats_by_sequence
 from peftune.model.reference import Reference
 from peftune.numerics import scores
@@ -62,8 +63,7 @@ def _side(fields: Mapping[str, Any], answer: str, text: TextEncoder) -> tuple[li
         whole = {"prompt": fields["prompt"], "completion": said}
     else:
         turns = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
-        read = [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in fields["messages"]]
-        whole = {"messages": [*read, *turns], "tools": fields.get("tools")}
+        whole = {"messages": [*read_alone(fields["messages"]), *turns], "tools": fields.get("tools")}
     ids, supervised = supervised_tokens(whole, text)
     return ids, [token if on else IGNORE for token, on in zip(ids, supervised, strict=True)]
 
