@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from peftune.numerics.losses import Predicted
+
 TargetKind = Literal["token", "pair", "class", "values"]
 """token: one id a position [T]; pair: the same for two sequences an example; class: one id an example [1];
 values: floats an example [K]."""
@@ -48,6 +50,9 @@ class Batch:
     """[B, T] int64 for token and pair targets, [examples] int64 for classes, [examples, K] float32 for values."""
     owners: Tensor
     """[B, T] int64: the sequence of each token of a token or pair batch."""
+    predicted: Predicted | None
+    """Of a token or pair batch, if its targets are next tokens. Found in host memory: a GPU asked for them would first
+    do all that it has been given."""
     lengths: tuple[int, ...]
     """Tokens of each sequence; one of a single token in an empty micro-batch."""
     positions: tuple[int, ...]

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from peftune.data.examples import Batch, Example, TargetKind
 from peftune.numerics.dealing import Grouping, equal_groups, packed_groups, padded_groups
 from peftune.numerics.few_shapes import filled_up
-from peftune.numerics.losses import IGNORE
+from peftune.numerics.losses import IGNORE, Predicted, predicted_tokens
+from peftune.numerics.transfer import to_device
 
 
 class Division(Protocol):
@@ -116,14 +117,14 @@ def lay_out(
     if layout.division is not None:
         columns = _part_of(columns, layout.division)
     token_targets, owners = columns.pop("targets"), columns.pop("owners")
-    targets = token_targets if by_token else _example_targets(examples, kind, width)
-    inputs: dict[str, Any] = {name: _tensor(array, device) for name, array in columns.items()}
+    targets = to_device(token_targets if by_token else _example_targets(examples, kind, width), device)
+    predicted = _predicted(token_targets, owners, columns["input_ids"].shape[1], device) if by_token else None
+    inputs: dict[str, Any] = {name: to_device(array, device) for name, array in columns.items()}
     if layout.kind != "padded":
         inputs |= _borders(borders, layout, device, one_row)
     return Batch(
-        inputs=inputs, targets=_tensor(targets, device), owners=_tensor(owners, device), lengths=lengths,
-        positions=tuple(positions), tokens=sum(lengths) if examples else 0,
-    )
+        inputs, targets, to_device(owners, device), predicted, lengths, tuple(positions),
+        tokens=sum(lengths) if examples else 0)
 
 
 def rows_of(values: Tensor, batch: Batch, *, fill: float) -> Tensor:
@@ -199,7 +200,7 @@ def _joined(sequences: Sequence[_Sequence], layout: Layout, pad_id: int) -> dict
 def _borders(lengths: tuple[int, ...], layout: Layout, device: torch.device, one_row: bool) -> dict[str, Any]:
     """What tells the attention where sequences end. Made once a batch, not once a layer."""
     if layout.kind == "varlen" and one_row:
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        ends = to_device(np.asarray([0, *accumulate(lengths)], np.int32), device)
         longest = max(lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     # a mask that is ready for use keeps transformers from building one of T x T
@@ -216,8 +217,7 @@ def _example_targets(examples: Sequence[Example], kind: TargetKind, width: int) 
     return np.asarray([example.targets[0] for example in examples] or [IGNORE], dtype=np.int64)
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":  # from other memory, the copy would wait for all that the GPU is still to do
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def _predicted(targets: np.ndarray, owners: np.ndarray, tokens: int, device: torch.device) -> Predicted:
+    found = predicted_tokens(torch.from_numpy(targets), torch.from_numpy(owners), tokens)
+    return Predicted(*(to_device(part.numpy(), device) for part in (
+        found.rows_N, found.columns_N, found.ids_N, found.owners_N)))

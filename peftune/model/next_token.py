@@ -20,7 +20,7 @@ from peftune.model.adapters import base_of
 from peftune.model.outputs import logits_of
 from peftune.model.proof import UNPROVEN, why_unproven
 from peftune.numerics.linear_loss import head_cross_entropy
-from peftune.numerics.losses import Predicted, predicted_tokens, sums_by_sequence, token_cross_entropy
+from peftune.numerics.losses import Predicted, sums_by_sequence, token_cross_entropy
 
 PROOF_TOKENS = 24
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -90,17 +90,17 @@ def next_token_nats(model: nn.Module, inputs: dict[str, Any], predicted: Predict
 
 
 def nats_by_sequence(
-    model: nn.Module, inputs: dict[str, Any], targets_BT: Tensor, owners_BT: Tensor, sequences: int
+    model: nn.Module, inputs: dict[str, Any], predicted: Predicted | None, sequences: int
 ) -> Tensor:
     """[sequences] float32: nats of each sequence, summed over its supervised tokens.
 
     Args:
         model: prepared by `end_in_losses`.
         inputs: of its forward pass.
-        targets_BT, owners_BT: see `predicted_tokens`.
+        predicted: the supervised tokens.
         sequences: their number.
     """
-    predicted = predicted_tokens(targets_BT, owners_BT, inputs["input_ids"].shape[1])
+    assert predicted is not None, "a batch of tokens has them"
     return sums_by_sequence(next_token_nats(model, inputs, predicted), predicted.owners_N, sequences)
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import accumulate, chain, groupby
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of, places, takes_places
 from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
 from peftune.numerics.few_shapes import filled_up
+from peftune.numerics.transfer import to_device
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
@@ -158,17 +160,16 @@ def _pack_inputs(
     names = ("input_ids",) * len(args)
     packed = {**dict(zip(names, args, strict=True)), **kwargs}
     lengths = packed["segment_lengths"]
-    real = packed.pop("attention_mask").bool()
+    device = packed.pop("attention_mask").device
     missing = filled_up(sum(lengths)) - sum(lengths) if few_sizes else 0
+    at_T = to_device(_places_in_rows(lengths), device)
     for name in ("input_ids", "token_type_ids"):
         if packed.get(name) is not None:
-            packed[name] = pad(packed[name][real][None], (0, missing))
-    device = packed["input_ids"].device
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    packed["position_ids"] = pad(positions, (0, missing))[None]
-    packed["position_ids"] += first_position
+            packed[name] = pad(packed[name].flatten().index_select(0, at_T)[None], (0, missing))
+    positions = np.concatenate([*map(np.arange, lengths), np.zeros(missing, np.int64)]) + first_position
+    packed["position_ids"] = to_device(positions[None], device)
     if body.config._attn_implementation in VARLEN:
-        ends = torch.tensor([0, *accumulate(packed.pop("segment_lengths"))], dtype=torch.int32, device=device)
+        ends = to_device(np.asarray([0, *accumulate(packed.pop("segment_lengths"))], np.int32), device)
         packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths),
                    "max_length_k": max(lengths), "attention_mask": None}
     else:
@@ -195,11 +196,14 @@ def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
 def in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
     """[T, D] -> [N, L, D], filled up with zeros, without what lies behind the sequences. Its gradient is one selection;
     pad_sequence's copies all for each."""
-    columns = torch.arange(max(lengths))
-    real_NL = columns < torch.tensor(lengths)[:, None]
-    at_T = torch.arange(real_NL.numel())[real_NL.flatten()].to(hidden_TD.device)
-    rows = hidden_TD.new_zeros(real_NL.numel(), hidden_TD.shape[1]).index_copy(0, at_T, hidden_TD[: len(at_T)])
-    return rows.view(*real_NL.shape, -1)
+    at_T = to_device(_places_in_rows(lengths), hidden_TD.device)
+    rows = hidden_TD.new_zeros(len(lengths) * max(lengths), hidden_TD.shape[1])
+    return rows.index_copy(0, at_T, hidden_TD[: len(at_T)]).view(len(lengths), max(lengths), -1)
+
+
+def _places_in_rows(lengths: Sequence[int]) -> np.ndarray:
+    """[T] int64: where the tokens of sequences lie when each is a row filled up to the longest, rows end to end."""
+    return np.flatnonzero(np.arange(max(lengths)) < np.asarray(lengths)[:, None])
 
 
 Inputs = dict[str, Any]

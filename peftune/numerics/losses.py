@@ -71,15 +71,15 @@ def token_nats(logits_BTK: Tensor, targets_BT: Tensor, owners_BT: Tensor, sequen
     Args:
         logits_BTK: any float dtype.
         targets_BT: class ids, int64; IGNORE marks tokens outside the loss.
-        owners_BT: sequence that each token belongs to, int64.
+        owners_BT: sequence that each token belongs to, int64; any number from S on where there is no target.
         sequences: their number, S.
 
     Returns:
         [S] float32.
     """
-    supervised_BT = targets_BT != IGNORE
-    nats = F.cross_entropy(_wide(logits_BTK[supervised_BT]), targets_BT[supervised_BT], reduction="none")
-    return sums_by_sequence(nats, owners_BT[supervised_BT], sequences)
+    nats = F.cross_entropy(_wide(logits_BTK).flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="none")
+    # what fills a row up belongs to a sequence beyond the last, and has no loss
+    return sums_by_sequence(nats, owners_BT.flatten().clamp(max=sequences - 1), sequences)
 
 
 CANDIDATE, START, END = 0, 1, 2
@@ -100,13 +100,12 @@ def span_nats(logits_BT2: Tensor, marks_BT: Tensor) -> Tensor:
         [B] float32; 0 for rows without a marked answer.
     """
     wide_BT2 = _wide(logits_BT2).masked_fill((marks_BT == IGNORE)[..., None], -torch.inf)
-    nats_B = wide_BT2.new_zeros(wide_BT2.shape[0])
+    sides_B = []
     for side, mark in enumerate((START, END)):
         chosen_BT = (marks_BT > 0) & (marks_BT & mark > 0)
-        rows, columns = chosen_BT.nonzero(as_tuple=True)
-        chosen = wide_BT2[rows, columns, side]
-        nats_B = nats_B.index_add(0, rows, (wide_BT2[rows, :, side].logsumexp(-1) - chosen) / 2)
-    return nats_B
+        nats_BT = wide_BT2[..., side].logsumexp(-1)[:, None] - wide_BT2[..., side]
+        sides_B.append(nats_BT.masked_fill(~chosen_BT, 0.0).sum(-1))
+    return (sides_B[0] + sides_B[1]) / 2
 
 
 def preference_nats(log_probabilities_B4: Tensor, beta: float) -> Tensor:

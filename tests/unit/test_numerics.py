@@ -96,6 +96,14 @@ def test_span_nats_choose_among_candidates_only():
     torch.testing.assert_close(span_nats(logits, marks), torch.stack(naive), rtol=0, atol=1e-12)
 
 
+def test_a_row_that_stands_in_for_none_has_no_span_loss_and_finite_gradients():
+    logits = torch.randn(2, 3, 2, requires_grad=True)
+    nats = span_nats(logits, torch.tensor([[IGNORE, IGNORE, IGNORE], [3, IGNORE, 0]]))
+    nats.sum().backward()
+    assert nats[0] == 0 and nats[1] > 0
+    assert logits.grad.isfinite().all() and not logits.grad[0].any() and logits.grad[1].any()
+
+
 def test_preference_nats_are_the_published_formula_in_float64():
     torch.manual_seed(0)
     policy_w, policy_l, reference_w, reference_l = torch.randn(4, 9, dtype=torch.float64) * 30
