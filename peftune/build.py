@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import fusion_notes, model_facts, model_for_training, reference_for
+from peftune.build_model import fusion_notes, method_of, model_facts, model_for_training, publish, reference_for
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -38,11 +38,10 @@ from peftune.loop.self_check import check_end_of_text
 from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import count, weight_notes
-from peftune.model.card import model_card
 from peftune.model.division import refuse_undividable
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
 from peftune.model.reference import frozen_copy
-from peftune.model.save import live_logits, published_weights, reload_deviation, save_model
+from peftune.model.save import live_logits, published_weights, reload_deviation
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
 from peftune.observe.journal import Journal
@@ -108,7 +107,7 @@ def build(config: RunConfig, stop: Stop | None = None) -> Iterator[Built]:
         division = open_sequences(world)
         world.on_main(lambda: lock.take(world.progress.tick))
         check_trackers(config.log.trackers)
-        display.say(f"peftune: {config.task}, {config.model.name_or_path}, {_method(config)}, "
+        display.say(f"peftune: {config.task}, {config.model.name_or_path}, {method_of(config)}, "
                     f"{strategy.name} on {world.ranks} x {world.device.type}"
                     + (f", each sequence on {division.ranks}" if division else ""))
         lacking_memory = functools.partial(saying_what_takes_less, config, world, strategy.name)
@@ -150,10 +149,6 @@ def open_strategy(config: RunConfig, world: World) -> Strategy:
     world.on_main(lambda: check_launched(strategy.name))
     world.on_main(lambda: refuse_broken(config, strategy.name, sequence_ranks()))
     return strategy
-
-
-def _method(config: RunConfig) -> str:
-    return "full fine-tuning" if config.adapter is None else config.adapter.method
 
 
 def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prepared]:
@@ -267,16 +262,13 @@ def _assembled_run(
         with evaluator.known.of(split, batch):
             return task.losses(task.forward(live, batch, evaluator.reference), batch, targets)
 
-    def publish(live: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-        save_model(live, weights, evaluator.tokenizer, folder)
-        write_text(folder / "README.md", model_card(config.model.name_or_path, config.task, _method(config), facts))
-
     return Run(
         folder=Path(config.output_dir), model=model, strategy=strategy, optimizer=optimizer,
         learning_rate=lambda step: train.learning_rate * learning_rate_factor(
             train.lr_scheduler, step, steps, train.warmup_ratio),
         losses=losses, autocast=evaluator.autocast, data=data, plan=plan, layout=layout, evaluator=evaluator,
-        journal=journal, publish=publish, published_weights=published_weights,
+        journal=journal, publish=functools.partial(publish, config, facts, evaluator.tokenizer),
+        published_weights=published_weights,
         live_logits=functools.partial(live_logits, autocast=evaluator.autocast),
         reload_deviation=functools.partial(
             reload_deviation, auto_class=task.auto_class, divided=strategy.lockstep,

@@ -1,19 +1,24 @@
-"""The part of the composition root that makes the model: loaded, adapted, and compared with a frozen twin."""
+"""The part of the composition root that makes the model (loaded, adapted, beside a frozen twin) and publishes it."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
 from peftune.loop.data_start import start_from_planned_data
+from peftune.loop.publish import write_text
 from peftune.model.assemble import Parameters, assemble
+from peftune.model.card import model_card
 from peftune.model.download import Tell
 from peftune.model.eva import reads_data
+from peftune.model.folder import needs_config
 from peftune.model.fusion import fused_passes
 from peftune.model.lean import layers_of_passes, make_lean
 from peftune.model.load import Loaded, adjust_config, load_weights, local_source
@@ -22,6 +27,7 @@ from peftune.model.packing import use_packing
 from peftune.model.precision import DTYPES
 from peftune.model.quantize import quantised_by, quantization_of
 from peftune.model.reference import Reference, reference_of
+from peftune.model.save import save_model
 from peftune.model.vocabulary import new_rows
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
@@ -68,6 +74,22 @@ def model_facts(config: RunConfig, loaded: Loaded, counts: Parameters, layout: L
     return {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
             "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
             "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model), "layout": layout.name}
+
+
+def method_of(config: RunConfig) -> str:
+    """What the config trains, in words."""
+    return "full fine-tuning" if config.adapter is None else config.adapter.method
+
+
+def publish(
+    config: RunConfig, facts: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model: Any,
+    weights: dict[str, Tensor], folder: Path,
+) -> None:
+    """Fill a folder with trained weights and their card. `facts`: of `model_facts`. The others: see `save_model`."""
+    save_model(model, weights, tokenizer, folder,
+               with_config=needs_config(config.task, adds_tokens=facts["added_tokens"] > 0))
+    card = model_card(config.model.name_or_path, config.model.revision, config.task, method_of(config), facts)
+    write_text(folder / "README.md", card)
 
 
 def reference_for(model: nn.Module, frozen: nn.Module | None, strategy: Strategy, layout: Layout) -> Reference:

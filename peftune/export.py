@@ -167,7 +167,7 @@ def _write(
     source, settings, auto_class = trained.text.source, trained.config.model, trained.evaluator.task.auto_class
     remote = settings.trust_remote_code
     if adapter is not None and wanted.into == "original":
-        model = load_trained(source, auto_class, dtype=own_dtype(adapter.base, remote), trust_remote_code=remote,
+        model = load_trained(source, auto_class, dtype=own_dtype(adapter, remote), trust_remote_code=remote,
                              device=trained.evaluator.world.device, dequantised=True)
     elif is_quantised(base_of(model)):
         model = _plain(source, settings, auto_class, weight_dtype(settings, adapted=True), trained.evaluator.world)
@@ -202,7 +202,7 @@ def _dtype(wanted: Wanted, trained: Trained, adapter: Adapter | None) -> torch.d
     if adapter is None:
         return trained.text.config.dtype or torch.float32
     if wanted.into == "original":
-        return own_dtype(adapter.base, trained.config.model.trust_remote_code)
+        return own_dtype(adapter, trained.config.model.trust_remote_code)
     return weight_dtype(trained.config.model, adapted=True)
 
 

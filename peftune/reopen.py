@@ -28,13 +28,14 @@ from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.loop.layout import choose_layout
 from peftune.loop.road import road_notes
 from peftune.model.adapters import has_adapter, virtual_tokens_of
+from peftune.model.folder import ADAPTER, holds_weights
 from peftune.model.load import PROBLEM_TYPES
 from peftune.model.next_token import end_in_losses
 from peftune.model.precision import DTYPES, autocast, weight_dtype
 from peftune.model.quantize import require_bitsandbytes
 from peftune.model.reference import Reference, reference_of
 from peftune.model.resolve import load_model_config, resolve
-from peftune.model.save import ADAPTER, load_trained
+from peftune.model.save import load_trained
 from peftune.observe.display import Display
 from peftune.parallel.names import refuse_divided_sequences
 from peftune.parallel.world import World, opened_world
@@ -80,7 +81,7 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
     if not is_checkpoint(folder):
         return open_weights(*find_trained(path, config_path), world, display)
     run = folder.resolve().parent.parent
-    published = [run / name for name in ("final", "best") if (run / name / "config.json").is_file()]
+    published = [run / name for name in ("final", "best") if holds_weights(run / name)]
     if not published:
         raise RunFolderError(Fault(
             kind="run_folder", file=path, message=f"a checkpoint is read into a published model, and {run} has neither "
@@ -96,7 +97,7 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
     quiet_libraries()
     task = TASKS[config.task](config.train, config.evaluation)
     with display.phase("model") as notes:
-        text = open_text(task, _as_trained(config.model, folder), config.data)
+        text = open_text(task, _as_trained(config.model, folder), config.data, trained=True)
         adapted = (Path(text.source) / ADAPTER).is_file()
         model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
                              dtype=weight_dtype(config.model, adapted=adapted), **_loading(config, world),
@@ -222,7 +223,7 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
             "can read", mend=f"give {path.resolve().parent.parent}"))
     for run, weights in ((path, path / "final"), (path.parent, path)):
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
-            if not (weights / "config.json").is_file():
+            if not holds_weights(weights):
                 raise RunFolderError(Fault(kind="run_folder", file=str(run), message="no trained weights in final/",
                                            mend="let the run finish: start it again and it continues"))
             return str(weights), load([config_path or str(run / "config.yaml")])
@@ -242,7 +243,7 @@ HEADS = {"SequenceClassification": "sequence_classification", "TokenClassificati
 def _config_of_folder(name: str) -> RunConfig:
     """A config for a model of which only the files are known."""
     model = ModelConfig(name_or_path=name)
-    known = load_model_config(model, resolve(model))
+    known = load_model_config(model, resolve(model, trained=True))
     found = [task for end, task in HEADS.items() if str((known.architectures or [""])[0]).endswith(end)]
     if not found:
         raise ModelError(Fault(kind="model", file=name, message="config.json names no architecture of a task: "
@@ -264,8 +265,8 @@ def _reference(config: RunConfig, model: nn.Module, task: Task, world: World) ->
     """What a preference run compares with: its adapter off, or the model it began from."""
     if has_adapter(model):
         return reference_of(model)
-    base = load_trained(resolve(config.model), task.auto_class, dtype=DTYPES[config.model.dtype],
-                        **_loading(config, world))
+    base = load_trained(resolve(config.model), task.auto_class, revision=config.model.revision,
+                        dtype=DTYPES[config.model.dtype], **_loading(config, world))
     end_in_losses(base)
     return reference_of(base.to(world.device).requires_grad_(False).eval())
 

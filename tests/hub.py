@@ -11,13 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-NAME, COMMIT = "some-org/some-model", "c" * 40
+NAME, COMMIT, OLD_COMMIT = "some-org/some-model", "c" * 40, "b" * 40
 
 
 @contextlib.contextmanager
-def hub_of(folder: Path) -> Iterator[str]:
-    """The address to give as HF_ENDPOINT, while it answers."""
-    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+def hub_of(folder: Path, old: Path | None = None) -> Iterator[str]:
+    """The address to give as HF_ENDPOINT, while it answers. `old`: what the model is at its revision of that name."""
+    commits = {COMMIT: folder, **({} if old is None else {OLD_COMMIT: old})}
+    contents = {commit: {path.name: path for path in place.iterdir() if path.is_file()}
+                for commit, place in commits.items()}
 
     class Answers(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -28,7 +30,10 @@ def hub_of(folder: Path) -> Iterator[str]:
 
         def answer(self, *, body: bool) -> None:
             path = urlsplit(self.path).path
-            model = {"id": NAME, "modelId": NAME, "sha": COMMIT, "private": False, "gated": False,
+            commit = OLD_COMMIT if {"old", OLD_COMMIT} & set(path.split("/")) else COMMIT
+            files = contents[commit]
+            self.commit = commit
+            model = {"id": NAME, "modelId": NAME, "sha": commit, "private": False, "gated": False,
                      "siblings": [{"rfilename": name} for name in files]}
             tree = [{"type": "file", "path": name, "size": file.stat().st_size, "oid": _oid(file)}
                     for name, file in files.items()]
@@ -45,7 +50,7 @@ def hub_of(folder: Path) -> Iterator[str]:
 
         def give(self, code: int, content: bytes, body: bool, **headers: str) -> None:
             self.send_response(code)
-            for key, value in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
+            for key, value in {"Content-Length": str(len(content)), "X-Repo-Commit": self.commit, **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
             if body:

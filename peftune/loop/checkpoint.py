@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.state import TrainState
+from peftune.model.folder import holds_weights
 from peftune.parallel.pieces import PieceReader
 from peftune.parallel.strategy import Strategy
 
@@ -70,7 +71,7 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds what a checkpoint holds, or lies where a run keeps its own; it may be damaged."""
     place = folder.resolve()
     here = place.parent.name == "checkpoints" and place.name.startswith("step-") and place.is_dir()
-    return ((folder / "state.json").is_file() or here) and not (folder / "config.json").is_file()
+    return ((folder / "state.json").is_file() or here) and not holds_weights(folder)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from peftune.errors import Fault, ModelError
 from peftune.model.adapters import attach, peft_config
 from peftune.model.beneath import put_beneath
 from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath, reading_adapter
+from peftune.model.folder import CONFIG
 from peftune.model.load import Loaded, load_weights
 from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import emulates_bfloat16, keep_trainable_in_float32, weight_dtype
@@ -58,7 +59,7 @@ def assemble(
     if adapter is None:
         result.requires_grad_(True)
     else:
-        result = _adapted(loaded, adapter, source, rows, task=task, new_head=new_head)
+        result = _adapted(loaded, model.revision, adapter, source, rows, task=task, new_head=new_head)
         if adapter.start == "loftq" and adapter.init_from is None:
             start_from_rounding(result, whole_weights(
                 model, source, model_config, auto_class, loaded.model, new_head=new_head,
@@ -72,9 +73,11 @@ def assemble(
 
 
 def _adapted(
-    loaded: Loaded, adapter: AdapterConfig, source: str, rows: NewRows, *, task: str, new_head: bool
+    loaded: Loaded, revision: str | None, adapter: AdapterConfig, source: str, rows: NewRows, *, task: str,
+    new_head: bool,
 ) -> PeftModel:
     config = peft_config(adapter, task, loaded.new_modules or loaded.head(new_head), adds_tokens=bool(rows.ids))
+    config.revision = revision
     if rows.ids and not adapter.init_from:
         config.trainable_token_indices = token_rows(loaded.model, rows)
     if adapter.init_from is not None:
@@ -107,7 +110,7 @@ def _load_earlier(model: PeftModel, folder: Path, base: PreTrainedModel) -> None
     Raises:
         ModelError: they do not fit, or the output layer was trained for other classes.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     known = json.loads(path.read_text("utf-8")).get("id2label") if path.is_file() else None
     theirs, mine = (list((labels or {}).values()) for labels in (known, base.config.id2label))
     if theirs and theirs != mine and any("modules_to_save" in name for name, _ in model.named_parameters()):

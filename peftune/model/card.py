@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from peftune.model.folder import needs_config
+
 KINDS = {
     "sequence_classification": ("text-classification", "AutoModelForSequenceClassification"),
     "token_classification": ("token-classification", "AutoModelForTokenClassification"),
@@ -17,7 +19,7 @@ KINDS = {
 """Task -> what model hubs call it, and the class that loads it."""
 
 
-def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
+def model_card(base: str, revision: str | None, task: str, method: str, facts: dict[str, Any]) -> str:
     """Markdown with the header that model hubs read."""
     adapter = method != "full fine-tuning"
     header: dict[str, Any] = {
@@ -27,7 +29,8 @@ def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
     }
     if not is_local(base):
         header["base_model"] = base
-    auto_class = KINDS[task][1]
+    how = usage(adapter, task, revision=revision, adds_tokens=facts["added_tokens"] > 0,
+                quantised_by=facts["quantization"])
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -38,7 +41,7 @@ Trained with peftune: {facts["trainable_parameters"]:,} of {facts["total_paramet
 The run's `summary.json` and `report.html` hold its scores, `config.yaml` the settings to train it again.
 
 ```python
-{usage(adapter, auto_class, adds_tokens=bool(facts.get("added_tokens")), quantised_by=facts["quantization"])}
+{how}
 ```
 """
 
@@ -48,27 +51,41 @@ def is_local(name: str) -> bool:
     return name.startswith(("package:", "/", ".")) or Path(name).is_dir()
 
 
-def usage(adapter: bool, auto_class: str, *, adds_tokens: bool, quantised_by: dict[str, Any]) -> str:
-    """Python lines that load the folder. `adds_tokens`: an adapter holds rows for tokens that its base lacks.
-    `quantised_by`: arguments of BitsAndBytesConfig that the base was loaded with; none for a plain one."""
+def usage(
+    adapter: bool, task: str, *, revision: str | None, adds_tokens: bool, quantised_by: dict[str, Any]
+) -> str:
+    """Python lines that load the folder.
+
+    Args:
+        adapter: it holds one, not a whole model.
+        task: name of the task.
+        revision: of the base model, where the run named one.
+        adds_tokens: an adapter holds rows for tokens that its base lacks.
+        quantised_by: arguments of BitsAndBytesConfig that the base was loaded with; none for a plain one.
+    """
+    auto_class = KINDS[task][1]
     if not adapter:
         return f"""from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")"""
-    own_size = grow = how = name = argument = ""
+    lines, names, arguments, grow = "", ["AutoTokenizer"], "", ""
+    at = "" if revision is None else f", revision={revision!r}"
+    if needs_config(task, adds_tokens=adds_tokens):
+        names.append("AutoConfig")
+        lines, arguments = "config = AutoConfig.from_pretrained(folder)\n", ", config=config"
     if adds_tokens:
-        own_size = "\nrows, config.vocab_size = config.vocab_size, AutoConfig.from_pretrained(base).vocab_size"
+        lines += f"rows, config.vocab_size = config.vocab_size, AutoConfig.from_pretrained(base{at}).vocab_size\n"
         grow = "\nmodel.resize_token_embeddings(rows)  # the adapter holds the rows of the added tokens"
     if quantised_by:
-        how = f"how = BitsAndBytesConfig(**{quantised_by})  # as the base was while the adapter trained\n"
-        name, argument = ", BitsAndBytesConfig", ", quantization_config=how"
+        names.append("BitsAndBytesConfig")
+        lines += f"how = BitsAndBytesConfig(**{quantised_by})  # as the base was while the adapter trained\n"
+        arguments += ", quantization_config=how"
     return f"""from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, {auto_class}, AutoTokenizer{name}
+from transformers import {", ".join(sorted((auto_class, *names)))}
 
 folder = "THIS_FOLDER"
 base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-config = AutoConfig.from_pretrained(folder){own_size}
-{how}model = {auto_class}.from_pretrained(base, config=config{argument}){grow}
+{lines}model = {auto_class}.from_pretrained(base{at}{arguments}){grow}
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)"""

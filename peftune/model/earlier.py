@@ -9,9 +9,8 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, TaskType
 
 from peftune.errors import ConfigError, Fault
+from peftune.model.folder import ADAPTER
 from peftune.model.foreign import reading
-
-ADAPTER = "adapter_config.json"
 
 
 def earlier_folder(key: str, name: str) -> Path:

@@ -36,15 +36,16 @@ def export_card(record: Mapping[str, Any], trained: Story) -> str:
         trained: the run.
     """
     adapter = record["kind"] == "adapter"
-    adds_tokens = bool(trained.config["model"]["added_tokens"] or trained.config["model"]["added_special_tokens"])
+    model = trained.config["model"]
     task, method = record["task"], record["method"]
-    given = trained.config["model"]["name_or_path"]
+    given = model["name_or_path"]
     base = str(given if trained.manifest or not record["base"] else record["base"])
     header: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": KINDS[task][0],
                               "tags": ["peftune", method.replace(" ", "-")]}
     if not is_local(base):
         header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    how = usage(adapter, KINDS[task][1], adds_tokens=adds_tokens, quantised_by=record["quantization"])
+    how = usage(adapter, task, revision=model["revision"], quantised_by=record["quantization"],
+                adds_tokens=bool(model["added_tokens"] or model["added_special_tokens"]))
     shown = Path(base).name if is_local(base) else base
     parts = [f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---", f"# {shown}, {method} for {task}",
              *_scores(trained), *_data(trained), *_training(trained), *_export(record), "## Use",

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import Fault, MachineError, ModelError
+from peftune.model.folder import ADAPTER, CONFIG, base_of_adapter, holds_weights, own_config
 from peftune.model.foreign import reading
 from peftune.model.vocabulary import add_tokens
 
@@ -20,14 +21,16 @@ PACKAGE = "package:"
 PROBE_TIMEOUT_S = 10.0
 
 
-def resolve(config: ModelConfig) -> str:
+def resolve(config: ModelConfig, *, trained: bool = False) -> str:
     """A local folder (absolute) or the id of a hub repository that is cached or can be reached.
 
     Asks the hub once, briefly: its client would retry for the better part of a minute, for each file. Where a cached
     model's hub does not answer, it is switched off for this process, as HF_HUB_OFFLINE does.
 
+    `trained`: weights to use, so that a folder may also hold an adapter.
+
     Raises:
-        ModelError: neither a folder nor a repository.
+        ModelError: neither a folder nor a repository, or a folder that holds an adapter.
         MachineError: the Python package that holds the weights is not installed.
     """
     name = config.name_or_path
@@ -35,13 +38,15 @@ def resolve(config: ModelConfig) -> str:
         return _in_package(name)
     if Path(name).is_dir():
         folder = Path(name).resolve()
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-            raise _error(f"the folder {name} holds no config.json", "give a folder that save_pretrained has written")
+        if not holds_weights(folder):
+            raise _error(f"the folder {name} holds no {CONFIG}", "give a folder that save_pretrained has written")
+        if not trained and (folder / ADAPTER).is_file():
+            raise _holds_adapter(name, folder)
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise _error(f"no such folder: {name}", _near(Path(name)))
     try:
-        cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+        cached = try_to_load_from_cache(name, CONFIG, revision=config.revision)
     except HFValidationError:
         raise _error(f"{name!r} is neither a folder here nor a valid hub id", _near(Path(name))) from None
     if not isinstance(cached, str):
@@ -54,6 +59,14 @@ def resolve(config: ModelConfig) -> str:
 
 def _error(message: str, mend: str) -> ModelError:
     return ModelError(Fault(kind="model", message=f"model.name_or_path: {message}", mend=mend))
+
+
+def _holds_adapter(name: str, folder: Path) -> ModelError:
+    with reading(lambda why: _error(f"the adapter in {name} cannot be read: {why}", "give a folder of a whole model")):
+        base, _ = base_of_adapter(folder)
+    return _error(f"the folder {name} holds an adapter, not a model",
+                  f"model.name_or_path={base} adapter.init_from={folder} trains it on; or make a model of it first: "
+                  f"peftune export {name} --to NEW_FOLDER --merge")
 
 
 def _near(path: Path) -> str:
@@ -72,8 +85,8 @@ def _in_package(name: str) -> str:
         raise MachineError(Fault(kind="environment", message=f"model.name_or_path = {name}: no package {module} here",
                                  mend=f"pip install {distribution} (the extra `demo` holds the quickstart's model)"))
     folder = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not (folder / "config.json").is_file():
-        raise _error(f"{name}: no config.json in {folder}", "write package:<import name>/<folder of the model>")
+    if not (folder / CONFIG).is_file():
+        raise _error(f"{name}: no {CONFIG} in {folder}", "write package:<import name>/<folder of the model>")
     return str(folder)
 
 
@@ -110,9 +123,9 @@ def _find_on_hub(name: str, revision: str | None) -> None:
 
 
 def load_model_config(config: ModelConfig, source: str) -> PreTrainedConfig:
-    """The model's own config.json. Raises ModelError."""
-    with reading(lambda why: _unreadable(config, "config.json", why)):
-        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    """The model's own config; of an adapter's folder without one, the base model's. Raises ModelError."""
+    with reading(lambda why: _unreadable(config, CONFIG, why)):
+        return own_config(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def load_tokenizer(config: ModelConfig, source: str, *, generates: bool) -> PreTrainedTokenizerBase:

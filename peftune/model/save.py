@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,12 +20,12 @@ from peft import (
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
 from peftune.model.adapters import BaseTunerLayer, base_of, trains_base_biases, virtual_tokens_of
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
-from peftune.model.earlier import ADAPTER
+from peftune.model.folder import ADAPTER, own_config
 from peftune.model.foreign import reading
 from peftune.model.load import longest_input
 from peftune.model.outputs import logits_of
@@ -39,7 +40,8 @@ PUBLISHED_LIMIT_TOKENS = 1 << 17
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel | PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path,
+    *, with_config: bool,
 ) -> None:
     """Write what was trained, the model's config with its classes, and the tokenizer with its chat template.
 
@@ -48,6 +50,7 @@ def save_model(
         weights: its trained weights and buffers, whole, by name.
         tokenizer: saved beside them.
         folder: to fill.
+        with_config: the model's config lies beside an adapter too, see `needs_config`.
     """
     base = base_of(model)
     base.config.architectures = [type(base).__name__]
@@ -56,7 +59,8 @@ def save_model(
             _save_adapter(model, weights, folder)
         else:
             model.save_pretrained(str(folder), state_dict=weights)
-        base.config.save_pretrained(str(folder))
+        if with_config:
+            base.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
 
 
@@ -105,7 +109,7 @@ def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 
 def load_trained(
     folder: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False,
-    quantization: str = "none", device: torch.device = CPU, dequantised: bool = False,
+    quantization: str = "none", device: torch.device = CPU, dequantised: bool = False, revision: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a folder that `save_model`, peft or transformers has written, adapter or whole model; or a hub id.
 
@@ -117,6 +121,7 @@ def load_trained(
         quantization: as `model.quantization` of the run that trained the adapter.
         device: where quantised weights are made; others are loaded on the CPU.
         dequantised: put plain layers with the values of the quantised ones in their place, float32.
+        revision: of a hub id; an adapter names that of its base itself.
 
     Raises:
         ModelError: the folder, or the base model its adapter names, cannot be loaded.
@@ -126,40 +131,32 @@ def load_trained(
         return ModelError(Fault(kind="model", file=str(folder), message=f"cannot be loaded: {reason}",
                                 mend="give a run folder, or one that save_pretrained has written"))
 
+    load = functools.partial(_base, auto_class=auto_class, dtype=dtype, trust_remote_code=trust_remote_code,
+                             quantization=quantization, device=device, dequantised=dequantised)
     with reading(unreadable):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = own_config(str(folder), revision=revision, trust_remote_code=trust_remote_code)
         if not (Path(folder) / ADAPTER).is_file():
-            return _base(str(folder), auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
+            return load(str(folder), revision, config)
         adapter = PeftConfig.from_pretrained(str(folder))
-        base_name = adapter.base_model_name_or_path
-        base = _base_of(base_name, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
+        text, base_name = config.get_text_config(), adapter.base_model_name_or_path
+        rows = text.vocab_size
+        text.vocab_size = own_config(base_name, revision=adapter.revision,
+                                     trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        base = load(base_name, adapter.revision, config)
+        if rows > text.vocab_size:
+            base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the new rows
         adapted = PeftModel.from_pretrained(
             base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
     return adapted.requires_grad_(False)
 
 
-def _base_of(
-    name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
-    quantization: str, device: torch.device, dequantised: bool,
-) -> PreTrainedModel:
-    """The model that an adapter was trained on, its embeddings as large as the adapter's config says."""
-    text = config.get_text_config()
-    rows = text.vocab_size
-    text.vocab_size = AutoConfig.from_pretrained(
-        name, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    base = _base(name, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
-    if rows > text.vocab_size:
-        base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the new rows
-    return base
-
-
 def _base(
-    name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
-    quantization: str, device: torch.device, dequantised: bool,
+    name: str, revision: str | None, config: PreTrainedConfig, *, auto_class: Any, dtype: torch.dtype,
+    trust_remote_code: bool, quantization: str, device: torch.device, dequantised: bool,
 ) -> PreTrainedModel:
     model: PreTrainedModel = auto_class.from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+        name, revision=revision, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
         **loading_options(quantization, auto_class, config, dtype=dtype, device=device,
                           trust_remote_code=trust_remote_code))
     make_ready(model, dtype)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from peftune.model.save import ADAPTER
+from peftune.model.folder import ADAPTER, CONFIG, own_config
+from peftune.model.merge import Adapter
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,14 +43,15 @@ def save_tokenizer(source: str, folder: Path, *, trust_remote_code: bool) -> Non
 
 def copy_adapter(source: Path, model: PeftModel, folder: Path) -> None:
     """An adapter's files as they lie in `source`, and the base model's generation config."""
-    for file in (ADAPTER, "config.json", *(path.name for path in source.glob("*.safetensors"))):
-        shutil.copyfile(source / file, folder / file)
+    configs = (source / name for name in (ADAPTER, CONFIG) if (source / name).is_file())
+    for file in (*configs, *source.glob("*.safetensors")):
+        shutil.copyfile(file, folder / file.name)
     base = model.get_base_model()
     if base.can_generate():
         base.generation_config.save_pretrained(str(folder))
 
 
-def own_dtype(name: str, trust_remote_code: bool) -> torch.dtype:
-    """The type of the weights in a checkpoint, by its config."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+def own_dtype(adapter: Adapter, trust_remote_code: bool) -> torch.dtype:
+    """The type of the weights in the checkpoint that an adapter was trained on, by its config."""
+    config = own_config(adapter.base, revision=adapter.revision, trust_remote_code=trust_remote_code)
     return config.dtype or torch.float32

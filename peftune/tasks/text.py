@@ -68,15 +68,19 @@ class Text:
                 "eos": tokenizer.eos_token, "pad": tokenizer.pad_token, "code": code.hexdigest()}
 
 
-def open_text(task: Task, model: ModelConfig, data: DataConfig, adapter: AdapterConfig | None = None) -> Text:
-    """Find the model, read its config and tokenizer, choose the chat template. `adapter`: what is to be trained.
+def open_text(
+    task: Task, model: ModelConfig, data: DataConfig, adapter: AdapterConfig | None = None, *, trained: bool = False
+) -> Text:
+    """Find the model, read its config and tokenizer, choose the chat template.
+
+    `adapter`: what is to be trained. `trained`: the model is trained weights to use, perhaps an adapter.
 
     Raises:
         ModelError, MachineError: the model or its tokenizer cannot be had.
         ConfigError: no such chat template, or an adapter that cannot work.
     """
     was_off = is_offline_mode()
-    source = resolve(model)
+    source = resolve(model, trained=trained)
     config = load_model_config(model, source)
     tokenizer = load_tokenizer(model, source, generates=task.converses)
     template = choose_template(tokenizer, data.chat_template) if task.converses else "none"

@@ -3,14 +3,16 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.conftest import ROOT, summary, write_config
-from tests.hub import NAME, hub_of
+from tests.hub import NAME, OLD_COMMIT, hub_of
 
 pytestmark = pytest.mark.slow
 
@@ -48,10 +50,11 @@ def python(words, hub, home, **more):
                           env=environment, timeout=300)
 
 
-def settings_of(tmp_path, name):
+def settings_of(tmp_path, name, **model):
     rows = tmp_path / "train.jsonl"
     rows.write_text("".join(json.dumps({"text": row["messages"][-1]["content"]}) + "\n" for row in tiny.chat_rows(40)))
-    return write_config({"task": "causal_lm", "model": {"name_or_path": name}, "data": {"train": str(rows)},
+    return write_config({"task": "causal_lm", "model": {"name_or_path": name, **model},
+                         "data": {"train": str(rows), "validation": 0.25},
                          "train": {"batch_size": 8, "max_steps": 2}, "evaluation": {"max_new_tokens": 0},
                          "output_dir": str(tmp_path / "run")}, tmp_path / "config")
 
@@ -102,3 +105,25 @@ def test_a_model_that_lies_here_already_needs_no_hub(downloaded, tmp_path, switc
     assert "config file" not in done.stderr and "Unable to fetch" not in done.stderr  # saving
     adapter = "final/adapter_model.safetensors"
     assert (tmp_path / "run" / adapter).read_bytes() == (run / adapter).read_bytes()
+
+
+def test_a_run_on_a_revision_is_read_again_on_that_revision(model_folder, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(model_folder, old)
+    weights = load_file(old / "model.safetensors")
+    save_file({name: 0.5 * tensor for name, tensor in weights.items()}, old / "model.safetensors", {"format": "pt"})
+    with hub_of(model_folder, old) as hub:
+        config = settings_of(tmp_path, NAME, revision="old")
+        done = python([TRAIN, config], hub, tmp_path / "home")
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = python(["-m", "peftune.cli", "evaluate", tmp_path / "run", "--json"], hub, tmp_path / "other-home")
+        final = tmp_path / "run" / "final"
+        lines = (final / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        used = python(["-c", lines.replace("THIS_FOLDER", str(final))], hub, tmp_path / "third-home")
+    assert said.returncode == 0, said.stderr[-2000:]
+    again, before = json.loads(said.stdout)["validation"], summary(tmp_path / "run")["metrics"]["validation"]
+    assert again["loss"] == pytest.approx(before["loss"], rel=1e-5)
+    assert json.loads((final / "adapter_config.json").read_text())["revision"] == "old"
+    assert used.returncode == 0, used.stderr[-2000:]
+    for home in ("other-home", "third-home"):
+        assert [path.name for path in (tmp_path / home).rglob("snapshots/*")] == [OLD_COMMIT]
