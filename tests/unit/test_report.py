@@ -180,3 +180,10 @@ def test_the_command_for_the_same_run_divides_its_sequences_too(finished):
     facts = {**finished.manifest["model"], "sequence_ranks": 4}
     run = replace(changed(finished, world_size=8, strategy="fsdp2"), manifest={**finished.manifest, "model": facts})
     assert command(run).endswith("--strategy fsdp2 --processes 8 --sequence-parallel 4")
+
+
+def test_a_run_on_texts_that_hold_other_ends_of_lines_has_its_page(classify, train, write_rows):
+    rows = [{"text": f"one\u2028two\x85 {i}", "label": "ab"[i % 2]} for i in range(20)]
+    run = open_finished(train({**classify, "data": {"train": write_rows("t.jsonl", rows), "validation": 0.3}}))
+    records = run.records("validation")
+    assert len(records) == 6 and all("\u2028" in record["text"] for record in records)
