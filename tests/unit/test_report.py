@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftune.cli import main
-from peftune.errors import RunFolderError
+from peftune.errors import RunFolderError, guarded
 from peftune.numerics.intervals import adjusted_for_many, two_sided_p
 from peftune.observe.chart import Curve, line_chart, thinned
 from peftune.report.comparison import compare, joined
@@ -187,3 +187,9 @@ def test_a_run_on_texts_that_hold_other_ends_of_lines_has_its_page(classify, tra
     run = open_finished(train({**classify, "data": {"train": write_rows("t.jsonl", rows), "validation": 0.3}}))
     records = run.records("validation")
     assert len(records) == 6 and all("\u2028" in record["text"] for record in records)
+
+
+def test_a_page_that_cannot_be_written_is_one_message(finished, tmp_path, capsys):
+    for runs in ([finished.folder], [finished.folder, finished.folder]):
+        assert guarded(main, ["report", *map(str, runs), "--to", str(tmp_path)]) == 2
+        assert f"{tmp_path}: cannot be written" in capsys.readouterr().err
