@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from peftune.errors import ConfigError, Fault
 
 KeyPath = tuple[str | int, ...]
 Place = tuple[str, int | None]
+Replaces = Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]
+"""Key, section below and section above -> whether nothing of the one below is to stay."""
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
@@ -175,16 +177,24 @@ def dotted(path: KeyPath) -> str:
 
 def merge(below: Document, above: Document) -> Document:
     """`above` laid over `below`, section by section; another adapter method replaces the whole adapter."""
-    places = {**below.places, **above.places}
-    return Document(_merged(below.values, above.values), places)
+    return _laid_over(below, above, _other_method)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def joined(first: Document, second: Document) -> Document:
+    """Two that say one thing together, whichever comes first. Of what both say, the second counts."""
+    return _laid_over(first, second, lambda *_: False)
+
+
+def _laid_over(below: Document, above: Document, replaces: Replaces) -> Document:
+    return Document(_merged(below.values, above.values, replaces), {**below.places, **above.places})
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any], replaces: Replaces) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         under = result.get(key)
-        if isinstance(under, Mapping) and isinstance(value, Mapping) and not _other_method(key, under, value):
-            result[key] = _merged(under, value)
+        if isinstance(under, Mapping) and isinstance(value, Mapping) and not replaces(key, under, value):
+            result[key] = _merged(under, value, replaces)
         else:
             result[key] = value
     return result

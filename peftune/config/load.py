@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, merge, parse_value, read
+from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, joined, merge, parse_value, read
 from peftune.config.names import FAMILIAR, right_spelling
 from peftune.config.rules import broken_rules
 from peftune.config.schema import RunConfig
@@ -58,7 +58,7 @@ def _with_base(path: Path, below: tuple[Path, ...]) -> Document:
     if "base" not in document.values:
         return document
     base = document.values.pop("base")
-    place = document.places.pop(("base",))
+    place = document.places.pop(("base",), (str(path), None))  # none of its own where a YAML merge brings it
     if not isinstance(base, str):
         raise ConfigError(
             Fault(kind="config", file=place[0], line=place[1], message=f"base = {base!r}: not a path",
@@ -84,7 +84,7 @@ def _overrides(arguments: Sequence[str]) -> Document:
             continue
         for part in reversed(path):
             value = {part: value}
-        layer = merge(layer, Document(value, {path: (COMMAND_LINE, None)}))
+        layer = joined(layer, Document(value, {path: (COMMAND_LINE, None)}))
     if faults:
         raise ConfigError(faults)
     return layer

@@ -121,6 +121,17 @@ def test_another_adapter_method_does_not_inherit_the_fields_of_lora(tmp_path):
     assert loaded.adapter.fields == {}
 
 
+@pytest.mark.parametrize("words", [("adapter.method=ia3", "adapter.target_modules=[q_proj]"),
+                                   ("adapter.target_modules=[q_proj]", "adapter.method=ia3")])
+def test_the_order_of_overrides_drops_no_field_of_an_adapter(words, tmp_path):
+    assert load([config(tmp_path), *words]).adapter.fields == {"target_modules": ["q_proj"]}
+
+
+def test_a_base_that_comes_by_a_merge_of_yaml_is_followed(tmp_path):
+    config(tmp_path, MINIMAL + "seed: 1\n", "base.yaml")
+    assert load([config(tmp_path, "<<: {base: base.yaml}\noutput_dir: x\n", "child.yaml")]).seed == 1
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("task: [", "YAML"), ("", "empty"), ("- 1\n", "mapping"), ("task: a\ntask: b\n", "twice"), ("a: &x [*x]\n", "YAML"),
     ("x: !!python/object/apply:os.system ['true']\n", "YAML"),
