@@ -202,4 +202,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any], replaces: Replac
 
 def _other_method(key: str, below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     """Fields of one adapter method mean nothing to another."""
-    return key == "adapter" and "method" in above and above["method"] != below.get("method", "lora")
+    return key == "adapter" and "method" in above and method_of(above) != method_of(below)
+
+
+def method_of(adapter: Mapping[str, Any]) -> str:
+    """The method that an adapter's section names, in lower case; LoRA where it names none."""
+    return str(adapter.get("method", "lora")).lower()

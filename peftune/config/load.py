@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, joined, merge, parse_value, read
+from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, joined, merge, method_of, parse_value, read
 from peftune.config.names import FAMILIAR, right_spelling
 from peftune.config.rules import broken_rules
 from peftune.config.schema import RunConfig
@@ -168,7 +168,7 @@ def _short(value: Any) -> str:
 def _adapter_faults(document: Document) -> list[Fault]:
     """LoRA keys under another framework's name: AdapterConfig itself takes any key, for PEFT to judge."""
     adapter = document.values.get("adapter")
-    if not isinstance(adapter, dict) or adapter.get("method", "lora") != "lora":
+    if not isinstance(adapter, dict) or method_of(adapter) != "lora":
         return []
     faults = []
     for key in adapter:

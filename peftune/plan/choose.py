@@ -195,7 +195,7 @@ def step_bytes(found: Footprint) -> int:
 
 def wants_recomputing(config: RunConfig) -> bool | None:
     """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
-    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
+    if config.adapter is not None and config.adapter.method in WITHOUT_RECOMPUTING:
         return False
     return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 

@@ -121,6 +121,13 @@ def test_another_adapter_method_does_not_inherit_the_fields_of_lora(tmp_path):
     assert loaded.adapter.fields == {}
 
 
+def test_a_method_is_the_same_in_capitals(tmp_path):
+    config(tmp_path, MINIMAL + "adapter: {method: lora, use_dora: true}\n", "base.yaml")
+    loaded = load([config(tmp_path, "base: base.yaml\nadapter: {method: LoRA}\n", "child.yaml")])
+    assert loaded.adapter == load([str(tmp_path / "base.yaml")]).adapter and loaded.adapter.fields["r"] == 16
+    assert "write adapter.r" in faults_of(config(tmp_path), "adapter={method: LORA, lora_r: 4}")[0].mend
+
+
 @pytest.mark.parametrize("words", [("adapter.method=ia3", "adapter.target_modules=[q_proj]"),
                                    ("adapter.target_modules=[q_proj]", "adapter.method=ia3")])
 def test_the_order_of_overrides_drops_no_field_of_an_adapter(words, tmp_path):
