@@ -190,6 +190,11 @@ def test_every_column_that_a_format_needs_may_be_renamed():
         assert {column for name in formats for column in COLUMNS[name]} <= set(EXPECTED_COLUMNS[task])
 
 
+def test_a_column_that_no_format_reads_is_refused_among_the_renames(tmp_path):
+    (fault,) = faults_of(config(tmp_path), "task=token_classification", "data.columns={tags: x}")
+    assert fault.message.startswith("data.columns") and "ner_tags" in fault.mend
+
+
 def test_the_metrics_named_in_the_rules_are_those_the_tasks_give():
     from peftune.config.schema import EvaluationConfig, TrainConfig
     from peftune.data.targets import Targets
