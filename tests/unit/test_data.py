@@ -1,6 +1,7 @@
 """Files to rows to examples: what is read, what is refused, what a step sees."""
 
 import gzip
+import itertools
 import json
 import os
 import time
@@ -23,7 +24,7 @@ from peftune.data.prepare import ABANDONED_S, _publish, row_faults
 from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
 from peftune.data.splits import held_out, split_key
-from peftune.data.spool import Spool
+from peftune.data.spool import SPLITS, Spool, spool_rows
 from peftune.data.store import Split, write
 from peftune.errors import DataError
 from peftune.numerics.dealing import equal_groups, packed_groups, padded_groups
@@ -43,7 +44,7 @@ def canonical(values, accepts=CAUSAL, **options):
     found = Found()
     raw = list(read_values(values))
     rows = list(canonical_rows(raw, format="auto", accepts=accepts, columns=options.get("columns", {}), source=0,
-                               first_id=0, found=found))
+                               numbers=itertools.count(), found=found))
     return rows, found
 
 
@@ -272,6 +273,14 @@ def test_a_file_without_a_good_row_leads_with_what_is_wrong_in_it(tmp_path):
     first, last = caught.value.faults
     assert "not UTF-8" in str(first)
     assert str(last).startswith(f"{tmp_path / 'a.csv'}: train: the split has no good row")
+
+
+def test_rows_without_an_id_have_numbers_of_their_own_where_bad_rows_of_other_files_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\n{"text": "y"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "z"}\n')
+    config = DataConfig(train=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")), validation=None)
+    spools, found = spool_rows(config, ("text",), 0, SPLITS, tmp_path)
+    assert found.faults.count == 1 and [row.id for row in spools["train"].read()] == ["0", "2", "3"]
 
 
 def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():
