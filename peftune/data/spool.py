@@ -90,7 +90,7 @@ def spool_rows(
                     for row in canonical_rows(
                             read(source, found.faults), format=config.format, accepts=formats, columns=config.columns,
                             source=number, numbers=numbers, found=found):
-                        stream.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                        stream.write(json.dumps(asdict(row), ensure_ascii=False, default=str) + "\n")
                         keys.append(split_key(row.fields, seed) if isinstance(config.validation, float) else 0)
                         if len(keys) % TOLD_ROWS == 0:
                             progress(f"{name} rows read", len(keys), 0)
