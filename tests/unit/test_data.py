@@ -275,6 +275,16 @@ def test_a_file_without_a_good_row_leads_with_what_is_wrong_in_it(tmp_path):
     assert str(last).startswith(f"{tmp_path / 'a.csv'}: train: the split has no good row")
 
 
+@pytest.mark.parametrize("broken", [{"qas": ["no record"]}, {"qas": None}, {"qas": 3}, "no record", None])
+def test_what_is_no_question_in_an_article_of_squad_is_a_fault_and_hides_no_other(broken, tmp_path):
+    answer = {"text": "cat", "answer_start": 4}
+    good = {"context": "the cat", "qas": [{"question": "who?", "answers": [answer]}]}
+    paragraphs = [good, {"context": "c", **broken} if isinstance(broken, dict) else broken]
+    (tmp_path / "d.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    faults = row_faults(DataConfig(train=str(tmp_path / "d.json"), validation=None), ("squad",), 0)
+    assert [fault.line for fault in faults] == [2]
+
+
 def test_rows_without_an_id_have_numbers_of_their_own_where_bad_rows_of_other_files_are_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\n{"text": "y"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "z"}\n')
