@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shutil import copyfile
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peftune.cli import main
 from peftune.config.schema import RunConfig
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
-from peftune.plan.answer import WITHOUT_DATA
+from peftune.plan.answer import WITHOUT_DATA, known_of
 from peftune.plan.choose import LIMIT, choose_memory, footprint_at, largest_that_fits, step_bytes
 from peftune.plan.devices import GPUS, Device
 from peftune.plan.divide import Division
@@ -245,3 +246,12 @@ def test_quantised_weights_take_what_bitsandbytes_stores():
 def test_every_gpu_of_the_table_holds_less_than_its_name_says():
     for name, device in GPUS.items():
         assert 0.9 < device.memory_bytes / 2**30 / int(name.split("-")[-1].removesuffix("gb")) < 1.0
+
+
+@pytest.mark.parametrize("written", ["train.jsonl", "*.jsonl", ""])
+def test_lengths_are_those_of_the_data_however_its_absolute_path_is_written(written, converse, tmp_path):
+    (folder := tmp_path / "rows").mkdir()
+    copyfile(converse["data"]["train"], folder / "train.jsonl")
+    data = {"train": str(folder / written), "max_length": 128}
+    known = known_of(RunConfig.model_validate({**converse, "data": data}))
+    assert known.lengths.order is not None and "examples" in known.note
