@@ -14,6 +14,7 @@ from transformers import AutoConfig
 import peftune.loop.fit as loop
 from peftune.cli import main
 from peftune.config.schema import RunConfig
+from peftune.errors import guarded
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
 from peftune.plan.answer import WITHOUT_DATA, known_of
@@ -255,3 +256,9 @@ def test_lengths_are_those_of_the_data_however_its_absolute_path_is_written(writ
     data = {"train": str(folder / written), "max_length": 128}
     known = known_of(RunConfig.model_validate({**converse, "data": data}))
     assert known.lengths.order is not None and "examples" in known.note
+
+
+@pytest.mark.parametrize("words", [("--devices", "2", "--strategy", "single"), ("--strategy", "ddp")])
+def test_a_strategy_that_no_launch_would_take_on_these_devices_is_not_planned(words, big, capsys):
+    assert guarded(main, ["plan", big, "--device", "h100-80gb", *words]) == 2
+    assert words[-1] in capsys.readouterr().err
