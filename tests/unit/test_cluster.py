@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,15 @@ def test_an_sbatch_script_has_the_options_and_settings_that_were_given(capsys):
     for line in ("strategy=zero3", "processes_per_node=8", f"python={sys.executable}", "interface=ib0",
                  f"arguments=({QUICKSTART} train.num_epochs=2 'output_dir=/s h/x')"):
         assert f"\n{line}\n" in script
+
+
+def test_a_folder_and_an_option_with_blanks_are_one_word_each_to_sbatch(capsys, tmp_path, monkeypatch):
+    (folder := tmp_path / "it's mine").mkdir()
+    monkeypatch.chdir(folder)
+    script = rendered(capsys, "slurm", QUICKSTART, "--nodes", 1, "--gpus-per-node", 0, "--option", "comment=two words")
+    words = [word for line in script.splitlines() if line.startswith("#SBATCH ") for word in shlex.split(line)[1:]]
+    assert f"--chdir={folder}" in words and "--comment=two words" in words
+    assert all(word.startswith("--") for word in words)
 
 
 @pytest.mark.parametrize("words", [(), ("--container", "image.sif"), ("--container", "registry/x:1")])
