@@ -238,7 +238,7 @@ def _open_folder(
     tidy(folder)
     write_json(folder / "manifest.json", {
         **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,
-        "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template,
+        "model": {"source": text.source, "chat_template": text.template,
                   **{key: value for key, value in facts.items() if key != "memory"}},
         "memory": facts["memory"],
         "data": {"fingerprints": data.fingerprints, "formats": data.formats, "classes": list(data.targets.names),

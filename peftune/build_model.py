@@ -65,7 +65,8 @@ def fusion_notes(config: ModelConfig, model: nn.Module) -> list[str]:
 
 def model_facts(config: RunConfig, loaded: Loaded, counts: Parameters, layout: Layout) -> dict[str, Any]:
     """What the manifest and the model card say of the model."""
-    return {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
+    return {"task": config.task, "revision": config.model.revision, "trainable_parameters": counts.trainable,
+            "total_parameters": counts.total,
             "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
             "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model), "layout": layout.name}
 

@@ -142,6 +142,7 @@ def _fill(
     record = {
         "published": True, "kind": kind, "source": wanted.source, "weights": folder, "task": config.task,
         "base": None if adapter is None else adapter.base,
+        "base_revision": None if adapter is None else adapter.revision,
         "method": "full fine-tuning" if adapter is None else adapter.method,
         "merged_into": _said(wanted, config) if kind == "merged" else None,
         "dtype": str(dtype).removeprefix("torch."),
@@ -167,8 +168,8 @@ def _write(
     source, settings, auto_class = trained.text.source, trained.config.model, trained.evaluator.task.auto_class
     remote = settings.trust_remote_code
     if adapter is not None and wanted.into == "original":
-        model = load_trained(source, auto_class, dtype=own_dtype(adapter.base, remote), trust_remote_code=remote,
-                             device=trained.evaluator.world.device, dequantised=True)
+        model = load_trained(source, auto_class, dtype=own_dtype(adapter.base, adapter.revision, remote),
+                             trust_remote_code=remote, device=trained.evaluator.world.device, dequantised=True)
     elif is_quantised(base_of(model)):
         model = _plain(source, settings, auto_class, weight_dtype(settings, adapted=True), trained.evaluator.world)
     plain = model.float()
@@ -202,7 +203,7 @@ def _dtype(wanted: Wanted, trained: Trained, adapter: Adapter | None) -> torch.d
     if adapter is None:
         return trained.text.config.dtype or torch.float32
     if wanted.into == "original":
-        return own_dtype(adapter.base, trained.config.model.trust_remote_code)
+        return own_dtype(adapter.base, adapter.revision, trained.config.model.trust_remote_code)
     return weight_dtype(trained.config.model, adapted=True)
 
 

@@ -96,11 +96,12 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
     quiet_libraries()
     task = TASKS[config.task](config.train, config.evaluation)
     with display.phase("model") as notes:
-        text = open_text(task, _as_trained(config.model, folder), config.data)
+        chosen = _as_trained(config.model, folder)
+        text = open_text(task, chosen, config.data)
         adapted = (Path(text.source) / ADAPTER).is_file()
         model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
-                             dtype=weight_dtype(config.model, adapted=adapted), **_loading(config, world),
-                             ).to(world.device).eval()
+                             dtype=weight_dtype(config.model, adapted=adapted), revision=chosen.revision,
+                             **_loading(config, world)).to(world.device).eval()
         text = text.behind(virtual_tokens_of(model))
         notes.append(str(folder))
         if task.next_token:
@@ -117,9 +118,10 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
 
 
 def _as_trained(model: ModelConfig, folder: str) -> ModelConfig:
-    """The model section for a folder of trained weights, whose tokenizer has the added tokens already."""
-    return model.model_copy(update={"name_or_path": str(folder), "revision": None, "added_tokens": (),
-                                    "added_special_tokens": ()})
+    """The model section for a folder of trained weights, whose tokenizer has the added tokens already; or for the hub's
+    model that the config names itself."""
+    return model.model_copy(update={"name_or_path": folder, "added_tokens": (), "added_special_tokens": (),
+                                    "revision": model.revision if folder == model.name_or_path else None})
 
 
 def score(trained: Trained, split: str) -> Scored:
@@ -265,7 +267,7 @@ def _reference(config: RunConfig, model: nn.Module, task: Task, world: World) ->
     if has_adapter(model):
         return reference_of(model)
     base = load_trained(resolve(config.model), task.auto_class, dtype=DTYPES[config.model.dtype],
-                        **_loading(config, world))
+                        revision=config.model.revision, **_loading(config, world))
     end_in_losses(base)
     return reference_of(base.to(world.device).requires_grad_(False).eval())
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from peftune.config.schema import AdapterConfig, ModelConfig
 from peftune.errors import Fault, ModelError
 from peftune.model.adapters import attach, peft_config
-from peftune.model.beneath import put_beneath
+from peftune.model.beneath import TRAINED, put_beneath
 from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneath, reading_adapter
 from peftune.model.load import Loaded, load_weights
 from peftune.model.loftq import start_from_rounding, whole_weights
@@ -59,6 +59,7 @@ def assemble(
         result.requires_grad_(True)
     else:
         result = _adapted(loaded, adapter, source, rows, task=task, new_head=new_head)
+        result.peft_config[TRAINED].revision = model.revision  # of the base, where whoever loads the adapter finds it
         if adapter.start == "loftq" and adapter.init_from is None:
             start_from_rounding(result, whole_weights(
                 model, source, model_config, auto_class, loaded.model, new_head=new_head,

@@ -27,7 +27,8 @@ def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
     }
     if not is_local(base):
         header["base_model"] = base
-    auto_class = KINDS[task][1]
+    how = usage(adapter, KINDS[task][1], adds_tokens=bool(facts.get("added_tokens")),
+                quantised_by=facts["quantization"], revision=facts["revision"])
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -38,7 +39,7 @@ Trained with peftune: {facts["trainable_parameters"]:,} of {facts["total_paramet
 The run's `summary.json` and `report.html` hold its scores, `config.yaml` the settings to train it again.
 
 ```python
-{usage(adapter, auto_class, adds_tokens=bool(facts.get("added_tokens")), quantised_by=facts["quantization"])}
+{how}
 ```
 """
 
@@ -48,17 +49,21 @@ def is_local(name: str) -> bool:
     return name.startswith(("package:", "/", ".")) or Path(name).is_dir()
 
 
-def usage(adapter: bool, auto_class: str, *, adds_tokens: bool, quantised_by: dict[str, Any]) -> str:
+def usage(
+    adapter: bool, auto_class: str, *, adds_tokens: bool, quantised_by: dict[str, Any], revision: str | None
+) -> str:
     """Python lines that load the folder. `adds_tokens`: an adapter holds rows for tokens that its base lacks.
-    `quantised_by`: arguments of BitsAndBytesConfig that the base was loaded with; none for a plain one."""
+    `quantised_by`: arguments of BitsAndBytesConfig that the base was loaded with; none for a plain one. `revision`: of
+    a base of the hub."""
     if not adapter:
         return f"""from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")"""
     own_size = grow = how = name = argument = ""
+    at = "" if revision is None else f", revision={revision!r}"
     if adds_tokens:
-        own_size = "\nrows, config.vocab_size = config.vocab_size, AutoConfig.from_pretrained(base).vocab_size"
+        own_size = f"\nrows, config.vocab_size = config.vocab_size, AutoConfig.from_pretrained(base{at}).vocab_size"
         grow = "\nmodel.resize_token_embeddings(rows)  # the adapter holds the rows of the added tokens"
     if quantised_by:
         how = f"how = BitsAndBytesConfig(**{quantised_by})  # as the base was while the adapter trained\n"
@@ -69,6 +74,6 @@ from transformers import AutoConfig, {auto_class}, AutoTokenizer{name}
 folder = "THIS_FOLDER"
 base = PeftConfig.from_pretrained(folder).base_model_name_or_path
 config = AutoConfig.from_pretrained(folder){own_size}
-{how}model = {auto_class}.from_pretrained(base, config=config{argument}){grow}
+{how}model = {auto_class}.from_pretrained(base, config=config{at}{argument}){grow}
 model = PeftModel.from_pretrained(model, folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)"""

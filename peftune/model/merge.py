@@ -25,6 +25,8 @@ class Adapter:
 
     base: str
     """Folder or hub id of the model that it was trained on."""
+    revision: str | None
+    """Of that hub id."""
     method: str
     learns_prompt: bool
 
@@ -42,7 +44,8 @@ def adapter_of(folder: str) -> Adapter | None:
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise ModelError(Fault(kind="model", file=f"{folder}/{ADAPTER}", message=f"cannot be read: {error}",
                                mend="give a folder that peft has written")) from error
-    return Adapter(str(config.base_model_name_or_path), config.peft_type.value.lower(), config.is_prompt_learning)
+    return Adapter(str(config.base_model_name_or_path), config.revision, config.peft_type.value.lower(),
+                   config.is_prompt_learning)
 
 
 def refuse_unmergeable(adapter: Adapter, name: str) -> None:

@@ -105,7 +105,7 @@ def _as_published(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 
 def load_trained(
     folder: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool = False,
-    quantization: str = "none", device: torch.device = CPU, dequantised: bool = False,
+    quantization: str = "none", device: torch.device = CPU, dequantised: bool = False, revision: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a folder that `save_model`, peft or transformers has written, adapter or whole model; or a hub id.
 
@@ -117,6 +117,7 @@ def load_trained(
         quantization: as `model.quantization` of the run that trained the adapter.
         device: where quantised weights are made; others are loaded on the CPU.
         dequantised: put plain layers with the values of the quantised ones in their place, float32.
+        revision: of a hub id. An adapter names that of its base itself.
 
     Raises:
         ModelError: the folder, or the base model its adapter names, cannot be loaded.
@@ -127,12 +128,12 @@ def load_trained(
                                 mend="give a run folder, or one that save_pretrained has written"))
 
     with reading(unreadable):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, revision=revision)
         if not (Path(folder) / ADAPTER).is_file():
-            return _base(str(folder), auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
+            return _base(str(folder), revision, auto_class, config, dtype, trust_remote_code, quantization, device,
+                         dequantised)
         adapter = PeftConfig.from_pretrained(str(folder))
-        base_name = adapter.base_model_name_or_path
-        base = _base_of(base_name, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
+        base = _base_of(adapter, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
         adapted = PeftModel.from_pretrained(
             base, str(folder), is_trainable=not adapter.is_prompt_learning, autocast_adapter_dtype=False)
         _load_wide(adapted, Path(folder), "default")
@@ -140,26 +141,27 @@ def load_trained(
 
 
 def _base_of(
-    name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
+    adapter: PeftConfig, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
     quantization: str, device: torch.device, dequantised: bool,
 ) -> PreTrainedModel:
     """The model that an adapter was trained on, its embeddings as large as the adapter's config says."""
     text = config.get_text_config()
     rows = text.vocab_size
+    name, revision = adapter.base_model_name_or_path, adapter.revision
     text.vocab_size = AutoConfig.from_pretrained(
-        name, trust_remote_code=trust_remote_code).get_text_config().vocab_size
-    base = _base(name, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
+        name, trust_remote_code=trust_remote_code, revision=revision).get_text_config().vocab_size
+    base = _base(name, revision, auto_class, config, dtype, trust_remote_code, quantization, device, dequantised)
     if rows > text.vocab_size:
         base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter holds the new rows
     return base
 
 
 def _base(
-    name: str, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool,
-    quantization: str, device: torch.device, dequantised: bool,
+    name: str, revision: str | None, auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype,
+    trust_remote_code: bool, quantization: str, device: torch.device, dequantised: bool,
 ) -> PreTrainedModel:
     model: PreTrainedModel = auto_class.from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+        name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, revision=revision,
         **loading_options(quantization, auto_class, config, dtype=dtype, device=device,
                           trust_remote_code=trust_remote_code))
     make_ready(model, dtype)

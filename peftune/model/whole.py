@@ -49,7 +49,7 @@ def copy_adapter(source: Path, model: PeftModel, folder: Path) -> None:
         base.generation_config.save_pretrained(str(folder))
 
 
-def own_dtype(name: str, trust_remote_code: bool) -> torch.dtype:
+def own_dtype(name: str, revision: str | None, trust_remote_code: bool) -> torch.dtype:
     """The type of the weights in a checkpoint, by its config."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     return config.dtype or torch.float32
