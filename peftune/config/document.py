@@ -42,11 +42,24 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 2e-4 is a number, as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would read as a number, or in which it would read another end of a line."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+    "tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None))
+
+
+def to_yaml(values: Any, **how: Any) -> str:
+    """Values as a YAML text, from which `read` and `parse_value` get equal ones. `how`: options of PyYAML."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how)
+    return text
 
 
 def parse_value(text: str) -> Any:

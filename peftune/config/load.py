@@ -11,7 +11,18 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, joined, merge, method_of, parse_value, read
+from peftune.config.document import (
+    COMMAND_LINE,
+    Document,
+    KeyPath,
+    dotted,
+    joined,
+    merge,
+    method_of,
+    parse_value,
+    read,
+    to_yaml,
+)
 from peftune.config.names import FAMILIAR, right_spelling
 from peftune.config.rules import broken_rules
 from peftune.config.schema import RunConfig
@@ -47,7 +58,7 @@ def validate(document: Document) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML, every default written out. Loading it gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def _with_base(path: Path, below: tuple[Path, ...]) -> Document:

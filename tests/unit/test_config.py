@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from pydantic import ValidationError
 
 from peftune.config.data_rules import EXPECTED_COLUMNS
-from peftune.config.document import Document
+from peftune.config.document import Document, parse_value
 from peftune.config.load import dump, load, validate
 from peftune.config.names import FAMILIAR, key_paths, right_spelling
 from peftune.config.rules import FORMATS, METRICS, RULES
@@ -51,6 +51,14 @@ def test_the_dumped_config_loads_to_an_equal_one(tmp_path):
     first = load([config(tmp_path), "adapter.method=ia3", "data.validation=v.jsonl", "train.learning_rate=3e-5"])
     again = load([config(tmp_path, dump(first), "again.yaml")])
     assert again == first
+
+
+@example("123e4567")  # a short hash of git
+@given(st.text())
+def test_any_text_comes_back_from_a_dumped_config(text):
+    values = {"task": "causal_lm", "model": {"name_or_path": "m", "revision": text}, "data": {"train": "t"}}
+    first = validate(Document(values))
+    assert validate(Document(parse_value(dump(first)))) == first
 
 
 def test_all_faults_are_said_at_once_with_their_lines(tmp_path):
