@@ -128,6 +128,13 @@ def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
     assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
 
 
+@pytest.mark.parametrize("processes", [0, -2])
+def test_a_number_of_processes_below_one_is_refused(processes, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(MachineError, match=f"--processes {processes}"):
+        choose_launch("auto", processes, ["c.yaml"])
+
+
 def test_the_cpu_computes_where_the_only_gpu_is_apples(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
