@@ -201,8 +201,9 @@ def prompts_of(rows: Iterable[RawRow], encoder: BoundEncoder, columns: Mapping[s
         except RowFault as error:
             faults.append(Fault(kind="data", file=raw.file, line=raw.line, message=error.message, mend=error.mend))
             continue
+        own = str(number) if values.get("id") is None else values["id"]
         examples += [replace(example, targets=example.targets or [0], record={
-            **example.record, "id": values.get("id", str(number))}) for example in found]
+            **example.record, "id": own if isinstance(own, str | int) else str(own)}) for example in found]
     if faults:
         raise DataError(faults)
     return examples
