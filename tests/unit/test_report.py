@@ -94,11 +94,12 @@ def test_a_validation_loss_that_turns_up_is_named_with_its_step(finished):
     assert "turned up: lowest at step 3" in said(replace(finished, rows=rows))
 
 
-def test_rows_that_stand_in_the_training_rows_too_are_scored_apart(classify, train, write_rows):
+@pytest.mark.parametrize("name", ["leaky.jsonl", "held: out.jsonl"])
+def test_rows_that_stand_in_the_training_rows_too_are_scored_apart(name, classify, train, write_rows):
     known = [json.loads(line) for line in Path(classify["data"]["train"]).read_text().splitlines()][:5]
     new = [json.loads(line) for line in Path(classify["data"]["validation"]).read_text().splitlines()]
     run = open_finished(train({**classify, "data": {
-        **classify["data"], "validation": write_rows("leaky.jsonl", [*new, *known])}}))
+        **classify["data"], "validation": write_rows(name, [*new, *known])}}))
     assert "5 rows of validation stand in the training rows too" in said(run)
     assert re.search(r"on 5 of them accuracy is [\d.]+, on the other 9 rows", said(run))
 
