@@ -15,7 +15,7 @@ from peftune.config.rules import WITHOUT_RECOMPUTING
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
-from peftune.errors import in_a_line
+from peftune.errors import Fault, MachineError, in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import DTYPES
@@ -202,15 +202,29 @@ def wants_recomputing(config: RunConfig) -> bool | None:
 
 def room_bytes(device: torch.device, config: ModelConfig) -> int:
     """What this rank's tensors may take: a share of the free memory; on CPUs of PEFTUNE_MEMORY_BYTES, if that is
-    less."""
+    less.
+
+    Raises:
+        MachineError: that is no number.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
         return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
     free = psutil.virtual_memory().available // processes_here()
-    limit = os.environ.get(LIMIT)
-    most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
+    limit = _limit_bytes()
+    most = free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
     widens = config.dtype == "bfloat16" and lacks_bfloat16()
     beside = BESIDE_TENSORS["float32"] + WIDENED if widens else BESIDE_TENSORS[config.dtype]
     beside += MORE_CODE if makes_code_slowly(DTYPES[config.dtype]) else 0
     beside += COMPILER if config.compile == "parts" else 0
     return int(SHARE * most) - beside
+
+
+def _limit_bytes() -> int | None:
+    given = os.environ.get(LIMIT)
+    if given is None:
+        return None
+    if not given.isdecimal():
+        raise MachineError(Fault(kind="environment", message=f"{LIMIT}={given}: no number of bytes",
+                                 mend=f"write it out, as {LIMIT}=8000000000"))
+    return int(given)

@@ -28,7 +28,8 @@ from peftune.plan.models import Models, Road, Subject
 from peftune.plan.trace import Rows, trace_step
 from peftune.plan.work import Candidate, Work, lengths_without_data
 from peftune.tasks import TASKS
-from tests.conftest import ROOT, mostly_slow, summary
+from peftune.train import main as training
+from tests.conftest import ROOT, mostly_slow, summary, write_config
 
 TENSORS = Device("cpu", 0, {}, 0, 0.0, 1.0)
 MODELS = ROOT / "benchmarks" / "models"
@@ -262,3 +263,9 @@ def test_lengths_are_those_of_the_data_however_its_absolute_path_is_written(writ
 def test_a_strategy_that_no_launch_would_take_on_these_devices_is_not_planned(words, big, capsys):
     assert guarded(main, ["plan", big, "--device", "h100-80gb", *words]) == 2
     assert words[-1] in capsys.readouterr().err
+
+
+def test_a_limit_on_memory_that_is_no_number_is_one_message(classify, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(LIMIT, "8GB")
+    assert guarded(training, [str(write_config(classify, tmp_path / "c"))]) == 2
+    assert f"{LIMIT}=8GB: no number of bytes" in capsys.readouterr().err
