@@ -20,7 +20,7 @@ from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import DTYPES
 from peftune.model.vocabulary import new_rows
-from peftune.numerics.few_shapes import makes_code_slowly
+from peftune.numerics.few_shapes import makes_code_slowly, takes_few_sizes
 from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
 from peftune.parallel.names import BY_MODULE, processes_here
@@ -149,7 +149,7 @@ def footprint_at(
                    new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
     rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
                         divided=division.weights_too)
-    few_sizes = device.on_cpu and division.sharing == 1 and makes_code_slowly(DTYPES[config.model.dtype])
+    few_sizes = takes_few_sizes(DTYPES[config.model.dtype], on_cpu=device.on_cpu, divided=division.sharing > 1)
     return footprint(tracer.line(work, Road(
         recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE, few_sizes)), division, device)
 
