@@ -168,6 +168,20 @@ def test_a_deepspeed_json_that_divides_in_a_way_we_do_not_know_is_refused(tmp_pa
         zero_config.read_zero_config()
 
 
+def test_what_deepspeed_does_not_know_in_its_json_is_said_before_the_model_is_loaded(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {
+        "stage": 2, "reduce_bucket_sizes": 5, "allgather_bucket_size": None, "reduce_bucket_size": "auto",
+        "offload_optimizer": "cpu", "offload_param": {"device": "gpu", "pin_memory": None}}}))
+    monkeypatch.setenv(zero_config.FILE, str(file))
+    with pytest.raises(PeftuneError) as error:
+        zero_config.read_zero_config()
+    assert [fault.message.split(":")[0] for fault in error.value.faults] == [
+        f"zero_optimization.{key}" for key in ("offload_param.device", "offload_optimizer", "reduce_bucket_sizes")]
+    assert {fault.file for fault in error.value.faults} == {str(file)}
+
+
 def test_a_deepspeed_json_that_divides_sequences_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "sequence_parallel_size": 2}))
