@@ -23,7 +23,7 @@ from peftune.model.vocabulary import new_rows
 from peftune.numerics.few_shapes import makes_code_slowly, takes_few_sizes
 from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
-from peftune.parallel.names import BY_MODULE, processes_here
+from peftune.parallel.names import BY_MODULE, preset_of, processes_here
 from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import GPU_SLACK, Device
 from peftune.plan.divide import Division
@@ -92,7 +92,7 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
 def _memory_of_run(
     config: RunConfig, text: Text, data: Prepared, strategy: Strategy, sharing: int, room: int
 ) -> MemoryChoice:
-    lengths, division = lengths_of(config, data), Division(strategy.name, strategy.world.ranks, sharing)
+    lengths, division = lengths_of(config, data), Division(preset_of(strategy.name), strategy.world.ranks, sharing)
     device = strategy.world.device
     tensors = TENSORS[device.type]
     held = replace(tensors, slack=MOST_SLACK[allocator()] if device.type == "cpu" else GPU_SLACK)

@@ -183,6 +183,12 @@ def test_the_command_for_the_same_run_divides_its_sequences_too(finished):
     assert command(run).endswith("--strategy fsdp2 --processes 8 --sequence-parallel 4")
 
 
+def test_the_command_for_the_same_run_is_one_that_there_is(finished):
+    """A DeepSpeed file of one's own may offload in stages that have no preset for it."""
+    for name, preset in (("zero2-offload", "zero2"), ("zero3-offload", "zero3-offload")):
+        assert command(changed(finished, world_size=2, strategy=name)).endswith(f"--strategy {preset} --processes 2")
+
+
 def test_a_run_on_texts_that_hold_other_ends_of_lines_has_its_page(classify, train, write_rows):
     rows = [{"text": f"one\u2028two\x85 {i}", "label": "ab"[i % 2]} for i in range(20)]
     run = open_finished(train({**classify, "data": {"train": write_rows("t.jsonl", rows), "validation": 0.3}}))
