@@ -183,6 +183,14 @@ def test_a_fault_that_another_process_takes_over_says_the_same():
     assert type(again) is MachineError and again.faults == error.faults and str(again) == str(error)
 
 
+@pytest.mark.parametrize(("given", "name"), [
+    ("My run_1", "my-run-1"), ("2024-10 chat", "peftune-2024-10-chat"), ("_", "peftune"), ("a" * 50, "a" * 40),
+    ("1" * 50, "peftune-" + "1" * 32)])
+def test_a_job_s_name_is_one_that_a_kubernetes_service_may_have(given, name):
+    """RFC 1035: until Kubernetes 1.36 a Service's name begins with a letter."""
+    assert check_job([QUICKSTART], name=given, nodes=2, gpus_per_node=8, strategy="auto").name == name
+
+
 def test_hosts_are_names_with_equal_numbers_of_processes():
     assert parse_hosts("a,b") == (["a", "b"], 1) and parse_hosts("a:8, me@b:8") == (["a", "me@b"], 8)
     for text, why in (("a:2,b:4", "unequal"), ("a,a", "different"), ("a:x", "different"), ("", "different")):
