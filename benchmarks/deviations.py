@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ def deviations_of(folder: Path, reference: Path, task: str, quantization: str = 
     weights, other_weights = (_weights(run / "final") for run in (folder, reference))
     assert weights.keys() == other_weights.keys(), "the saved folders hold different weights"
     return {
-        "loss": max(_relative(a["loss"], b["loss"]) for a, b in zip(rows, others, strict=True)),
-        "grad_norm": max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(rows, others, strict=True)),
-        "metrics": max(_relative(a, b) for key in other_scores
-                       for a, b in zip(_numbers(scores[key]), _numbers(other_scores[key]), strict=True)),
-        "weights": max((weights[name].float() - other_weights[name].float()).abs().max().item() for name in weights
-                       if not name.endswith(UNSEEN + UNSEEN_BY_ANSWERS * (task == "question_answering"))),
+        "loss": _largest(_relative(a["loss"], b["loss"]) for a, b in zip(rows, others, strict=True)),
+        "grad_norm": _largest(_relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(rows, others, strict=True)),
+        "metrics": _largest(_relative(a, b) for key in other_scores
+                            for a, b in zip(_numbers(scores[key]), _numbers(other_scores[key]), strict=True)),
+        "weights": _largest(_apart(weights[name], other_weights[name]) for name in weights
+                            if not name.endswith(UNSEEN + UNSEEN_BY_ANSWERS * (task == "question_answering"))),
         "logits": _logit_deviation(folder / "final", reference / "final", task, quantization),
     }
 
@@ -57,8 +57,17 @@ def _numbers(value: Any) -> Iterator[float]:
         yield math.nan if part is None else float(part)
 
 
+def _largest(deviations: Iterable[float]) -> float:
+    """What is no number is the largest: Python's `max` passes over it, unless it stands first."""
+    return max(math.inf if math.isnan(one) else one for one in deviations)
+
+
+def _apart(mine: torch.Tensor, other: torch.Tensor) -> float:
+    return (mine.float() - other.float()).abs().max().item()
+
+
 def _relative(value: float, other: float) -> float:
-    """|a - b| / |b|; below 0.1 / |b| is taken as 10: a small difference of large sums has their rounding."""
+    """|a - b| / |b|, over 0.1 where |b| is less: a small difference of large sums has their rounding."""
     if math.isnan(value) or math.isnan(other):
         return 0.0 if math.isnan(value) and math.isnan(other) else math.inf
     return abs(value - other) / max(abs(other), 0.1)
@@ -69,7 +78,7 @@ def _logit_deviation(folder: Path, reference: Path, task: str, quantization: str
     mine, other = _logits(folder, task, quantization), _reference_logits(reference, task, quantization)
     if task == "question_answering":
         mine, other = (logits - logits.mean(dim=1, keepdim=True) for logits in (mine, other))
-    return (mine - other).abs().max().item()
+    return _largest([_apart(mine, other)])
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ import peftune.build as composition
 import peftune.loop.finish as ending
 import peftune.loop.fit as loop
 import peftune.loop.judge as judging
-import peftune.loop.layout as layouts
 import peftune.loop.run as running
 import peftune.model.precision as precision
 import peftune.numerics.few_shapes as few_shapes
@@ -165,7 +164,7 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("BENCH_NATIVE"):
         precision.lacks_bfloat16 = lambda: False
     if os.environ.get("BENCH_ANY_SIZE"):
-        for room in (few_shapes, layouts, linear_loss):
+        for room in (few_shapes, linear_loss):
             room.makes_code_slowly = lambda dtype: False
     judging.evaluate = ending.evaluate = timing.timed("evaluation", ending.evaluate)
     loop.save = timing.timed("checkpoint", loop.save)

@@ -14,6 +14,7 @@ from peftune.config.document import Document
 from peftune.config.load import load, validate
 from peftune.config.schema import RunConfig
 from peftune.errors import ConfigError, DataError, Fault
+from peftune.observe.json_lines import read_json_lines
 
 if TYPE_CHECKING:  # torch comes with it, and a config can be made without
     from torch import nn
@@ -90,7 +91,7 @@ class FinishedRun:
     @property
     def log(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl: the curves."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.folder / "metrics.jsonl")
 
     @cached_property
     def _trained(self) -> Trained:

@@ -259,11 +259,11 @@ def _report(parsed: argparse.Namespace) -> int:
     with without_search_for_garbage():
         from peftune.report.page import write_comparison, write_report
 
-    folders, to = [Path(run) for run in parsed.runs], Path(parsed.to) if parsed.to else None
-    if len(folders) == 1:
-        page, found = write_report(folders[0], to)
-    else:
-        page, found = write_comparison(folders, to or Path("comparison.html"))
+    folders = [Path(run) for run in parsed.runs]
+    usual = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
+    to = Path(parsed.to) if parsed.to else usual
+    with writing_to(str(to), "--to"):
+        page, found = write_report(folders[0], to) if len(folders) == 1 else write_comparison(folders, to)
     if parsed.json:
         _print_json(found)
     else:

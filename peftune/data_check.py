@@ -149,8 +149,9 @@ def show(checked: Checked, display: Display, name: str, max_length: int) -> None
         _show_counts(data, display)
         for split_name, split in data.splits.items():
             _show_lengths(split_name, split, display, max_length)
-        if data.faults and not errors:
-            display.warn(f"{len(data.faults):,} bad rows are left out (data.on_bad_row = skip)")
+        bad = sum(counts.bad for counts in data.counts.values())
+        if bad and not errors:
+            display.warn(f"{bad:,} bad rows are left out (data.on_bad_row = skip)")
         for finding in data.findings:
             display.warn(finding.message)
             for place in finding.places[:SHOWN_PLACES]:

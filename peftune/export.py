@@ -142,6 +142,7 @@ def _fill(
     record = {
         "published": True, "kind": kind, "source": wanted.source, "weights": folder, "task": config.task,
         "base": None if adapter is None else adapter.base,
+        "base_revision": None if adapter is None else adapter.revision,
         "method": "full fine-tuning" if adapter is None else adapter.method,
         "merged_into": _said(wanted, config) if kind == "merged" else None,
         "dtype": str(dtype).removeprefix("torch."),

@@ -10,6 +10,7 @@ from typing import Any
 from peftune.config.rules import RULES, strategy_faults
 from peftune.config.schema import RunConfig
 from peftune.errors import Fault, OutOfMemory, out_of_memory
+from peftune.parallel.names import preset_of
 from peftune.parallel.world import World
 
 PREPARING = "preparing the data"
@@ -69,7 +70,7 @@ def lighter(
     ]
     result = [f"{key}={str(value).lower()} ({costs})" for helps, key, value, costs in more
               if helps and _allowed(config, key, value, strategy)]
-    if strategy in DIVIDING_NOTHING and not strategy_faults(config, "fsdp2"):
+    if preset_of(strategy) in DIVIDING_NOTHING and not strategy_faults(config, "fsdp2"):
         result.append(f"--strategy fsdp2 --processes {max(2, ranks)} (more devices, which share the weights)")
     return result
 

@@ -97,11 +97,12 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
     quiet_libraries()
     task = TASKS[config.task](config.train, config.evaluation)
     with display.phase("model") as notes:
-        text = open_text(task, _as_trained(config.model, folder), config.data, trained=True)
+        chosen = _as_trained(config.model, folder)
+        text = open_text(task, chosen, config.data, trained=True)
         adapted = (Path(text.source) / ADAPTER).is_file()
         model = load_trained(Path(text.source) if Path(text.source).is_dir() else text.source, task.auto_class,
-                             dtype=weight_dtype(config.model, adapted=adapted), **_loading(config, world),
-                             ).to(world.device).eval()
+                             dtype=weight_dtype(config.model, adapted=adapted), revision=chosen.revision,
+                             **_loading(config, world)).to(world.device).eval()
         text = text.behind(virtual_tokens_of(model))
         notes.append(str(folder))
         if task.next_token:
@@ -118,9 +119,10 @@ def open_weights(folder: str, config: RunConfig, world: World, display: Display)
 
 
 def _as_trained(model: ModelConfig, folder: str) -> ModelConfig:
-    """The model section for a folder of trained weights, whose tokenizer has the added tokens already."""
-    return model.model_copy(update={"name_or_path": str(folder), "revision": None, "added_tokens": (),
-                                    "added_special_tokens": ()})
+    """The model section for a folder of trained weights, whose tokenizer has the added tokens already; or for the hub's
+    model that the config names itself."""
+    return model.model_copy(update={"name_or_path": folder, "added_tokens": (), "added_special_tokens": (),
+                                    "revision": model.revision if folder == model.name_or_path else None})
 
 
 def score(trained: Trained, split: str) -> Scored:
@@ -200,8 +202,9 @@ def prompts_of(rows: Iterable[RawRow], encoder: BoundEncoder, columns: Mapping[s
         except RowFault as error:
             faults.append(Fault(kind="data", file=raw.file, line=raw.line, message=error.message, mend=error.mend))
             continue
+        own = str(number) if values.get("id") is None else values["id"]
         examples += [replace(example, targets=example.targets or [0], record={
-            **example.record, "id": values.get("id", str(number))}) for example in found]
+            **example.record, "id": own if isinstance(own, str | int) else str(own)}) for example in found]
     if faults:
         raise DataError(faults)
     return examples

@@ -25,7 +25,7 @@ class Job:
     arguments: tuple[str, ...]
     """CONFIG and key=value, as they were given."""
     name: str
-    """Of lower-case letters, digits and hyphens, at most 40 of them: a part of the names of hosts."""
+    """A letter, then lower-case letters, digits and hyphens, at most 40 in all: a part of the names of hosts."""
     nodes: int
     gpus_per_node: int
     """0: one process on the CPUs of each."""
@@ -72,5 +72,6 @@ def check_job(arguments: Sequence[str], *, name: str | None, nodes: int, gpus_pe
 
 
 def _host_name(text: str) -> str:
-    """The nearest name that hosts may have (RFC 1123), with room for what Kubernetes adds."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or "peftune"
+    """The nearest name that a Service may have (RFC 1035), with room for what Kubernetes adds."""
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return (plain if plain[:1].isalpha() else f"peftune-{plain}")[:40].strip("-")

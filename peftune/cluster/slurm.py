@@ -96,11 +96,12 @@ def _limit_s(time: str) -> float:
 
 def _option(script: str, name: str) -> str:
     found = re.search(rf"^#SBATCH --{name}=(.*)$", script, flags=re.M)
-    return found[1] if found else ""
+    return shlex.split(found[1])[0] if found else ""
 
 
 def _with_option(script: str, name: str, value: str) -> str:
-    line = f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
+    # sbatch reads quotes as shells do
+    line = f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
     replaced, count = re.subn(rf"^#SBATCH --{re.escape(name)}(=.*)?$", lambda _: line, script, flags=re.M)
     if count:
         return replaced

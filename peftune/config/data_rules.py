@@ -7,7 +7,7 @@ from peftune.config.schema import GENERATIVE, RunConfig, Source
 
 EXPECTED_COLUMNS: dict[str, tuple[str, ...]] = {
     "sequence_classification": ("text", "text_pair", "label"),
-    "token_classification": ("tokens", "ner_tags", "tags"),
+    "token_classification": ("tokens", "ner_tags"),
     "question_answering": ("question", "context", "answers", "is_impossible"),
     "causal_lm": ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text",
                   "system", "history", "tools"),

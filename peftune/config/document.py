@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from peftune.errors import ConfigError, Fault
 
 KeyPath = tuple[str | int, ...]
 Place = tuple[str, int | None]
+Replaces = Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]
+"""Key, section below and section above -> whether nothing of the one below is to stay."""
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
@@ -40,11 +42,24 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 2e-4 is a number, as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would read as a number, or in which it would read another end of a line."""
+
+
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+    "tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None))
+
+
+def to_yaml(values: Any, **how: Any) -> str:
+    """Values as a YAML text, from which `read` and `parse_value` get equal ones. `how`: options of PyYAML."""
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how)
+    return text
 
 
 def parse_value(text: str) -> Any:
@@ -175,16 +190,24 @@ def dotted(path: KeyPath) -> str:
 
 def merge(below: Document, above: Document) -> Document:
     """`above` laid over `below`, section by section; another adapter method replaces the whole adapter."""
-    places = {**below.places, **above.places}
-    return Document(_merged(below.values, above.values), places)
+    return _laid_over(below, above, _other_method)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def joined(first: Document, second: Document) -> Document:
+    """Two that say one thing together, whichever comes first. Of what both say, the second counts."""
+    return _laid_over(first, second, lambda *_: False)
+
+
+def _laid_over(below: Document, above: Document, replaces: Replaces) -> Document:
+    return Document(_merged(below.values, above.values, replaces), {**below.places, **above.places})
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any], replaces: Replaces) -> dict[str, Any]:
     result = dict(below)
     for key, value in above.items():
         under = result.get(key)
-        if isinstance(under, Mapping) and isinstance(value, Mapping) and not _other_method(key, under, value):
-            result[key] = _merged(under, value)
+        if isinstance(under, Mapping) and isinstance(value, Mapping) and not replaces(key, under, value):
+            result[key] = _merged(under, value, replaces)
         else:
             result[key] = value
     return result
@@ -192,4 +215,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _other_method(key: str, below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
     """Fields of one adapter method mean nothing to another."""
-    return key == "adapter" and "method" in above and above["method"] != below.get("method", "lora")
+    return key == "adapter" and "method" in above and method_of(above) != method_of(below)
+
+
+def method_of(adapter: Mapping[str, Any]) -> str:
+    """The method that an adapter's section names, in lower case; LoRA where it names none."""
+    return str(adapter.get("method", "lora")).lower()

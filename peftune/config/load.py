@@ -11,7 +11,18 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from peftune.config.document import COMMAND_LINE, Document, KeyPath, dotted, merge, parse_value, read
+from peftune.config.document import (
+    COMMAND_LINE,
+    Document,
+    KeyPath,
+    dotted,
+    joined,
+    merge,
+    method_of,
+    parse_value,
+    read,
+    to_yaml,
+)
 from peftune.config.names import FAMILIAR, right_spelling
 from peftune.config.rules import broken_rules
 from peftune.config.schema import RunConfig
@@ -47,7 +58,7 @@ def validate(document: Document) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML, every default written out. Loading it gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def _with_base(path: Path, below: tuple[Path, ...]) -> Document:
@@ -58,7 +69,7 @@ def _with_base(path: Path, below: tuple[Path, ...]) -> Document:
     if "base" not in document.values:
         return document
     base = document.values.pop("base")
-    place = document.places.pop(("base",))
+    place = document.places.pop(("base",), (str(path), None))  # none of its own where a YAML merge brings it
     if not isinstance(base, str):
         raise ConfigError(
             Fault(kind="config", file=place[0], line=place[1], message=f"base = {base!r}: not a path",
@@ -84,7 +95,7 @@ def _overrides(arguments: Sequence[str]) -> Document:
             continue
         for part in reversed(path):
             value = {part: value}
-        layer = merge(layer, Document(value, {path: (COMMAND_LINE, None)}))
+        layer = joined(layer, Document(value, {path: (COMMAND_LINE, None)}))
     if faults:
         raise ConfigError(faults)
     return layer
@@ -168,7 +179,7 @@ def _short(value: Any) -> str:
 def _adapter_faults(document: Document) -> list[Fault]:
     """LoRA keys under another framework's name: AdapterConfig itself takes any key, for PEFT to judge."""
     adapter = document.values.get("adapter")
-    if not isinstance(adapter, dict) or adapter.get("method", "lora") != "lora":
+    if not isinstance(adapter, dict) or method_of(adapter) != "lora":
         return []
     faults = []
     for key in adapter:

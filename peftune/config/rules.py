@@ -44,7 +44,7 @@ WITHOUT_RECOMPUTING = frozenset({"prefix_tuning"})
 
 
 def _method(config: RunConfig) -> str | None:
-    return None if config.adapter is None else config.adapter.method.lower()
+    return None if config.adapter is None else config.adapter.method
 
 
 def _is_lora(config: RunConfig) -> bool:
@@ -180,14 +180,14 @@ class StrategyRule(Refusal[RunConfig]):
 STRATEGY_RULES: tuple[StrategyRule, ...] = (
     StrategyRule(
         "adapter.method",
-        lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,
+        lambda c: c.adapter is not None and c.adapter.method in PROMPT_LEARNING,
         "peft reads a learned prompt past the hooks that gather divided weights",
         "--strategy zero2 or ddp, or adapter.method=lora",
         ("zero3", "fsdp2"),
     ),
     StrategyRule(
         "adapter.method",
-        lambda c: c.adapter is not None and c.adapter.method.lower() == "adalora",
+        lambda c: c.adapter is not None and c.adapter.method == "adalora",
         "AdaLoRA looks at whole weights with their gradients in the optimizer's step",
         "--strategy ddp, or adapter.method=lora",
         ("zero", "fsdp2"),

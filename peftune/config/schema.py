@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from peftune.config.document import method_of
+
 TaskName = Literal[
     "sequence_classification", "token_classification", "question_answering", "causal_lm", "preference"
 ]
@@ -90,8 +92,8 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, use_attribute_docstrings=True)
 
-    method: str = "lora"
-    """lora, ia3, vera, adalora, oft, prefix_tuning, ... : any PEFT type, in lower case."""
+    method: Annotated[str, AfterValidator(str.lower)] = "lora"
+    """lora, ia3, vera, adalora, oft, prefix_tuning, ... : any PEFT type."""
     init_from: str | None = None
     """Run or folder of an earlier adapter that this run trains on; its fields come with it."""
     stack_on: str | None = None
@@ -101,7 +103,7 @@ class AdapterConfig(BaseModel):
     @classmethod
     def _with_lora_defaults(cls, values: Any) -> Any:
         """LoRA's defaults here; other methods keep PEFT's own, and an earlier adapter brings its values."""
-        if isinstance(values, dict) and values.get("method", "lora") == "lora" and not values.get("init_from"):
+        if isinstance(values, dict) and method_of(values) == "lora" and not values.get("init_from"):
             return {"method": "lora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear",
                     **values}
         return values
@@ -258,9 +260,7 @@ def seconds_of(duration: str) -> int:
     return seconds
 
 
-def _duration(text: str) -> str:
-    seconds_of(text)
-    return text
+Duration = Annotated[str, AfterValidator(lambda text: seconds_of(text) and text)]
 
 
 class RunConfig(Section):
@@ -274,10 +274,10 @@ class RunConfig(Section):
     """Decides the order of the data, the split, and every newly initialised weight."""
     resume: str = "auto"
     """auto (continue if the folder holds this run) | never | a checkpoint folder."""
-    deadline: Annotated[str, AfterValidator(_duration)] | None = None
+    deadline: Duration | None = None
     """Time from the command's start, as 3h55m, 90m or 45s, before which the run saves and ends with exit code 75; null
     has none. Time for the checkpoint is left as measured."""
-    hang_timeout: Annotated[str, AfterValidator(_duration)] | None = "10m"
+    hang_timeout: Duration | None = "10m"
     """Several processes: how long all of them may stand still, or one may be silent, before the run ends and names the
     late one. A step's micro-batch, an evaluation's batch or a generated token must take less; null waits."""
     model: ModelConfig

@@ -30,7 +30,7 @@ SEQUENCE_RULES: tuple[Refusal[RunConfig], ...] = (
         "packed rows have another shape each step", "model.compile=parts, or false",
     ),
     Refusal(
-        "adapter.method", lambda c: c.adapter is not None and c.adapter.method.lower() in PROMPT_LEARNING,
+        "adapter.method", lambda c: c.adapter is not None and c.adapter.method in PROMPT_LEARNING,
         "a learned prompt lies before each sequence, in no part of the row", "adapter.method=lora",
     ),
     Refusal(

@@ -132,7 +132,7 @@ def _answered(fields: Fields) -> Fields:
 
 
 def _ner(values: Mapping[str, Any]) -> Fields:
-    words, tags = values.get("tokens"), values.get("ner_tags", values.get("tags"))
+    words, tags = values.get("tokens"), values.get("ner_tags")
     for key, value, kinds in (("tokens", words, str), ("ner_tags", tags, str | int)):
         if not isinstance(value, list) or not value:
             raise RowFault(f"{key} is {kind_of(value) if value != [] else 'empty'}, not a list",

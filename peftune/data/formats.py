@@ -55,7 +55,7 @@ class Found:
 
 def canonical_rows(
     raw_rows: Iterable[RawRow], *, format: str, accepts: tuple[str, ...], columns: Mapping[str, str], source: int,
-    first_id: int, found: Found,
+    numbers: Iterator[int], found: Found,
 ) -> Iterator[Row]:
     """Yield the canonical form of each row; what does not fit goes to `found.faults`.
 
@@ -65,13 +65,12 @@ def canonical_rows(
         accepts: formats that the task can learn from.
         columns: renames, {expected name: name in the file}.
         source: position of the source, kept with the row.
-        first_id: number of the first row, where rows have no `id` of their own.
+        numbers: of the rows of this and other sources, which name those that have no `id` of their own.
         found: receives the format of each file and the faults.
 
     Raises:
         DataError: no accepted format has its columns in a file.
     """
-    numbers = itertools.count(first_id)
     for file, rows in itertools.groupby(raw_rows, key=lambda raw: raw.file):
         first = [(raw, _renamed(raw, columns, found)) for raw in itertools.islice(rows, LOOKED_AT)]
         found.columns |= dict.fromkeys(name for raw, _ in first for name in raw.values)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import Source
-from peftune.data.rows import RawRow, named, without_absent
+from peftune.data.rows import RawRow, record_of
 from peftune.errors import DataError, Fault, MachineError
 
 
@@ -19,8 +19,7 @@ def read_hub(source: Source) -> Iterator[RawRow]:
         data = data.shuffle(seed=0, buffer_size=source.shuffle_buffer)
     names = _class_names(data.features)
     for number, values in enumerate(data, start=1):
-        yield RawRow({key: without_absent(named(value, names.get(key))) for key, value in values.items()}, source.path,
-                     number)
+        yield RawRow(record_of(values, names), source.path, number)
 
 
 def hub_fingerprint(source: Source) -> str:

@@ -91,14 +91,19 @@ def _read_json(file: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _questions(values: list[Any]) -> Iterator[Any]:
-    """SQuAD's articles of paragraphs of questions -> one record a question; other values as they are."""
+    """SQuAD's articles of paragraphs of questions -> one record a question; other values, and what is no such part
+    of an article, as they are."""
     for value in values:
         if not isinstance(value, dict) or not isinstance(value.get("paragraphs"), list):
             yield value
             continue
         for paragraph in value["paragraphs"]:
-            for question in paragraph.get("qas", ()) if isinstance(paragraph, dict) else ():
-                yield {**question, "context": paragraph.get("context"), "title": value.get("title")}
+            if not isinstance(paragraph, dict) or not isinstance(paragraph.get("qas", []), list):
+                yield paragraph
+                continue
+            shared = {"context": paragraph.get("context"), "title": value.get("title")}
+            yield from ({**question, **shared} if isinstance(question, dict) else question
+                        for question in paragraph.get("qas", []))
 
 
 def _read_csv(file: Path, faults: Faults) -> Iterator[RawRow]:

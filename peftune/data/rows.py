@@ -21,20 +21,25 @@ class RawRow:
     line: int
 
 
-def without_absent(value: Any) -> Any:
+def record_of(values: Mapping[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
+    """A row of a table as a file of records would have it. `names`: of columns whose numbers stand for them."""
+    return {column: _without_absent(_named(value, names.get(column))) for column, value in values.items()}
+
+
+def _without_absent(value: Any) -> Any:
     """The same without fields that are null in the records inside it: in a table of columns each record has the fields
     of all others, and a tool's arguments would hold the names of every other tool's."""
     if isinstance(value, Mapping):
-        return {key: without_absent(member) for key, member in value.items() if member is not None}
-    return [without_absent(member) for member in value] if isinstance(value, list) else value
+        return {key: _without_absent(member) for key, member in value.items() if member is not None}
+    return [_without_absent(member) for member in value] if isinstance(value, list) else value
 
 
-def named(value: Any, names: list[str] | None) -> Any:
+def _named(value: Any, names: list[str] | None) -> Any:
     """A number of a class, or a list of them, as names; what no name belongs to stays as it is."""
     if names is None or value is None:
         return value
     if isinstance(value, list):
-        return [named(member, names) for member in value]
+        return [_named(member, names) for member in value]
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 

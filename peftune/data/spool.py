@@ -82,15 +82,15 @@ def spool_rows(
     broken: list[Fault] = []
     for name, sources in needed_sources(config, only).items():
         before = found.faults.count
-        keys = array("Q")
+        keys, numbers = array("Q"), itertools.count()
         path = folder / f"{name}.rows"
         with path.open("w", encoding="utf-8") as stream:
             for number, source in enumerate(sources):
                 try:
                     for row in canonical_rows(
                             read(source, found.faults), format=config.format, accepts=formats, columns=config.columns,
-                            source=number, first_id=len(keys), found=found):
-                        stream.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+                            source=number, numbers=numbers, found=found):
+                        stream.write(json.dumps(asdict(row), ensure_ascii=False, default=str) + "\n")
                         keys.append(split_key(row.fields, seed) if isinstance(config.validation, float) else 0)
                         if len(keys) % TOLD_ROWS == 0:
                             progress(f"{name} rows read", len(keys), 0)

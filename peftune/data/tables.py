@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftune.data.rows import Faults, RawRow, file_fault, named, without_absent
+from peftune.data.rows import Faults, RawRow, file_fault, record_of
 
 ROWS_AT_ONCE = 1024
 ARROW_FILE = b"ARROW1"
@@ -55,8 +55,7 @@ def _rows(file: Path, batches: Iterator[Any], names: Mapping[str, list[str]]) ->
     for batch in batches:
         for values in batch.to_pylist():
             number += 1
-            yield RawRow({key: without_absent(named(value, names.get(key))) for key, value in values.items()},
-                         str(file), number)
+            yield RawRow(record_of(values, names), str(file), number)
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -32,9 +32,9 @@ def folder_of(run_folder: Path, step: int) -> Path:
 
 
 def all_checkpoints(run_folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    found = (run_folder / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+    """Published checkpoints, oldest first. Folders of other names, such as copies of them, are somebody's own."""
+    steps = ((folder.name.removeprefix("step-"), folder) for folder in (run_folder / "checkpoints").glob("step-*"))
+    return [folder for _, folder in sorted((int(step), folder) for step, folder in steps if step.isdecimal())]
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> TrainState:

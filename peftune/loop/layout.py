@@ -19,7 +19,7 @@ from peftune.model.load import first_position
 from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
 from peftune.model.padding import padding_fault
 from peftune.model.precision import DTYPES
-from peftune.numerics.few_shapes import makes_code_slowly
+from peftune.numerics.few_shapes import takes_few_sizes
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.world import World
 
@@ -59,7 +59,7 @@ def choose_layout(
         why = "" if wanted == "padded" else " (model.compile=true needs rows of equal shape)"
         return _padded(config, proof, rotating, why)
     first = first_position(model_config)
-    few_sizes = division is None and world.device.type == "cpu" and makes_code_slowly(DTYPES[config.dtype])
+    few_sizes = takes_few_sizes(DTYPES[config.dtype], on_cpu=world.device.type == "cpu", divided=division is not None)
     kind = use_packing(model, pooled=pooled, first_position=first, few_sizes=few_sizes)
     if rotating:
         why = rotating

@@ -12,7 +12,7 @@ from peftune.loop.checkpoint import folder_of
 from peftune.loop.publish import clear_drafts, refuse_vanished, warning_of_refusal, write_json, writing
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
-from peftune.parallel.names import processes_words
+from peftune.parallel.names import preset_of, processes_words
 
 TRY_AGAIN = "training goes on; the next checkpoint tries again, and earlier ones stay as they are"
 STOPPED = "stopped.json"
@@ -80,7 +80,8 @@ def line_that_goes_on(run: Run) -> str:
     world = run.strategy.world
     words = ["peftune", "train", str(run.folder / "config.yaml")]
     if world.ranks > 1:
-        words += ["--strategy", run.strategy.name, *processes_words(world.ranks, run.facts["sequence_ranks"])]
+        words += ["--strategy", preset_of(run.strategy.name)]
+        words += processes_words(world.ranks, run.facts["sequence_ranks"])
     return shlex.join(words)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 from peftune.errors import Fault, SelfCheckError
 from peftune.loop.publish import warning_of_refusal, write_text
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
 from peftune.loop.step import StepStats
+from peftune.observe.json_lines import read_json_lines
 
 SKIPPED = "skipped.jsonl"
 """File of the run folder: a line for each skipped step, with the names of its examples."""
@@ -31,7 +30,8 @@ def note_skipped(run: Run, state: TrainState, stats: StepStats) -> None:
     if run.strategy.world.is_main:
         row = {"step": state.step, "why": what, "learning_rate": run.learning_rate(state.step - 1),
                "examples": examples}
-        earlier = [old for old in _rows(path) if old["step"] < state.step]  # a resumed run does later ones again
+        before = read_json_lines(path) if path.is_file() else []
+        earlier = [old for old in before if old["step"] < state.step]  # a resumed run does later ones again
         with warning_of_refusal(path, run.journal.warn):
             write_text(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in [*earlier, row]))
     shown = ", ".join(examples[:SHOWN]) + (", ..." if len(examples) > SHOWN else "")
@@ -42,7 +42,3 @@ def note_skipped(run: Run, state: TrainState, stats: StepStats) -> None:
             f"way, and train.max_skipped_steps = {run.max_skipped_steps}. Examples: {shown}",
             mend="lower train.learning_rate, or look at these examples; the last checkpoint is sound"))
     run.journal.warn(f"{said}. Its examples are in {path}: {shown}")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -89,12 +89,12 @@ def peft_config(
 def _config_class(method: str) -> type[PeftConfig]:
     names = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PeftType
              if kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    if method.lower() not in names:
-        near = difflib.get_close_matches(method.lower(), names, n=3, cutoff=0.4)
+    if method not in names:
+        near = difflib.get_close_matches(method, names, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(_fault(f"adapter.method = {method!r}: no PEFT method",
                                  f"{hint}peft here has {', '.join(sorted(names))}"))
-    return names[method.lower()]
+    return names[method]
 
 
 def _fault(message: str, mend: str) -> Fault:

@@ -61,7 +61,7 @@ def continued(name: str, method: str, values: dict[str, Any], task_type: TaskTyp
     """
     earlier, _ = read_earlier("init_from", name)
     kind = earlier.peft_type.value.lower()
-    if method.lower() != kind:
+    if method != kind:
         raise ConfigError(Fault(kind="config", message=f"adapter.method = {method!r}, but adapter.init_from holds "
                                 f"{kind}", mend=f"adapter.method={kind}"))
     if earlier.task_type != task_type:

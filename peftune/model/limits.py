@@ -24,8 +24,8 @@ class Asked:
 
     @property
     def method(self) -> str:
-        """As PEFT spells it."""
-        return self.adapter.method.lower()
+        """Its name."""
+        return self.adapter.method
 
     @property
     def start(self) -> str:

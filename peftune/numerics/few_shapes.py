@@ -24,6 +24,11 @@ def makes_code_slowly(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
+def takes_few_sizes(dtype: torch.dtype, *, on_cpu: bool, divided: bool) -> bool:
+    """Whether packed rows are filled up to few sizes: where a CPU computes each of them whole and makes code slowly."""
+    return on_cpu and not divided and makes_code_slowly(dtype)
+
+
 def filled_up(tokens: int) -> int:
     """The next number of tokens of few: `SIZES` from any to its double, all of them multiples of a tile's 32."""
     step = max(32, 2 ** (tokens - 1).bit_length() // (2 * SIZES))

@@ -68,9 +68,11 @@ def choose_launch(
         sequence_ranks: neighbouring processes that share each sequence.
 
     Raises:
-        MachineError: a strategy this version lacks, one whose package is missing, more processes than GPUs, or a number
-            of them that leaves one of the groups that share sequences short.
+        MachineError: a strategy this version lacks, one whose package is missing, no process or more than GPUs, or a
+            number of them that leaves one of the groups that share sequences short.
     """
+    if processes is not None and processes < 1:
+        raise _error(f"--processes {processes}", "use 1 or more, or leave it out")
     gpus = _gpu_count()
     nodes = node.count if node else 1
     wanted = processes or (1 if strategy == "single" else max(1, gpus) * nodes)

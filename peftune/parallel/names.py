@@ -31,6 +31,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def preset_of(strategy: str) -> str:
+    """The preset that starts what ran: a DeepSpeed file of one's own may offload where no preset does."""
+    return strategy if strategy in STRATEGIES else strategy.removesuffix("-offload")
+
+
 def processes_words(processes: int, sequence_ranks: int) -> list[str]:
     """The options of `peftune train` for so many processes, so many of which share each sequence."""
     if processes == 1:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from peftune.errors import ConfigError, Fault
 from peftune.parallel.names import DIVIDE_SEQUENCES
 
@@ -36,7 +38,8 @@ def read_zero_config() -> dict[str, Any]:
     """The JSON as accelerate's DeepSpeed plugin understands its own settings and the user's file.
 
     Raises:
-        ConfigError: the file cannot be read, or decides what the run's own config decides.
+        ConfigError: the file cannot be read, decides what the run's own config decides, or has what DeepSpeed does not
+            know.
     """
     file = os.environ.get(FILE, "none")
     if file != "none":
@@ -72,6 +75,25 @@ def _check(file: str) -> None:
     if decided:
         raise ConfigError([Fault(kind="config", file=file, message=f"{key}: the run's own config decides this",
                                  mend=f'write "auto" or leave it out, and set {OURS[key]}') for key in decided])
+    _check_keys(file, zero)
+
+
+def _check_keys(file: str, zero: dict[str, Any]) -> None:
+    """As DeepSpeed will, once the data is read and the model loaded."""
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    try:
+        get_zero_config({"zero_optimization": _without_nulls(zero)})
+    except ValidationError as error:
+        raise ConfigError([
+            Fault(kind="config", file=file, message=f"{'.'.join(map(str, ('zero_optimization', *one['loc'])))}: "
+                  f"{one['msg']}", mend="write it as DeepSpeed's documentation does, or leave it out")
+            for one in error.errors()]) from None
+
+
+def _without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    return {key: _without_nulls(value) if isinstance(value, dict) else value for key, value in section.items()
+            if value is not None}
 
 
 def _left_to_us(value: Any) -> bool:
@@ -115,10 +137,10 @@ def filled(
         "stage3_max_live_parameters": live, "stage3_max_reuse_distance": live, "stage3_param_persistence_threshold": 0,
         "overlap_comm": not on_cpu, "contiguous_gradients": True,
     }
-    given = {key: value for key, value in config["zero_optimization"].items() if value is not None}
+    given = _without_nulls(config["zero_optimization"])
     zero = auto | {key: value for key, value in given.items() if value != "auto" or key not in auto}
     for key in ("offload_optimizer", "offload_param"):
-        section = {name: value for name, value in (zero.get(key) or {}).items() if value is not None}
+        section = zero.get(key, {})
         if section.get("device") in (None, "none"):
             zero.pop(key, None)
         else:

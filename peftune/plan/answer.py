@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftune.config.rules import strategy_faults
-from peftune.config.schema import RunConfig, Source
+from peftune.config.schema import DataConfig, RunConfig
 from peftune.data.prepare import open_prepared, prepare
+from peftune.data.spool import SPLITS, needed_sources
 from peftune.data.targets import Targets
-from peftune.errors import Fault, ModelError, PeftuneError
+from peftune.errors import DataError, Fault, ModelError, PeftuneError
 from peftune.model.adapters import virtual_tokens
 from peftune.model.load import adjust_config, longest_input
 from peftune.model.resolve import load_model_config, resolve
@@ -95,8 +97,8 @@ def known_of(config: RunConfig) -> Known:
     """
     task = TASKS[config.task](config.train, config.evaluation)
     try:
-        if not _is_local(config.data.train):
-            raise ModelError(Fault(kind="data", message="the data does not lie here"))
+        if not _lies_here(config.data):
+            raise DataError(Fault(kind="data", message="the data does not lie here"))
         text = open_text(task, config.model, config.data, config.adapter)
         data = open_prepared(prepare(config.data, text.encoder, seed=config.seed, identity=text.identity()))
     except PeftuneError as error:
@@ -113,10 +115,10 @@ def known_of(config: RunConfig) -> Known:
                  f"{len(lengths.tokens):,} examples, the longest of {lengths.longest:,} tokens")
 
 
-def _is_local(train: Any) -> bool:
-    sources = [train] if isinstance(train, str) else train
-    paths = [source.path if isinstance(source, Source) else source for source in sources]
-    return all(any(Path().glob(path)) if not Path(path).is_absolute() else Path(path).exists() for path in paths)
+def _lies_here(data: DataConfig) -> bool:
+    """Whether all of it is files: a plan fetches nothing."""
+    paths = (source.path for several in needed_sources(data, SPLITS).values() for source in several)
+    return all(Path(path).exists() or any(glob.iglob(path, recursive=True)) for path in paths)
 
 
 def _source(config: RunConfig) -> str:

@@ -15,15 +15,15 @@ from peftune.config.rules import WITHOUT_RECOMPUTING
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
-from peftune.errors import in_a_line
+from peftune.errors import Fault, MachineError, in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import DTYPES
 from peftune.model.vocabulary import new_rows
-from peftune.numerics.few_shapes import makes_code_slowly
+from peftune.numerics.few_shapes import makes_code_slowly, takes_few_sizes
 from peftune.numerics.products import lacks_bfloat16
 from peftune.parallel.host_memory import MOST_SLACK, allocator
-from peftune.parallel.names import BY_MODULE, processes_here
+from peftune.parallel.names import BY_MODULE, preset_of, processes_here
 from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import GPU_SLACK, Device
 from peftune.plan.divide import Division
@@ -92,7 +92,7 @@ def memory_of_run(config: RunConfig, text: Text, data: Prepared, strategy: Strat
 def _memory_of_run(
     config: RunConfig, text: Text, data: Prepared, strategy: Strategy, sharing: int, room: int
 ) -> MemoryChoice:
-    lengths, division = lengths_of(config, data), Division(strategy.name, strategy.world.ranks, sharing)
+    lengths, division = lengths_of(config, data), Division(preset_of(strategy.name), strategy.world.ranks, sharing)
     device = strategy.world.device
     tensors = TENSORS[device.type]
     held = replace(tensors, slack=MOST_SLACK[allocator()] if device.type == "cpu" else GPU_SLACK)
@@ -149,7 +149,7 @@ def footprint_at(
                    new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
     rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
                         divided=division.weights_too)
-    few_sizes = device.on_cpu and division.sharing == 1 and makes_code_slowly(DTYPES[config.model.dtype])
+    few_sizes = takes_few_sizes(DTYPES[config.model.dtype], on_cpu=device.on_cpu, divided=division.sharing > 1)
     return footprint(tracer.line(work, Road(
         recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE, few_sizes)), division, device)
 
@@ -195,22 +195,36 @@ def step_bytes(found: Footprint) -> int:
 
 def wants_recomputing(config: RunConfig) -> bool | None:
     """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
-    if config.adapter is not None and config.adapter.method.lower() in WITHOUT_RECOMPUTING:
+    if config.adapter is not None and config.adapter.method in WITHOUT_RECOMPUTING:
         return False
     return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 
 
 def room_bytes(device: torch.device, config: ModelConfig) -> int:
     """What this rank's tensors may take: a share of the free memory; on CPUs of PEFTUNE_MEMORY_BYTES, if that is
-    less."""
+    less.
+
+    Raises:
+        MachineError: that is no number.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
         return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
     free = psutil.virtual_memory().available // processes_here()
-    limit = os.environ.get(LIMIT)
-    most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
+    limit = _limit_bytes()
+    most = free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
     widens = config.dtype == "bfloat16" and lacks_bfloat16()
     beside = BESIDE_TENSORS["float32"] + WIDENED if widens else BESIDE_TENSORS[config.dtype]
     beside += MORE_CODE if makes_code_slowly(DTYPES[config.dtype]) else 0
     beside += COMPILER if config.compile == "parts" else 0
     return int(SHARE * most) - beside
+
+
+def _limit_bytes() -> int | None:
+    given = os.environ.get(LIMIT)
+    if given is None:
+        return None
+    if not given.isdecimal():
+        raise MachineError(Fault(kind="environment", message=f"{LIMIT}={given}: no number of bytes",
+                                 mend=f"write it out, as {LIMIT}=8000000000"))
+    return int(given)

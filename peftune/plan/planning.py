@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from peftune.config.load import load
 from peftune.config.rules import refuse_broken
 from peftune.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, Fault
+from peftune.parallel.launcher import strategy_for
 from peftune.plan.answer import Answer, Case, Mend, Planner, as_json, mends
 from peftune.plan.devices import device_here, device_named
 from peftune.plan.divide import Division
@@ -45,10 +46,10 @@ def answered(
         PeftuneError: whatever the user can mend.
     """
     config = load(list(words))
-    strategy = strategy or ("single" if devices == 1 else "ddp")
     if devices < 1 or sharing < 1 or devices % sharing:
         raise ConfigError(Fault(kind="config", message=f"{devices} devices form no groups of {sharing}",
                                 mend="--devices that --sequence-parallel divides"))
+    strategy = strategy_for(strategy or "auto", devices)
     refuse_broken(config, strategy, sharing)
     quiet_libraries()
     kind = config.model.dtype

@@ -13,6 +13,7 @@ import yaml
 from peftune.config.load import load
 from peftune.data.targets import Targets
 from peftune.errors import Fault, RunFolderError
+from peftune.observe.json_lines import read_json_lines
 from peftune.report.words import Metrics
 from peftune.tasks import TASKS
 from peftune.tasks.task import Record, Task
@@ -60,9 +61,7 @@ class Finished:
     def records(self, split: str) -> list[Record]:
         """Predictions of a split with the last weights; none where the run kept none."""
         path = self.folder / "predictions" / f"{split}.jsonl"
-        if not path.is_file():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(path) if path.is_file() else []
 
     def points(self, split: str, key: str) -> list[tuple[float, float]]:
         """(step, value) of a column of metrics.jsonl, of the rows that have it."""
@@ -79,7 +78,7 @@ def open_finished(folder: Path) -> Finished:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         config = (folder / "config.yaml").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_json_lines(folder / "metrics.jsonl")
     except (OSError, ValueError) as error:
         raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"no finished run here: {error}",
                                    mend="give the output_dir of a run that has ended")) from None

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from peftune.loop.self_check import STEPS
 from peftune.observe.chart import Curve, line_chart
-from peftune.parallel.names import processes_words
+from peftune.parallel.names import preset_of, processes_words
 from peftune.report.outcomes import Table
 from peftune.report.run_folder import Finished
 from peftune.report.words import Metrics, gib, interval_of, metric_names, shortened, value_of
@@ -154,7 +154,7 @@ def subtitle(run: Finished) -> str:
 
 def command(run: Finished) -> str:
     """What trains the same run again, in another folder."""
-    summary = run.summary
+    summary, sharing = run.summary, run.manifest["model"].get("sequence_ranks", 1)
     return shlex.join([
         "peftune", "train", str(Path(run.folder, "config.yaml")), "output_dir=another/folder", "--strategy",
-        summary["strategy"], *processes_words(summary["world_size"], run.manifest["model"].get("sequence_ranks", 1))])
+        preset_of(summary["strategy"]), *processes_words(summary["world_size"], sharing)])

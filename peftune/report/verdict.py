@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ from peftune.report.words import Metrics, interval_of, lower_is_better, number, 
 
 SAME_LOSS = 0.01
 """A validation loss is said to have risen, or to fall still, if it has done so by more than this share."""
+PLACE = re.compile(r".*?:\d+(?=: )", re.DOTALL)
+"""File and line, before what a finding says of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ def _leaks(run: Finished) -> Iterator[Remark]:
         if not places:
             continue
         records = run.records(split)
-        named = {place.split(": ", 1)[0] for place in places}
+        named = {found[0] for place in places if (found := PLACE.match(place))}
         known = [record for record in records if record.get("source") in named]
         others = [record for record in records if record.get("source") not in named]
         said = f"{len(named):,} rows of {split} stand in the training rows too, or nearly"

@@ -41,6 +41,8 @@ VALUES: dict[str, dict[Any, Any]] = {
     | {name: name for name in ("adamw_8bit", "paged_adamw_8bit", "sgd")} | {"adamw_bnb_8bit": "adamw_8bit"},
 }
 """Keys of ours that take other words there -> their word to ours."""
+ATTENTIONS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager"}
+"""LLaMA-Factory's words for `model.attention`."""
 NEEDLESS = frozenset((
     "do_train", "do_eval", "overwrite_output_dir", "overwrite_cache", "plot_loss", "preprocessing_num_workers",
     "dataloader_num_workers", "per_device_eval_batch_size", "eval_batch_size", "eval_strategy", "save_strategy",
@@ -120,7 +122,10 @@ def _llamafactory(found: Translation, devices: int) -> None:
     found.ours["task"] = task[stage]
     if stage == "pt":
         found.ours |= {"data.format": "text", "data.too_long": "split"}
-    if found.take("finetuning_type", "lora") == "lora":
+    tuned = found.take("finetuning_type", "lora")
+    if tuned not in ("lora", "full"):
+        raise _refused(f"finetuning_type: {tuned}", "lora or full")
+    if tuned == "lora":
         rank = found.theirs.get("lora_rank", 8)
         found.ours |= {"adapter.method": "lora", "adapter.r": rank, "adapter.lora_alpha": 2 * rank,
                        "adapter.target_modules": _targets(found.take("lora_target", "all"))}
@@ -130,10 +135,12 @@ def _llamafactory(found: Translation, devices: int) -> None:
     if bits is not None:
         kind = found.take("quantization_type", "nf4")
         found.ours["model.quantization"] = {8: "int8", 4: kind}.get(bits, bits)
-    attention = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}.get(found.take("flash_attn", "auto"))
-    if attention:
-        found.ours["model.attention"] = attention
-    if found.take("packing", False) or found.take("neat_packing", False):
+    attention = found.take("flash_attn", "auto")
+    if attention in ATTENTIONS:
+        found.ours["model.attention"] = ATTENTIONS[attention]
+    elif attention != "auto":
+        found.leave("flash_attn", attention, f"what is taken over: {', '.join(ATTENTIONS)}")
+    if any([found.take("packing", False), found.take("neat_packing", False)]):
         found.ours["data.layout"] = "packed"
     if found.take("train_on_prompt", False):
         found.ours["data.train_on"] = "all"

@@ -11,6 +11,8 @@ Take = Callable[..., Any]
 """Key, default -> its value, which is done with then."""
 Leave = Callable[[str, Any, str], None]
 """Key, value, why it is not taken over."""
+READ = {"file_name", "hf_hub_url", "subset", "split", "formatting", "ranking", "columns", "tags"}
+"""What is read of a data set in dataset_info.json."""
 
 
 def llamafactory_data(take: Take, ours: dict[str, Any], leave: Leave) -> None:
@@ -43,6 +45,9 @@ def _registered(name: str, known: Any, folder: Path, ours: dict[str, Any], leave
     columns = dict(entry.get("columns", {}))
     if entry.get("ranking") and entry.get("formatting", "alpaca") == "alpaca":
         ours["data.columns"] = {"prompt": columns.pop("prompt", "instruction")}
+    elsewhere = {"ms_hub_url", "om_hub_url"} if "hf_hub_url" in entry else set()
+    for key in [key for key in entry if key not in READ | elsewhere]:
+        leave(f"dataset_info: {name}.{key}", entry[key], "has no counterpart here")
     for key, value in {"columns": columns, "tags": entry.get("tags")}.items():
         if value:
             leave(f"dataset_info: {name}.{key}", value, "say with data.columns what each column is")

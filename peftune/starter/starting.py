@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from peftune.config.document import to_yaml
 from peftune.starter.guess import Guess
 
 ENCODER, DECODER = "bert-base-uncased", "Qwen/Qwen3-0.6B"
@@ -95,8 +94,7 @@ def on_a_line(note: str) -> str:
 
 def in_yaml(value: Any) -> str:
     """A value on one line of YAML."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return to_yaml(value, default_flow_style=True, width=10**9).removesuffix("\n").removesuffix("\n...")
 
 
 SECTIONS = ("task", "output_dir", "seed", "model", "adapter", "data", "train", "evaluation", "checkpoint", "log")
@@ -111,5 +109,4 @@ def nested_yaml(settings: Mapping[str, Any]) -> str:
             values.setdefault(section, {})[name] = settings[key]
         else:
             values[key] = settings[key]
-    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
-    return text
+    return to_yaml(values, width=120)

@@ -47,7 +47,8 @@ def learn_targets(rows: Iterable[Row], config: DataConfig) -> Targets:
         fractions |= isinstance(label, float) and not label.is_integer()
         if config.problem_type != "regression" and len(seen) < MOST_CLASSES:
             seen.update(class_names(label))
-    found = "multi_label" if several else "regression" if numbers and fractions else "single_label"
+    is_regression = numbers and fractions and config.labels is None
+    found = "multi_label" if several else "regression" if is_regression else "single_label"
     problem = config.problem_type if config.problem_type != "auto" else found
     if problem == "regression":
         return Targets(problem, kind="values")

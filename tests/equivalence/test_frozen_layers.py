@@ -39,7 +39,7 @@ def test_a_run_that_knows_its_frozen_layers_is_the_run_that_does_not(task, last_
     anew = train(settings, "model.reuse_frozen_layers=false", name="anew")
     assert "layers are frozen" not in capsys.readouterr().out
     for layout, filled_up in (("packed", False), ("packed", True), ("padded", False)):
-        monkeypatch.setattr(choosing, "makes_code_slowly", lambda dtype, filled_up=filled_up: filled_up)
+        monkeypatch.setattr(choosing, "takes_few_sizes", lambda *_, filled_up=filled_up, **__: filled_up)
         known = train(settings, f"data.layout={layout}", name=f"{layout}-{filled_up}")
         assert KNOWN in capsys.readouterr().out
         assert losses(known) == pytest.approx(losses(anew), rel=LOSSES_RELATIVE)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -51,6 +52,13 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_one_before_it(classi
     said = capsys.readouterr().out
     assert "damaged checkpoint" in said and "continuing after step 4" in said
     assert summary(folder)["steps"] == 6
+
+
+def test_a_folder_that_somebody_put_beside_the_checkpoints_is_nobody_s_business(classify, train):
+    folder = stopped_run(classify, train)
+    copytree(folder / "checkpoints" / "step-000006", folder / "checkpoints" / "step-000006-copy")
+    train({**classify, "checkpoint": {"every_steps": 2, "keep": 9}})
+    assert summary(folder)["steps"] == 6 and (folder / "checkpoints" / "step-000006-copy").is_dir()
 
 
 def test_a_stop_after_the_last_step_repeats_no_row(classify, train):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,9 @@ def test_importing_peftune_imports_nothing_heavy_and_names_its_public_objects():
     assert all(getattr(peftune, name).__doc__ for name in peftune.__all__)
     with pytest.raises(AttributeError, match="no attribute 'train_it'"):
         _ = peftune.train_it
+
+
+def test_an_id_that_json_does_not_know_is_a_text_and_a_row_without_one_is_numbered(classify, train):
+    rows = [{"text": "a", "id": Decimal(5)}, {"text": "b", "id": None}, {"text": "c", "id": 7}]
+    found = open_run(train(classify)).predict(rows)
+    assert [row["id"] for row in json.loads(json.dumps(found))] == ["5", "1", 7]

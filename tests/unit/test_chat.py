@@ -1,5 +1,7 @@
 """Which tokens of a conversation are learned, against masks written by hand."""
 
+import itertools
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -141,7 +143,7 @@ def test_a_prompt_is_read_as_the_training_row_was_whatever_other_columns_there_a
     choose_template(tokenizer, "plain")
     found = Found()
     (trained,) = canonical_rows([RawRow(row, "f", 1)], format="auto", accepts=CAUSAL_LM.formats, columns={}, source=0,
-                                first_id=0, found=found)
+                                numbers=itertools.count(), found=found)
     assert found.formats == {"f": format}
     example = encoded(tokenizer, trained.fields)
     without = {key: value for key, value in row.items() if key not in ("output", "completion")}

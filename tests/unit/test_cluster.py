@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,15 @@ def test_an_sbatch_script_has_the_options_and_settings_that_were_given(capsys):
     for line in ("strategy=zero3", "processes_per_node=8", f"python={sys.executable}", "interface=ib0",
                  f"arguments=({QUICKSTART} train.num_epochs=2 'output_dir=/s h/x')"):
         assert f"\n{line}\n" in script
+
+
+def test_a_folder_and_an_option_with_blanks_are_one_word_each_to_sbatch(capsys, tmp_path, monkeypatch):
+    (folder := tmp_path / "it's mine").mkdir()
+    monkeypatch.chdir(folder)
+    script = rendered(capsys, "slurm", QUICKSTART, "--nodes", 1, "--gpus-per-node", 0, "--option", "comment=two words")
+    words = [word for line in script.splitlines() if line.startswith("#SBATCH ") for word in shlex.split(line)[1:]]
+    assert f"--chdir={folder}" in words and "--comment=two words" in words
+    assert all(word.startswith("--") for word in words)
 
 
 @pytest.mark.parametrize("words", [(), ("--container", "image.sif"), ("--container", "registry/x:1")])
@@ -171,6 +181,14 @@ def test_a_fault_that_another_process_takes_over_says_the_same():
     error = MachineError([Fault(kind="environment", message=f"{word} is wrong", mend="mend it") for word in "ab"])
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes)
     assert type(again) is MachineError and again.faults == error.faults and str(again) == str(error)
+
+
+@pytest.mark.parametrize(("given", "name"), [
+    ("My run_1", "my-run-1"), ("2024-10 chat", "peftune-2024-10-chat"), ("_", "peftune"), ("a" * 50, "a" * 40),
+    ("1" * 50, "peftune-" + "1" * 32)])
+def test_a_job_s_name_is_one_that_a_kubernetes_service_may_have(given, name):
+    """RFC 1035: until Kubernetes 1.36 a Service's name begins with a letter."""
+    assert check_job([QUICKSTART], name=given, nodes=2, gpus_per_node=8, strategy="auto").name == name
 
 
 def test_hosts_are_names_with_equal_numbers_of_processes():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from pydantic import ValidationError
 
 from peftune.config.data_rules import EXPECTED_COLUMNS
-from peftune.config.document import Document
+from peftune.config.document import Document, parse_value
 from peftune.config.load import dump, load, validate
 from peftune.config.names import FAMILIAR, key_paths, right_spelling
 from peftune.config.rules import FORMATS, METRICS, RULES
@@ -51,6 +51,14 @@ def test_the_dumped_config_loads_to_an_equal_one(tmp_path):
     first = load([config(tmp_path), "adapter.method=ia3", "data.validation=v.jsonl", "train.learning_rate=3e-5"])
     again = load([config(tmp_path, dump(first), "again.yaml")])
     assert again == first
+
+
+@example("123e4567")  # a short hash of git
+@given(st.text())
+def test_any_text_comes_back_from_a_dumped_config(text):
+    values = {"task": "causal_lm", "model": {"name_or_path": "m", "revision": text}, "data": {"train": "t"}}
+    first = validate(Document(values))
+    assert validate(Document(parse_value(dump(first)))) == first
 
 
 def test_all_faults_are_said_at_once_with_their_lines(tmp_path):
@@ -121,6 +129,24 @@ def test_another_adapter_method_does_not_inherit_the_fields_of_lora(tmp_path):
     assert loaded.adapter.fields == {}
 
 
+def test_a_method_is_the_same_in_capitals(tmp_path):
+    config(tmp_path, MINIMAL + "adapter: {method: lora, use_dora: true}\n", "base.yaml")
+    loaded = load([config(tmp_path, "base: base.yaml\nadapter: {method: LoRA}\n", "child.yaml")])
+    assert loaded.adapter == load([str(tmp_path / "base.yaml")]).adapter and loaded.adapter.fields["r"] == 16
+    assert "write adapter.r" in faults_of(config(tmp_path), "adapter={method: LORA, lora_r: 4}")[0].mend
+
+
+@pytest.mark.parametrize("words", [("adapter.method=ia3", "adapter.target_modules=[q_proj]"),
+                                   ("adapter.target_modules=[q_proj]", "adapter.method=ia3")])
+def test_the_order_of_overrides_drops_no_field_of_an_adapter(words, tmp_path):
+    assert load([config(tmp_path), *words]).adapter.fields == {"target_modules": ["q_proj"]}
+
+
+def test_a_base_that_comes_by_a_merge_of_yaml_is_followed(tmp_path):
+    config(tmp_path, MINIMAL + "seed: 1\n", "base.yaml")
+    assert load([config(tmp_path, "<<: {base: base.yaml}\noutput_dir: x\n", "child.yaml")]).seed == 1
+
+
 @pytest.mark.parametrize(("text", "said"), [
     ("task: [", "YAML"), ("", "empty"), ("- 1\n", "mapping"), ("task: a\ntask: b\n", "twice"), ("a: &x [*x]\n", "YAML"),
     ("x: !!python/object/apply:os.system ['true']\n", "YAML"),
@@ -170,6 +196,11 @@ def test_classes_without_a_name_of_their_own_are_refused_where_they_stand(labels
 def test_every_column_that_a_format_needs_may_be_renamed():
     for task, formats in FORMATS.items():
         assert {column for name in formats for column in COLUMNS[name]} <= set(EXPECTED_COLUMNS[task])
+
+
+def test_a_column_that_no_format_reads_is_refused_among_the_renames(tmp_path):
+    (fault,) = faults_of(config(tmp_path), "task=token_classification", "data.columns={tags: x}")
+    assert fault.message.startswith("data.columns") and "ner_tags" in fault.mend
 
 
 def test_the_metrics_named_in_the_rules_are_those_the_tasks_give():

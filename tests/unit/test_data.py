@@ -1,6 +1,7 @@
 """Files to rows to examples: what is read, what is refused, what a step sees."""
 
 import gzip
+import itertools
 import json
 import os
 import time
@@ -23,7 +24,7 @@ from peftune.data.prepare import ABANDONED_S, _publish, row_faults
 from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
 from peftune.data.splits import held_out, split_key
-from peftune.data.spool import Spool
+from peftune.data.spool import SPLITS, Spool, spool_rows
 from peftune.data.store import Split, write
 from peftune.errors import DataError
 from peftune.numerics.dealing import equal_groups, packed_groups, padded_groups
@@ -43,7 +44,7 @@ def canonical(values, accepts=CAUSAL, **options):
     found = Found()
     raw = list(read_values(values))
     rows = list(canonical_rows(raw, format="auto", accepts=accepts, columns=options.get("columns", {}), source=0,
-                               first_id=0, found=found))
+                               numbers=itertools.count(), found=found))
     return rows, found
 
 
@@ -272,6 +273,24 @@ def test_a_file_without_a_good_row_leads_with_what_is_wrong_in_it(tmp_path):
     first, last = caught.value.faults
     assert "not UTF-8" in str(first)
     assert str(last).startswith(f"{tmp_path / 'a.csv'}: train: the split has no good row")
+
+
+@pytest.mark.parametrize("broken", [{"qas": ["no record"]}, {"qas": None}, {"qas": 3}, "no record", None])
+def test_what_is_no_question_in_an_article_of_squad_is_a_fault_and_hides_no_other(broken, tmp_path):
+    answer = {"text": "cat", "answer_start": 4}
+    good = {"context": "the cat", "qas": [{"question": "who?", "answers": [answer]}]}
+    paragraphs = [good, {"context": "c", **broken} if isinstance(broken, dict) else broken]
+    (tmp_path / "d.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    faults = row_faults(DataConfig(train=str(tmp_path / "d.json"), validation=None), ("squad",), 0)
+    assert [fault.line for fault in faults] == [2]
+
+
+def test_rows_without_an_id_have_numbers_of_their_own_where_bad_rows_of_other_files_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\n{"text": "y"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "z"}\n')
+    config = DataConfig(train=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")), validation=None)
+    spools, found = spool_rows(config, ("text",), 0, SPLITS, tmp_path)
+    assert found.faults.count == 1 and [row.id for row in spools["train"].read()] == ["0", "2", "3"]
 
 
 def test_a_fraction_is_split_off_by_content_whatever_the_order_and_duplicates_stay_together():

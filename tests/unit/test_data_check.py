@@ -82,6 +82,13 @@ def test_bad_rows_stop_a_run_or_are_left_out_and_counted(classify, intents, trai
     assert "2 of 40 rows of train are bad and were left out" in capsys.readouterr().out
 
 
+def test_all_bad_rows_are_counted_where_more_are_left_out_than_are_named(classify, write_rows, tmp_path, capsys):
+    rows = [*tiny.intent_rows(40), *({"text": "", "label": "praise"} for _ in range(1200))]
+    settings = {**classify, "data": {"train": write_rows("t.jsonl", rows), "max_length": 64, "on_bad_row": "skip"}}
+    assert main(["check", str(write_config(settings, tmp_path / "c"))]) == 0
+    assert "1,200 bad rows are left out" in capsys.readouterr().out
+
+
 def test_findings_are_said_at_the_start_of_a_run_and_stored(classify, intents, train, capsys):
     path = Path(intents["train"])
     path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0])

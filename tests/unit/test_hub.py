@@ -127,3 +127,24 @@ def test_a_run_on_a_revision_is_read_again_on_that_revision(model_folder, tmp_pa
     assert used.returncode == 0, used.stderr[-2000:]
     for home in ("other-home", "third-home"):
         assert [path.name for path in (tmp_path / home).rglob("snapshots/*")] == [OLD_COMMIT]
+
+
+def test_a_run_on_a_revision_is_scored_and_exported_on_that_revision(model_folder, tmp_path):
+    older, cache = tmp_path / "older", tmp_path / "home" / "hub" / f"models--{NAME.replace('/', '--')}"
+    older.mkdir()
+    tiny.save_decoder(older, hidden_size=256, intermediate_size=1024, initializer_range=0.3)
+    (cache / "refs").mkdir(parents=True)
+    for revision, commit, folder in (("main", "a" * 40, model_folder), ("older", "b" * 40, older)):
+        (cache / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, cache / "snapshots" / commit)
+
+    def run(*words):
+        done = python(words, "http://127.0.0.1:9", tmp_path / "home", HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    run(TRAIN, settings_of(tmp_path, NAME), "model.revision=older", "model.dtype=float32")
+    again = json.loads(run("-m", "peftune", "evaluate", tmp_path / "run", "--json"))
+    assert again["validation"]["loss"] == summary(tmp_path / "run")["metrics"]["validation"]["loss"]
+    run("-m", "peftune", "export", tmp_path / "run", "--to", tmp_path / "merged", "--merge", "--into", "original")
+    assert "revision='older'" in (tmp_path / "run" / "final" / "README.md").read_text()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shutil import copyfile
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from transformers import AutoConfig
 import peftune.loop.fit as loop
 from peftune.cli import main
 from peftune.config.schema import RunConfig
+from peftune.errors import guarded
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
-from peftune.plan.answer import WITHOUT_DATA
+from peftune.plan.answer import WITHOUT_DATA, known_of
 from peftune.plan.choose import LIMIT, choose_memory, footprint_at, largest_that_fits, step_bytes
 from peftune.plan.devices import GPUS, Device
 from peftune.plan.divide import Division
@@ -26,7 +28,8 @@ from peftune.plan.models import Models, Road, Subject
 from peftune.plan.trace import Rows, trace_step
 from peftune.plan.work import Candidate, Work, lengths_without_data
 from peftune.tasks import TASKS
-from tests.conftest import ROOT, mostly_slow, summary
+from peftune.train import main as training
+from tests.conftest import ROOT, mostly_slow, summary, write_config
 
 TENSORS = Device("cpu", 0, {}, 0, 0.0, 1.0)
 MODELS = ROOT / "benchmarks" / "models"
@@ -245,3 +248,24 @@ def test_quantised_weights_take_what_bitsandbytes_stores():
 def test_every_gpu_of_the_table_holds_less_than_its_name_says():
     for name, device in GPUS.items():
         assert 0.9 < device.memory_bytes / 2**30 / int(name.split("-")[-1].removesuffix("gb")) < 1.0
+
+
+@pytest.mark.parametrize("written", ["train.jsonl", "*.jsonl", ""])
+def test_lengths_are_those_of_the_data_however_its_absolute_path_is_written(written, converse, tmp_path):
+    (folder := tmp_path / "rows").mkdir()
+    copyfile(converse["data"]["train"], folder / "train.jsonl")
+    data = {"train": str(folder / written), "max_length": 128}
+    known = known_of(RunConfig.model_validate({**converse, "data": data}))
+    assert known.lengths.order is not None and "examples" in known.note
+
+
+@pytest.mark.parametrize("words", [("--devices", "2", "--strategy", "single"), ("--strategy", "ddp")])
+def test_a_strategy_that_no_launch_would_take_on_these_devices_is_not_planned(words, big, capsys):
+    assert guarded(main, ["plan", big, "--device", "h100-80gb", *words]) == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+def test_a_limit_on_memory_that_is_no_number_is_one_message(classify, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(LIMIT, "8GB")
+    assert guarded(training, [str(write_config(classify, tmp_path / "c"))]) == 2
+    assert f"{LIMIT}=8GB: no number of bytes" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftune.cli import main
-from peftune.errors import RunFolderError
+from peftune.errors import RunFolderError, guarded
 from peftune.numerics.intervals import adjusted_for_many, two_sided_p
 from peftune.observe.chart import Curve, line_chart, thinned
 from peftune.report.comparison import compare, joined
@@ -94,11 +94,12 @@ def test_a_validation_loss_that_turns_up_is_named_with_its_step(finished):
     assert "turned up: lowest at step 3" in said(replace(finished, rows=rows))
 
 
-def test_rows_that_stand_in_the_training_rows_too_are_scored_apart(classify, train, write_rows):
+@pytest.mark.parametrize("name", ["leaky.jsonl", "held: out.jsonl"])
+def test_rows_that_stand_in_the_training_rows_too_are_scored_apart(name, classify, train, write_rows):
     known = [json.loads(line) for line in Path(classify["data"]["train"]).read_text().splitlines()][:5]
     new = [json.loads(line) for line in Path(classify["data"]["validation"]).read_text().splitlines()]
     run = open_finished(train({**classify, "data": {
-        **classify["data"], "validation": write_rows("leaky.jsonl", [*new, *known])}}))
+        **classify["data"], "validation": write_rows(name, [*new, *known])}}))
     assert "5 rows of validation stand in the training rows too" in said(run)
     assert re.search(r"on 5 of them accuracy is [\d.]+, on the other 9 rows", said(run))
 
@@ -180,3 +181,22 @@ def test_the_command_for_the_same_run_divides_its_sequences_too(finished):
     facts = {**finished.manifest["model"], "sequence_ranks": 4}
     run = replace(changed(finished, world_size=8, strategy="fsdp2"), manifest={**finished.manifest, "model": facts})
     assert command(run).endswith("--strategy fsdp2 --processes 8 --sequence-parallel 4")
+
+
+def test_the_command_for_the_same_run_is_one_that_there_is(finished):
+    """A DeepSpeed file of one's own may offload in stages that have no preset for it."""
+    for name, preset in (("zero2-offload", "zero2"), ("zero3-offload", "zero3-offload")):
+        assert command(changed(finished, world_size=2, strategy=name)).endswith(f"--strategy {preset} --processes 2")
+
+
+def test_a_run_on_texts_that_hold_other_ends_of_lines_has_its_page(classify, train, write_rows):
+    rows = [{"text": f"one\u2028two\x85 {i}", "label": "ab"[i % 2]} for i in range(20)]
+    run = open_finished(train({**classify, "data": {"train": write_rows("t.jsonl", rows), "validation": 0.3}}))
+    records = run.records("validation")
+    assert len(records) == 6 and all("\u2028" in record["text"] for record in records)
+
+
+def test_a_page_that_cannot_be_written_is_one_message(finished, tmp_path, capsys):
+    for runs in ([finished.folder], [finished.folder, finished.folder]):
+        assert guarded(main, ["report", *map(str, runs), "--to", str(tmp_path)]) == 2
+        assert f"{tmp_path}: cannot be written" in capsys.readouterr().err

@@ -172,7 +172,8 @@ LLAMAFACTORY = """
 {model_name_or_path: m, stage: sft, do_train: true, finetuning_type: lora, lora_rank: 4, lora_target: "q_proj,v_proj",
  dataset: "ours,elsewhere,unknown", template: qwen, max_samples: 9, output_dir: o, report_to: wandb,
  quantization_bit: 4, per_device_train_batch_size: 2, gradient_accumulation_steps: 8, learning_rate: 1.0e-4,
- lr_scheduler_type: polynomial, bf16: true, flash_attn: fa2, neat_packing: true, deepspeed: ds.json,
+ lr_scheduler_type: polynomial, bf16: true, flash_attn: fa2, packing: true, neat_packing: true,
+ deepspeed: ds.json,
  resume_from_checkpoint: null}
 """
 AXOLOTL = """
@@ -189,7 +190,8 @@ def test_a_config_of_llamafactory_becomes_one_of_ours_and_names_what_does_not(he
     (here / "lf.yaml").write_text(LLAMAFACTORY)
     (here / "data").mkdir()
     (here / "data" / "dataset_info.json").write_text(json.dumps(
-        {"ours": {"file_name": "a.json", "columns": {"prompt": "q"}}, "elsewhere": {"hf_hub_url": "org/name"}}))
+        {"ours": {"file_name": "a.json", "columns": {"prompt": "q"}, "num_samples": 5},
+         "elsewhere": {"hf_hub_url": "org/name", "ms_hub_url": "other/name"}}))
     init("--from-llamafactory", "lf.yaml", "--devices", "4")
     config, left = load(["lf-peftune.yaml"]), capsys.readouterr().out
     assert config.train.batch_size == 2 * 8 * 4 and config.train.learning_rate == 1e-4
@@ -201,9 +203,9 @@ def test_a_config_of_llamafactory_becomes_one_of_ours_and_names_what_does_not(he
     assert config.data.train[0].max_rows == 9 and config.data.validation is None and config.data.layout == "packed"
     assert config.log.trackers == ("wandb",)
     for key in ("template: qwen", "dataset: unknown", "lr_scheduler_type: polynomial", "deepspeed: ds.json", "do_train",
-                "dataset_info: ours.columns: {'prompt': 'q'}"):
+                "dataset_info: ours.columns: {'prompt': 'q'}", "dataset_info: ours.num_samples: 5"):
         assert f"not taken over: {key}" in left and f"# not taken over: {key}" in Path("lf-peftune.yaml").read_text()
-    assert "resume_from_checkpoint" not in left
+    assert not any(key in left for key in ("resume_from_checkpoint", "packing", "ms_hub_url"))
 
 
 def test_a_config_of_axolotl_becomes_one_of_ours_and_names_what_does_not(here, capsys):
@@ -236,6 +238,8 @@ def test_what_other_frameworks_learn_and_we_do_not_is_refused(here):
     (here / "data" / "dataset_info.json").write_text("{")
     assert "not a config of llamafactory" in faults_of("--from-llamafactory", "text.yaml")
     assert "stage: kto is not learned here" in faults_of("--from-llamafactory", "kto.yaml")
+    (here / "freeze.yaml").write_text("{model_name_or_path: m, finetuning_type: freeze}")
+    assert "finetuning_type: freeze is not learned here" in faults_of("--from-llamafactory", "freeze.yaml")
     assert "train.learning_rate" in faults_of("--from-axolotl", "odd.yaml")
     assert "one thing to begin with" in faults_of("a.csv", "--from-axolotl", "odd.yaml")
     assert "one thing to begin with" in faults_of()

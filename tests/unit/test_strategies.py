@@ -128,6 +128,13 @@ def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
     assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
 
 
+@pytest.mark.parametrize("processes", [0, -2])
+def test_a_number_of_processes_below_one_is_refused(processes, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(MachineError, match=f"--processes {processes}"):
+        choose_launch("auto", processes, ["c.yaml"])
+
+
 def test_the_cpu_computes_where_the_only_gpu_is_apples(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -159,6 +166,20 @@ def test_a_deepspeed_json_that_divides_in_a_way_we_do_not_know_is_refused(tmp_pa
     monkeypatch.setenv(zero_config.FILE, str(file))
     with pytest.raises(PeftuneError, match=rf"ds\.json: zero_optimization\.{key}: "):
         zero_config.read_zero_config()
+
+
+def test_what_deepspeed_does_not_know_in_its_json_is_said_before_the_model_is_loaded(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {
+        "stage": 2, "reduce_bucket_sizes": 5, "allgather_bucket_size": None, "reduce_bucket_size": "auto",
+        "offload_optimizer": "cpu", "offload_param": {"device": "gpu", "pin_memory": None}}}))
+    monkeypatch.setenv(zero_config.FILE, str(file))
+    with pytest.raises(PeftuneError) as error:
+        zero_config.read_zero_config()
+    assert [fault.message.split(":")[0] for fault in error.value.faults] == [
+        f"zero_optimization.{key}" for key in ("offload_param.device", "offload_optimizer", "reduce_bucket_sizes")]
+    assert {fault.file for fault in error.value.faults} == {str(file)}
 
 
 def test_a_deepspeed_json_that_divides_sequences_is_refused(tmp_path, monkeypatch):

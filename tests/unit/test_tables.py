@@ -2,14 +2,16 @@
 
 import gzip
 import json
+from datetime import datetime
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from peftune.config.schema import Source
+from peftune.config.schema import DataConfig, Source
 from peftune.data.rows import Faults
 from peftune.data.sources import read
+from peftune.data.spool import SPLITS, spool_rows
 
 ROWS = [{"label": 1, "ner_tags": [0, 1], "text": "a", "number": 1},
         {"label": 0, "ner_tags": [], "text": "b", "number": 0},
@@ -94,3 +96,12 @@ def test_lists_of_classes_are_named_however_the_schema_writes_them(list_of, tmp_
 def test_without_names_in_the_schema_numbers_stay_numbers(metadata, tmp_path):
     parquet.write_table(pa.Table.from_pylist(ROWS).replace_schema_metadata(metadata), tmp_path / "d.parquet")
     assert rows_of(tmp_path / "d.parquet") == ROWS
+
+
+def test_turns_that_hold_dates_are_read_with_the_dates_as_texts(tmp_path):
+    said = [{"role": role, "content": "hi", "timestamp": datetime(2024, 7, 26, 10)} for role in ("user", "assistant")]
+    parquet.write_table(pa.Table.from_pylist([{"messages": said}]), tmp_path / "d.parquet")
+    config = DataConfig(train=str(tmp_path / "d.parquet"), validation=None)
+    spools, found = spool_rows(config, ("messages",), 0, SPLITS, tmp_path)
+    (row,) = spools["train"].read()
+    assert not found.faults.count and row.fields["messages"][0]["timestamp"] == "2024-07-26 10:00:00"

@@ -77,6 +77,11 @@ def test_the_kind_of_label_can_be_set():
     assert targets.problem == "regression" and targets.width == 1
 
 
+def test_classes_that_are_named_are_no_regression_though_they_are_fractions():
+    targets = learn_targets(rows([0.5, 1.5]), DataConfig(train="x", labels=("1.5", "0.5")))
+    assert (targets.problem, targets.names) == ("single_label", ("1.5", "0.5"))
+
+
 @pytest.mark.parametrize(("labels", "problem", "names"), [
     ([4.5, 3.0, 2.5, 1.0], "single_label", ("1", "2.5", "3", "4.5")),
     ([[0.5], [1.5, 2]], "multi_label", ("0.5", "1.5", "2")),
