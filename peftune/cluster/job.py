@@ -15,6 +15,8 @@ from peftune.parallel.launcher import strategy_for
 
 NCCL_GIVES_UP_S = 600
 """Where no `hang_timeout` does so before, in seconds."""
+LONGEST_NAME = 40
+"""Letters of a job's name: with what Kubernetes adds it is a part of the names of hosts, which have 63 at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +27,7 @@ class Job:
     arguments: tuple[str, ...]
     """CONFIG and key=value, as they were given."""
     name: str
-    """Of lower-case letters, digits and hyphens, at most 40 of them: a part of the names of hosts."""
+    """Of lower-case letters, digits and hyphens, at most LONGEST_NAME of them."""
     nodes: int
     gpus_per_node: int
     """0: one process on the CPUs of each."""
@@ -73,4 +75,4 @@ def check_job(arguments: Sequence[str], *, name: str | None, nodes: int, gpus_pe
 
 def _host_name(text: str) -> str:
     """The nearest name that hosts may have (RFC 1123), with room for what Kubernetes adds."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or "peftune"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_NAME].strip("-") or "peftune"

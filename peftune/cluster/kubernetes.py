@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-from peftune.cluster.job import Job
+from peftune.cluster.job import LONGEST_NAME, Job
 from peftune.config.load import dump
 from peftune.errors import Fault, MachineError
 from peftune.parallel.launcher import presets
@@ -54,6 +55,7 @@ def manifests(job: Job, *, kind: str, image: str, claim: str, mount: str, python
         MachineError: the run's output would be lost with its pod, or a quantity is none.
     """
     _check_kept(job, mount)
+    job = replace(job, name=_service_name(job.name))
     reserved = _quantities(cpu, memory)
     found: list[Manifest] = list(yaml.safe_load_all((presets("kubernetes") / f"{kind}.yaml").read_text("utf-8")))
     workload = found[-1]
@@ -98,6 +100,11 @@ def _check_kept(job: Job, mount: str) -> None:
         raise MachineError(Fault(kind="environment", message=f"output_dir = {job.config.output_dir} lies outside "
                                  f"{mount}, where the claim is mounted: it would be lost with the pod",
                                  mend=f"output_dir={mount}/runs/..., or a relative path"))
+
+
+def _service_name(name: str) -> str:
+    """Names of Services, and of JobSets, which make one, begin with a letter (RFC 1035), those of hosts need not."""
+    return name if name[0].isalpha() else f"peftune-{name}"[:LONGEST_NAME].rstrip("-")
 
 
 def _one(found: list[Manifest], kind: str) -> Manifest:

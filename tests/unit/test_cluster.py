@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -107,6 +108,16 @@ def test_a_kubernetes_job_has_one_numbered_pod_a_node_that_finds_the_first_by_it
     assert exits == {"Ignore": [75], "FailJob": [2, 3]}
     assert all(rule["onExitCodes"]["containerName"] == container["name"]
                for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_objects_of_a_config_whose_name_begins_with_a_digit_have_names_that_services_may_have(kind, capsys):
+    for given in ("7b-lora", 50 * "7"):
+        found = objects(capsys, "--kind", kind, "--nodes", 2, "--gpus-per-node", 0, "--name", given)
+        names = {manifest["metadata"]["name"] for manifest in found.values()}
+        (name,) = names
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])", name) and given[:7] in name
+        assert re.search(rf"{name}[-a-z0-9]*-0\.{name}:29500", json.dumps(list(found.values())))
 
 
 def test_the_config_travels_with_every_override_applied(capsys, tmp_path):
