@@ -393,3 +393,13 @@ def test_a_job_without_image_or_claim_is_not_submitted(words, missing, capsys, t
     line = ["launch", "kubernetes", QUICKSTART, "--nodes", "2", "--gpus-per-node", "8", "--submit"]
     assert guarded(main, [*line, *words]) == 2
     assert f"--submit needs {missing}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["%j", "a\\b"])
+def test_a_folder_that_slurm_would_take_for_a_pattern_is_refused(name, capsys, tmp_path, monkeypatch):
+    words = ("slurm", QUICKSTART, "--nodes", 2, "--gpus-per-node", 8)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(MachineError, match=r"for a pattern(.|\n)*--option chdir="):
+        rendered(capsys, *words)
+    assert f"#SBATCH --chdir={tmp_path}\n" in rendered(capsys, *words, "--option", f"chdir={tmp_path}")
