@@ -200,18 +200,22 @@ def _reader_is_gone() -> bool:
     return bool(poll.poll(0))
 
 
-def report_exit_code(code: int) -> int:
-    """Leave the code for `peftune train`, if that has launched this process; return the one to end with."""
+def report_exit_code(code: int, *, alone: bool = False) -> int:
+    """Leave the code for `peftune train`, if that has launched this process; return the one to end with.
+
+    The first failure counts. `alone`: the main process does not share this one, so launchers must see it, to end that.
+    """
     report = os.environ.get(EXIT_CODE_FILE)
     if report is None:
         return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # one a machine: each has a launcher of its own
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # one a machine: each has a launcher of its own
         try:
-            Path(report).write_text(str(code))
+            if not Path(report).is_file() or Path(report).read_text() == str(EXIT_DONE):
+                Path(report).write_text(str(code))
         except OSError:  # the disk is full: launchers know of this failure as of any
             Path(report).unlink(missing_ok=True)
             return code
-    return EXIT_DONE
+    return code if alone else EXIT_DONE
 
 
 def say(message: str) -> None:

@@ -33,10 +33,15 @@ def sbatch_script(job: Job, *, options: Mapping[str, str | None], settings: Mapp
 
     Raises:
         MachineError: the run's output would be lost with its container, there is no container for a mount, the time
-            limit is none of Slurm's, or the warning would not come between the job's begin and its limit.
+            limit is none of Slurm's, the warning would not come between the job's begin and its limit, or Slurm
+            would write the log elsewhere than the job starts.
     """
     pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
-    _check_kept(job, options.get("chdir") or str(Path.cwd()), pairs, settings.get("container"))
+    start = options.get("chdir") or str(Path.cwd())
+    if re.search(r"%\w|\\", start):
+        raise MachineError(Fault(kind="environment", message=f"Slurm takes % and \\ in {start}, where the job's log is "
+                                 "to lie, for a pattern", mend="start in another folder, or --option chdir=..."))
+    _check_kept(job, start, pairs, settings.get("container"))
     script = (presets("slurm") / "train.sbatch").read_text(encoding="utf-8")
     wanted = {"job-name": job.name, "nodes": str(job.nodes), "chdir": str(Path.cwd())}
     if job.gpus_per_node:
@@ -96,18 +101,22 @@ def _limit_s(time: str) -> float:
 
 def _option(script: str, name: str) -> str:
     found = re.search(rf"^#SBATCH --{name}=(.*)$", script, flags=re.M)
-    return shlex.split(found[1])[0] if found else ""
+    return " ".join(shlex.split(found[1])) if found else ""
 
 
 def _with_option(script: str, name: str, value: str) -> str:
-    # sbatch reads quotes as shells do
-    line = f"#SBATCH --{name}={shlex.quote(value)}" if value else f"#SBATCH --{name}"
+    line = f"#SBATCH --{name}={_word(value)}" if value else f"#SBATCH --{name}"
     replaced, count = re.subn(rf"^#SBATCH --{re.escape(name)}(=.*)?$", lambda _: line, script, flags=re.M)
     if count:
         return replaced
     last = script.rindex("#SBATCH")
     end = script.index("\n", last)
     return f"{script[:end]}\n{line}{script[end:]}"
+
+
+def _word(value: str) -> str:
+    """As sbatch reads it: quoted as for a shell, but that a backslash escapes within quotes too."""
+    return shlex.quote(value.replace("\\", "\\\\"))
 
 
 def _with_line(script: str, start: str, value: str) -> str:

@@ -19,7 +19,7 @@ from peftune.errors import EXIT_CODE_FILE, EXIT_DONE, EXIT_OUR_FAULT, EXIT_PREEM
 from peftune.parallel.host_memory import preload
 from peftune.parallel.names import ASKED, ASKED_STRATEGY, SEQUENCES, SEQUENCES_ON, STRATEGIES
 from peftune.parallel.network import interface_variables
-from peftune.parallel.stop import SIGNALS, STARTED
+from peftune.parallel.stop import SIGNALS, STARTED, listening
 
 STOP_FILE = "PEFTUNE_STOP_FILE"
 """Environment variable: a file whose appearance is a signal to stop, for places where a signal could come too early."""
@@ -206,11 +206,11 @@ class _PassOn:
     def __call__(self, number: int, frame: object) -> None:
         if number == signal.SIGHUP:  # the terminal is gone
             number = signal.SIGTERM
-        listening = [int(file.suffix[1:]) for file in self.code.parent.glob(f"{self.code.name}.*")]
-        for process in listening:
+        told = listening(self.code)
+        for process in told:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
-        if not listening:
+        if not told:
             self.told_launcher = True
             if self.launcher is not None:
                 os.killpg(self.launcher.pid, signal.SIGTERM)

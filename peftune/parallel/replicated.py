@@ -89,16 +89,16 @@ def restore_whole(
     live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state_dict["state"] = {i: states[id(p)] for i, p in enumerate(live) if states.get(id(p))}
     optimizer.load_state_dict(state_dict)
-    _as_bitsandbytes_keeps_it(optimizer)
+    _as_bitsandbytes_keeps_it(optimizer, states)
 
 
-def _as_bitsandbytes_keeps_it(optimizer: Any) -> None:
-    """What its own loading leaves out: it counts steps with a number, and large states of its paged optimizers lie in
-    memory that CUDA moves."""
+def _as_bitsandbytes_keeps_it(optimizer: Any, saved: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """What its own loading leaves out: it counts steps with a number, which it rounds to the weights' type as it loads,
+    and large states of its paged optimizers lie in memory that CUDA moves. `saved`: by the weight's id."""
     for parameter, state in optimizer.state.items():
         if "state1" not in state:
             continue
-        state["step"] = int(state["step"])
+        state["step"] = int(saved[id(parameter)]["step"])
         for key in ("state1", "state2") if optimizer.is_paged else ():
             paged = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)
             state[key] = paged.copy_(state[key])

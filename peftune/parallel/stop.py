@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from peftune.errors import EXIT_CODE_FILE, EXIT_PREEMPTED, report_exit_code, say
+from peftune.errors import EXIT_CODE_FILE, EXIT_OUR_FAULT, EXIT_PREEMPTED, report_exit_code, say
+from peftune.parallel.posts import born
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_S = 2.0
@@ -87,6 +88,9 @@ class Stop:
         if self.signal is not None:
             _leave(f"stopped at once by a second signal, {name}: the steps since the last checkpoint are lost",
                    128 + number)
+        if not self.waiting and _another_has_died():
+            _leave(f"{name} came before the first step, since another process of this run has died: its own output "
+                   "says why", EXIT_OUR_FAULT)
         if not self.waiting:
             _leave(f"stopped by {name} before the first step: nothing was to be saved. Start the same command again",
                    EXIT_PREEMPTED)
@@ -113,8 +117,25 @@ def listen() -> Stop:
     os.register_at_fork(after_in_child=_stop_listening)
     threading.Thread(target=_hear, args=(stop, read), daemon=True, name="signals").start()
     if EXIT_CODE_FILE in os.environ:
-        Path(f"{os.environ[EXIT_CODE_FILE]}.{os.getpid()}").touch()  # for `peftune train` to pass signals on to
+        _own_file().touch()  # for `peftune train` to pass signals on to
     return stop
+
+
+def listening(report: Path) -> list[int]:
+    """Processes of this machine that `peftune train` has launched, and that have listened and not left since.
+
+    `report`: what EXIT_CODE_FILE names.
+    """
+    return [int(file.suffix[1:]) for file in report.parent.glob(f"{report.name}.*")]
+
+
+def _own_file() -> Path:
+    return Path(f"{os.environ[EXIT_CODE_FILE]}.{os.getpid()}")
+
+
+def _another_has_died() -> bool:
+    """Whether one of them is gone: a launcher then tells the others to end, which is no wish to stop the run."""
+    return EXIT_CODE_FILE in os.environ and None in map(born, listening(Path(os.environ[EXIT_CODE_FILE])))
 
 
 def _hear(stop: Stop, pipe: int) -> None:
@@ -137,5 +158,7 @@ def _leave(message: str, code: int) -> NoReturn:
     say(message)
     for child in multiprocessing.active_children():
         child.kill()
+    if EXIT_CODE_FILE in os.environ:
+        _own_file().unlink(missing_ok=True)
     reported = report_exit_code(code)
     os._exit(reported if int(os.environ.get("WORLD_SIZE", "1")) == 1 else code)

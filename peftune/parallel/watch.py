@@ -207,12 +207,16 @@ def watched_world(limit_s: int | None, stop: Stop) -> Iterator[World]:
     """The processes' group, in which each watches the others, until the block ends.
 
     Args:
-        limit_s: the time-out; None watches nobody.
+        limit_s: the time-out; None watches nobody, and a rank that fails alone says so itself.
         stop: asked to wait where a signal is the consequence of another rank's end.
     """
     with opened_world() as world:
-        if world.ranks == 1 or limit_s is None:
+        if world.ranks == 1:
             yield world
+            return
+        if limit_s is None:
+            with _saying_what_others_do_not(world):
+                yield world
             return
         watch = Watch(world, limit_s)
         stop.before = watch.before_stopping
@@ -222,6 +226,31 @@ def watched_world(limit_s: int | None, stop: Stop) -> Iterator[World]:
             watch.leave(error)
             raise
         watch.leave(None)
+
+
+@contextlib.contextmanager
+def _saying_what_others_do_not(world: World) -> Iterator[None]:
+    """Where nobody watches: what the user can mend is for the main process to say; a rank that fails without it says it
+    itself, and ends so that launchers end the others."""
+    try:
+        yield
+    except Preempted:
+        raise  # all ranks have agreed
+    except PeftuneError as error:
+        with contextlib.suppress(dist.DistNetworkError):  # the store's process is gone, and has said why
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                                  wait_for_workers=False)
+            key = f"failed-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+            try:
+                if world.is_main:
+                    store.set(key, "")
+                store.wait([key], datetime.timedelta(seconds=GRACE_S))
+            except dist.DistStoreError:
+                who = f"rank {world.rank} on {socket.gethostname()}"
+                sys.stderr.write(f"error: {who}, {world.progress.doing}: {error}\n")
+                sys.stderr.flush()
+                os._exit(report_exit_code(error.exit_code, alone=True))
+        raise
 
 
 def _broken_exchange(error: BaseException) -> bool:

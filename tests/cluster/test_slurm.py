@@ -77,3 +77,15 @@ def test_a_job_on_two_nodes_saves_before_its_time_limit_is_queued_again_and_ends
     logs = sorted((tmp_path / f"tiny-{job}-processes").glob("start-*/node-*/*/attempt_0/0/stderr.log"))
     assert [path.parts[-6:-4] for path in logs] == [
         ("start-0", "node-0"), ("start-0", "node-1"), ("start-1", "node-0"), ("start-1", "node-1")]
+
+
+def test_a_job_runs_in_the_folder_where_it_was_written_whatever_its_name(slurm, classify, command, tmp_path):
+    folder = tmp_path / "our 'runs' #1" / "50 % 日"
+    folder.mkdir(parents=True)
+    done = command("-m", "peftune", "launch", "slurm", write_config(classify, tmp_path / "c"), "--nodes", 1,
+                   "--gpus-per-node", 0, "--option", "comment=for us", "--python", "echo", "--submit", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    wait_for(lambda: state(job)["JobState"] in ("COMPLETED", "FAILED"), "the end of the job")
+    assert f"WorkDir={folder} " in output("scontrol", "show", "job", "-o", job)
+    assert f"--log-dir config-{job}-processes/start-0" in (folder / f"config-{job}.log").read_text()

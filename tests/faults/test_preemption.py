@@ -158,6 +158,19 @@ def test_a_signal_before_the_first_step_ends_the_process_with_75_and_leaves_noth
     assert "Traceback" not in said and not folder.exists()
 
 
+def test_a_signal_before_the_first_step_by_which_a_launcher_answers_a_death_is_no_pre_emption(tmp_path):
+    """A cluster would start a run again and again that cannot begin."""
+    code = tmp_path / "code"
+    script = "import sys, time; from peftune.parallel.stop import listen; listen(); time.sleep(float(sys.argv[1]))"
+    dies, lives = (Started([sys.executable, "-c", script, seconds], tmp_path, WORLD_SIZE="2",
+                           **{EXIT_CODE_FILE: str(code)}) for seconds in ("0", "60"))
+    dies.process.wait(30)
+    lives.wait_until(lambda: len(list(tmp_path.glob("code.*"))) == 2)
+    lives.process.send_signal(signal.SIGTERM)
+    said = lives.ends_with(1, seconds=5)
+    assert code.read_text() == "1" and "another process of this run has died" in said
+
+
 def test_repetitions_within_two_seconds_are_one_request_and_a_later_one_stops_at_once(tmp_path):
     """The keyboard, a launcher and a cluster may each send the same request."""
     script = ("import time; from peftune.parallel.stop import listen; stop = listen(); stop.wait_for_steps(None)\n"

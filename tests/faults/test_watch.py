@@ -86,8 +86,8 @@ def started(tmp_path):
     """Launch a run on two processes; whatever is left of it in the end is killed."""
     running = []
 
-    def start(config, strategy, *more, script=None, **variables) -> Started:
-        launch = choose_launch(strategy, 2, [str(config), f"hang_timeout={LIMIT_S}s"])
+    def start(config, strategy, *more, script=None, limit=f"{LIMIT_S}s", **variables) -> Started:
+        launch = choose_launch(strategy, 2, [str(config), f"hang_timeout={limit}"])
         words = [str(script) if script and word.endswith("peftune/train.py") else word for word in launch.command]
         running.append(Started([sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *more, *words],
                                tmp_path, **{**launch.environment, "OMP_NUM_THREADS": "1", **variables}))
@@ -175,3 +175,16 @@ def test_a_rank_that_lacks_memory_ends_all_with_3_what_was_wanted_and_what_takes
     assert "what costs least first" in output and "Traceback" not in output
     remedies = [mend.strip() for mend in output.split("what costs least first", 1)[1].splitlines() if "=" in mend]
     assert re.match(r"train\.tokens_per_micro_batch=\d+ \(smaller pieces; the same result\)", remedies[0])
+
+
+@pytest.mark.slow
+def test_where_nobody_watches_a_rank_that_fails_alone_says_why_and_the_command_ends_with_its_code(
+        run_of, started, tmp_path):
+    config, _ = run_of(4000)
+    code = tmp_path / "code"
+    run = started(config, "ddp", script=PLANTED, limit="null", PLANTED="memory", PLANTED_RANK="1",
+                  **{EXIT_CODE_FILE: str(code)})
+    output = run.ends_with(1, seconds=120)  # the launcher's, which is not asked where there is another
+    assert code.read_text() == "3"
+    line = named(output)
+    assert line.startswith("error: rank 1 on ") and "in step 7" in line and "what costs least first" in output

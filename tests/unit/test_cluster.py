@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -117,6 +118,16 @@ def test_a_kubernetes_job_has_one_numbered_pod_a_node_that_finds_the_first_by_it
     assert exits == {"Ignore": [75], "FailJob": [2, 3]}
     assert all(rule["onExitCodes"]["containerName"] == container["name"]
                for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_objects_of_a_config_whose_name_begins_with_a_digit_have_names_that_services_may_have(kind, capsys):
+    for given in ("7b-lora", 50 * "7"):
+        found = objects(capsys, "--kind", kind, "--nodes", 2, "--gpus-per-node", 0, "--name", given)
+        names = {manifest["metadata"]["name"] for manifest in found.values()}
+        (name,) = names
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])", name) and given[:7] in name
+        assert re.search(rf"{name}[-a-z0-9]*-0\.{name}:29500", json.dumps(list(found.values())))
 
 
 def test_the_config_travels_with_every_override_applied(capsys, tmp_path):
@@ -400,3 +411,13 @@ def test_a_job_without_image_or_claim_is_not_submitted(words, missing, capsys, t
     line = ["launch", "kubernetes", QUICKSTART, "--nodes", "2", "--gpus-per-node", "8", "--submit"]
     assert guarded(main, [*line, *words]) == 2
     assert f"--submit needs {missing}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["%j", "a\\b"])
+def test_a_folder_that_slurm_would_take_for_a_pattern_is_refused(name, capsys, tmp_path, monkeypatch):
+    words = ("slurm", QUICKSTART, "--nodes", 2, "--gpus-per-node", 8)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(MachineError, match=r"for a pattern(.|\n)*--option chdir="):
+        rendered(capsys, *words)
+    assert f"#SBATCH --chdir={tmp_path}\n" in rendered(capsys, *words, "--option", f"chdir={tmp_path}")

@@ -374,3 +374,16 @@ def test_states_of_a_paged_optimizer_are_restored_into_buffers_of_its_own():
     state = optimizer.state[model.weight]
     assert state["state1"] is given[0] and state["state2"] is given[1]
     assert torch.equal(state["state1"], saved["weight|state1"]) and state["step"] == 1
+
+
+def test_an_optimizer_of_8_bits_over_bfloat16_weights_goes_on_at_the_step_where_it_was():
+    """bfloat16 has no 257."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=0.1)
+    model(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    optimizer.state[model.weight]["step"] = 257
+    saved = {piece.name: piece.values.view(piece.shape) for piece in whole_pieces(model, optimizer)}
+    restore_whole(model, optimizer, saved.get)
+    assert optimizer.state[model.weight]["step"] == 257
