@@ -13,11 +13,11 @@ from peftune.data.targets import RowFault
 from peftune.errors import DataError, Fault
 
 COLUMNS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
-    "preference": ("chosen", "rejected"),
     "classification": ("text", "label"),
     "ner": ("tokens", "ner_tags"),
     "squad": ("question", "context"),
@@ -31,7 +31,7 @@ LOOKED_AT = 100
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("sentence", "content", "review", "query", "utterance", "premise", "document"),
     "label": ("labels", "intent", "category", "class", "sentiment", "target", "score"),
-    "prompt": ("question", "input", "query", "instruction"),
+    "prompt": ("question", "instruction", "query", "input"),
     "completion": ("answer", "response", "output", "chosen"),
     "messages": ("conversation", "chat", "dialog", "dialogue"),
     "ner_tags": ("tags", "labels", "tag", "ner"),
@@ -41,6 +41,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "answers": ("answer",),
     "chosen": ("preferred", "accepted", "winner"),
     "rejected": ("dispreferred", "loser"),
+    "output": ("response",),
+    "input": ("context",),
+    "system": ("system_prompt",),
 }
 
 @dataclass(slots=True)

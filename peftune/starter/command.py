@@ -66,7 +66,8 @@ def _init(parsed: argparse.Namespace) -> int:
         name, found, about=f"Made by `peftune init {parsed.data}`.", output_dir=f"runs/{Path(name).stem}",
         model=parsed.model, data={"train": rows, "validation": _number(parsed.validation), "test": parsed.test}))
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
-    classes = f", {len(found.classes)} classes" if found.classes else ""
+    number = len(found.classes)
+    classes = f", {number} class{'es' * (number != 1)}" if number else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
     notes = "".join(f"{on_a_line(note)}\n" for note in found.notes)
     print(f"{name}: {found.task}{columns}{classes}\n{notes}next: peftune check {name}, then peftune train {name}")

@@ -63,6 +63,16 @@ def test_each_task_is_found_from_the_columns_of_its_data(name, here):
     ({"question": "Who?", "context": "Ada sleeps", "answer": [{"text": "Ada", "answer_start": 0}]},
      "question_answering", {"answers": "answer"}),
     ({"content": "no class in sight", "id": "7"}, "causal_lm", {"text": "content"}),
+    ({"system": "", "question": "Why?", "chosen": "So.", "rejected": "No."}, "preference", {"prompt": "question"}),
+    ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, "preference",
+     {"prompt": "instruction"}),
+    ({"system_prompt": "Be kind.", "question": "Why?", "response": "So."}, "causal_lm",
+     {"prompt": "question", "completion": "response", "system": "system_prompt"}),
+    ({"instruction": "Who?", "context": "Ada came.", "response": "Ada"}, "causal_lm",
+     {"output": "response", "input": "context"}),
+    ({"prompt": "Why?", "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+      **{side: [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": said}]
+         for side, said in (("chosen", "So."), ("rejected", "No."))}}, "preference", {}),
 ])
 def test_other_usual_names_are_renamed(row, task, columns, here):
     (here / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -107,6 +117,13 @@ def test_given_columns_model_and_files_are_taken_over(here):
     config = load(["t.yaml"])
     assert config.data.columns == {"text": "a", "label": "c"}
     assert (config.model.name_or_path, config.data.validation, config.data.test) == ("mine: yes", "t.csv", "t.csv")
+
+
+def test_columns_that_suit_no_task_are_taken_as_the_message_says(here):
+    (here / "news.jsonl").write_text('{"article": "A long story.", "highlights": "Short."}\n')
+    assert "or prompt=ONE completion=ANOTHER" in faults_of("news.jsonl")
+    init("news.jsonl", "--columns", "prompt=article", "completion=highlights")
+    assert load(["news.yaml"]).task == "causal_lm"
 
 
 def test_what_cannot_be_known_is_asked_for_and_nothing_is_written(here):
