@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -164,6 +165,6 @@ def _write(name: str, text: str) -> None:
         Path(name).write_text(text, encoding="utf-8")
     try:
         load([name])
-    except PeftuneError:
+    except PeftuneError as error:
         Path(name).unlink()
-        raise
+        raise ConfigError([replace(fault, file=None, line=None) for fault in error.faults]) from None

@@ -259,6 +259,42 @@ def test_what_other_frameworks_learn_and_we_do_not_is_refused(here):
     assert not list(here.glob("*-peftune.yaml"))
 
 
+@pytest.mark.parametrize("words", ["finetuning_type: freeze", "stage: dpo, pref_loss: orpo"])
+def test_no_other_training_is_put_in_the_place_of_one_that_is_not_learned_here(words, here):
+    (here / "lf.yaml").write_text(f"{{model_name_or_path: m, dataset: d, {words}}}")
+    assert f"{words.rpartition(', ')[2]} is not learned here" in faults_of("--from-llamafactory", "lf.yaml")
+
+
+def test_numbers_that_suit_no_key_of_ours_are_named_and_the_rest_is_taken_over(here, capsys):
+    (here / "ax.yml").write_text("{base_model: m, datasets: [{path: a.jsonl}], max_steps: -1, eval_steps: 0.05, "
+                                 "save_total_limit: 0, gradient_checkpointing: unsloth, bf16: false, seed: 3}")
+    init("--from-axolotl", "ax.yml", "--to", "c.yaml")
+    config, left = load(["c.yaml"]), capsys.readouterr().out
+    assert (config.seed, config.model.gradient_checkpointing, config.model.dtype) == (3, True, "float32")
+    for said in ("max_steps: -1  (train.max_steps: use more than 0)", "eval_steps: 0.05  (evaluation.every_steps",
+                 "save_total_limit: 0  (checkpoint.keep"):
+        assert f"not taken over: {said}" in left
+
+
+def test_every_file_and_type_of_axolotls_data_sets_is_taken_over_or_named(here, capsys):
+    (here / "ax.yml").write_text(
+        "{base_model: m, datasets: [{path: json, data_files: [a.jsonl, b.jsonl], type: completion}, "
+        "{path: c.jsonl, type: alpaca}, {path: d.jsonl, type: {field_instruction: q}}], "
+        "test_datasets: [{path: e.jsonl, type: alpaca}], wandb_project: mine}")
+    init("--from-axolotl", "ax.yml", "--to", "c.yaml")
+    config, left = load(["c.yaml"]), capsys.readouterr().out
+    assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"]
+    assert [source.path for source in config.data.validation] == ["e.jsonl"]
+    assert (config.data.format, config.data.too_long) == ("auto", "truncate")
+    for said in ("datasets[0].type: completion", "datasets[2].type: {'field_instruction': 'q'}", "wandb_project: mine"):
+        assert f"not taken over: {said}" in left
+    assert "datasets[1]" not in left and "test_datasets" not in left
+
+
+def test_a_fault_of_a_config_that_was_not_written_names_no_line_of_it(here):
+    assert faults_of("org/name", "--task", "causal_lm", "--validation", "1.5").startswith("data.validation = 1.5: ")
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_tables_of_the_documentation_are_those_of_the_command(dialect):
     page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8").lower().replace("-", "")
