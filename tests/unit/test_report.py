@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from peftune.cli import main
-from peftune.errors import RunFolderError
+from peftune.errors import RunFolderError, guarded
 from peftune.numerics.intervals import adjusted_for_many, two_sided_p
 from peftune.observe.chart import Curve, line_chart, thinned
 from peftune.report.comparison import compare, joined
@@ -69,6 +69,20 @@ def test_names_from_files_are_escaped(classify, train, tmp_path, write_rows):
 def test_a_folder_without_a_finished_run_has_no_page(tmp_path):
     with pytest.raises(RunFolderError):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_page_that_cannot_be_written_is_named_with_the_mend(runs, finished, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    assert guarded(main, ["report", *[str(finished.folder)] * runs, "--to", str(tmp_path / "folder")]) == 2
+    assert f"{tmp_path / 'folder'}: cannot be written: Is a directory" in capsys.readouterr().err
+
+
+def test_a_done_run_that_lacks_its_page_writes_it_at_the_next_start(classify, train):
+    folder = train(classify)
+    (folder / "report.html").unlink()
+    train(classify)
+    assert (folder / "report.html").is_file()
 
 
 def test_a_model_no_better_than_the_untrained_one_or_than_a_guess_is_said_to_be_so(finished):
