@@ -92,7 +92,7 @@ def _canonical_row(
 ) -> Row | None:
     try:
         fields = CANONICAL[found.formats[raw.file]](values)
-        refuse_surrogates(fields)
+        refuse_surrogates([fields, str(values.get("id"))])
     except RowFault as bad:
         found.faults.add(Fault(kind="data", file=raw.file, line=raw.line, message=bad.message, mend=bad.mend))
         return None

@@ -100,11 +100,12 @@ def _look(data: str, task: str | None, columns: dict[str, str]) -> Guess:
         from peftune.config.rules import FORMATS
         from peftune.config.schema import Source
         from peftune.data.rows import Faults
-        from peftune.data.sources import files_of, read
+        from peftune.data.sources import files_of, read, refuse_odd_name
         from peftune.starter.guess import Guess, guess
 
     if task is not None and task not in FORMATS:
         raise ConfigError(Fault(kind="config", message=f"--task {task} is unknown", mend=f"use {', '.join(FORMATS)}"))
+    refuse_odd_name(data)
     source, faults = Source(path=data), Faults()
     files = files_of(source)
     if not files:

@@ -173,6 +173,7 @@ def test_formats_are_found_from_the_columns(values, format, fields):
 @pytest.mark.parametrize("values", [
     {"instruction": "i", "output": ""}, {"instruction": "i", "output": 3}, {"prompt": "p", "completion": None},
     {"messages": []}, {"messages": [{"role": "user", "content": "q"}]}, {"text": "half \ud800"},
+    {"text": "whole", "id": "half \ud800"},
     {"messages": [{"role": "king", "content": "q"}]}, {"conversations": [{"from": "gpt"}]}, {"text": ["a"]},
 ])
 def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
