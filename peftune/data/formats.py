@@ -125,6 +125,8 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
     if fitting[best]:
         return best
     raw, values = first[0]
+    if format != "auto":
+        _refuse_given(first, format, accepts)
     needs = "; ".join(f"{name}: {', '.join(COLUMNS[name])}" for name in candidates)
     renames = [f"{expected}: {given}" for expected, others in OTHER_NAMES.items() for given in values
                if given.lower() in (expected, *others) and expected not in values
@@ -135,6 +137,17 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
         mend=(f"perhaps data.columns={{{', '.join(renames[:3])}}}" if renames
               else "rename them with data.columns={expected: given}"),
     ))
+
+
+def _refuse_given(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, accepts: tuple[str, ...]) -> None:
+    """Raise DataError where another format than the given one is there by its columns."""
+    try:
+        found = _format_of(first, "auto", accepts)
+    except DataError:
+        return
+    raw, needs = first[0][0], ", ".join(COLUMNS[format])
+    raise DataError(Fault(kind="data", file=raw.file, line=raw.line, message=f"data.format = {format!r} needs {needs}; "
+                          f"the columns are those of {found}", mend=f"data.format=auto, or {found}"))
 
 
 def prompt_format(values: Mapping[str, Any], format: str) -> str | None:
