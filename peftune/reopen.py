@@ -224,7 +224,7 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
             if not (weights / "config.json").is_file():
                 raise RunFolderError(Fault(kind="run_folder", file=str(run), message="no trained weights in final/",
-                                           mend="let the run finish: start it again and it continues"))
+                                           mend=f"let the run finish: start it again and it continues{_or_best(run)}"))
             return str(weights), load([config_path or str(run / "config.yaml")])
     if config_path is None and not needs_data:
         return name, _config_of_folder(name)
@@ -232,6 +232,10 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
         raise ConfigError(Fault(kind="config", message=f"{name} is no run folder; a bare model needs a config",
                                 mend="--config CONFIG.yaml, with the task and the data"))
     return name, load([config_path])
+
+
+def _or_best(run: Path) -> str:
+    return f"; or give {run / 'best'}" if (run / "best" / "config.json").is_file() else ""
 
 
 HEADS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",
