@@ -168,6 +168,20 @@ def test_a_chart_keeps_every_spike_of_a_long_curve():
     assert "9" in line_chart([Curve("<loss>", points)]) and "<loss>" not in line_chart([Curve("<loss>", points)])
 
 
+@pytest.mark.parametrize(("low", "high"), [
+    (1.576, 1.603), (0.5538, 0.5551), (1000.1, 1000.4), (2.01e-4, 2.03e-4), (0, 1)])
+def test_no_two_marks_of_an_axis_have_the_same_label(low, high):
+    labels = re.findall(r'text-anchor="end">([^<s]+)</text>', line_chart([Curve("loss", [(0, low), (9, high)])]))
+    assert len(labels) == len(set(labels)) > 2 and all(len(label) <= 9 for label in labels)
+
+
+def test_settings_that_differ_are_written_as_in_a_config(classify, train):
+    runs = [train(classify, "evaluation.patience=9", name="a"),
+            train(classify, "model.reuse_frozen_layers=false", name="b")]
+    settings = compare([open_finished(run) for run in runs]).as_json()["settings"]
+    assert settings == {"evaluation.patience": ["9", "null"], "model.reuse_frozen_layers": ["true", "false"]}
+
+
 def test_p_values_are_two_sided_and_raised_for_the_number_of_comparisons():
     import numpy as np
 
