@@ -22,8 +22,8 @@ from peftune.config.schema import DataConfig, EvaluationConfig, ModelConfig, Tra
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.readers import READERS
 from peftune.data.sources import read_records
-from peftune.reopen import prompts_of
 from peftune.tasks import TASKS
+from peftune.tasks.prompts import prompts_of
 from peftune.tasks.text import Text, open_text
 from tests import tiny
 

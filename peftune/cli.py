@@ -21,6 +21,7 @@ from peftune.errors import (
     MachineError,
     PeftuneError,
     guarded,
+    refuse_unwritable,
     writing_to,
 )
 from peftune.imports import without_search_for_garbage
@@ -175,6 +176,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         from peftune.reopen import held_out, open_trained, opened, score
         from peftune.report.closing import show_metrics
 
+    if parsed.output:
+        refuse_unwritable(parsed.output, "--output")
     with opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         split = parsed.split or held_out(trained.config)
@@ -219,6 +222,7 @@ def _predict(parsed: argparse.Namespace) -> int:
     if os.path.exists(parsed.input) and os.path.exists(parsed.output) and os.path.samefile(parsed.input, parsed.output):
         raise MachineError(Fault(kind="environment", file=parsed.output, message="--output is the --input",
                                  mend="give another --output"))
+    refuse_unwritable(parsed.output, "--output")
     with opened(only_json=False) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         with display.phase("predict"):

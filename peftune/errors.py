@@ -139,6 +139,22 @@ def writing_to(name: str, option: str) -> Iterator[None]:
                                  mend=f"give another {option}")) from None
 
 
+def refuse_unwritable(name: str, option: str) -> None:
+    """Raise MachineError where a file that a user has named by `option` cannot be written, before any work."""
+    path = Path(name)
+    there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
+    if there == path and path.is_dir():
+        said = "is a folder"
+    elif there != path and not there.is_dir():
+        said = f"{there} is no folder"
+    elif not os.access(there, os.W_OK):
+        said = f"{there} is read-only, or not yours"
+    else:
+        return
+    raise MachineError(Fault(kind="environment", file=name, message=f"cannot be written: {said}",
+                             mend=f"give another {option}"))
+
+
 def faults_of(look: Callable[[], object]) -> list[Fault]:
     """Do something for its faults alone."""
     try:
@@ -220,11 +236,12 @@ def report_exit_code(code: int, *, alone: bool = False) -> int:
 
 def say(message: str) -> None:
     """One message on standard error, from the main process alone."""
-    if _is_main():
+    if is_main():
         print(message, file=sys.stderr, flush=True)
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this is the only process, or the one of several that speaks."""
     return os.environ.get("RANK", "0") == "0"
 
 

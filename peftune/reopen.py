@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ from torch import nn
 
 from peftune.config.load import load
 from peftune.config.schema import ModelConfig, RunConfig
-from peftune.data.canonical import refuse_surrogates
-from peftune.data.examples import Example
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.rows import RawRow
 from peftune.data.sources import as_sources, fingerprint, read_records
 from peftune.data.store import MemorySplit, Split
-from peftune.data.targets import RowFault, Targets
+from peftune.data.targets import Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
 from peftune.loop.checkpoint import is_checkpoint, load_weights_of
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
@@ -40,7 +38,8 @@ from peftune.observe.display import Display
 from peftune.parallel.names import refuse_divided_sequences
 from peftune.parallel.world import World, opened_world
 from peftune.tasks import TASKS
-from peftune.tasks.task import BoundEncoder, Record, Task
+from peftune.tasks.prompts import prompts_of
+from peftune.tasks.task import Record, Task
 from peftune.tasks.text import Text, data_warnings, open_text, quiet_libraries
 from peftune.tasks.token_classification import scheme_of
 
@@ -190,26 +189,6 @@ def predict_rows(trained: Trained, rows: Iterable[RawRow]) -> list[Record]:
     return predict(evaluator, trained.model, MemorySplit(examples), name="predict", generate=True, scored=False)
 
 
-def prompts_of(rows: Iterable[RawRow], encoder: BoundEncoder, columns: Mapping[str, str]) -> list[Example]:
-    """Records as examples to predict from. Raises DataError, as `predict_file`."""
-    examples: list[Example] = []
-    faults: list[Fault] = []
-    for number, raw in enumerate(rows):
-        values = {**raw.values, **{want: raw.values[given] for want, given in columns.items() if given in raw.values}}
-        try:
-            refuse_surrogates(values)
-            found = encoder.task.encode_prompt(values, encoder.text)
-        except RowFault as error:
-            faults.append(Fault(kind="data", file=raw.file, line=raw.line, message=error.message, mend=error.mend))
-            continue
-        own = str(number) if values.get("id") is None else values["id"]
-        examples += [replace(example, targets=example.targets or [0], record={
-            **example.record, "id": own if isinstance(own, str | int) else str(own)}) for example in found]
-    if faults:
-        raise DataError(faults)
-    return examples
-
-
 def find_trained(name: str, config_path: str | None, *, needs_data: bool = True) -> tuple[str, RunConfig]:
     """The folder of weights (or hub id) that a name stands for, and the config it goes with.
 
@@ -228,7 +207,7 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
             if not holds_weights(weights):
                 raise RunFolderError(Fault(kind="run_folder", file=str(run), message="no trained weights in final/",
-                                           mend="let the run finish: start it again and it continues"))
+                                           mend=f"let the run finish: start it again and it continues{_or_best(run)}"))
             return str(weights), load([config_path or str(run / "config.yaml")])
     if config_path is None and not needs_data:
         return name, _config_of_folder(name)
@@ -236,6 +215,10 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
         raise ConfigError(Fault(kind="config", message=f"{name} is no run folder; a bare model needs a config",
                                 mend="--config CONFIG.yaml, with the task and the data"))
     return name, load([config_path])
+
+
+def _or_best(run: Path) -> str:
+    return f"; or give {run / 'best'}" if holds_weights(run / "best") else ""
 
 
 HEADS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",

@@ -17,7 +17,7 @@ LISTENING = listen() if __name__ == "__main__" else None
 
 from peftune.config.load import load
 from peftune.config.schema import RunConfig
-from peftune.errors import EXIT_DONE, guarded
+from peftune.errors import EXIT_DONE, guarded, is_main
 from peftune.imports import without_search_for_garbage
 
 
@@ -37,10 +37,12 @@ def train(config: RunConfig, stop: Stop) -> dict[str, Any]:
     from peftune.loop.finish import finish
     from peftune.loop.fit import fit
     from peftune.report.closing import show_summary
-    from peftune.report.page import write_report
+    from peftune.report.page import PAGE, write_report
 
     with build(config, stop) as built:
         if built.run is None:
+            if is_main() and not (Path(config.output_dir) / PAGE).exists():  # it was stopped, or the disk full, before
+                write_report(Path(config.output_dir))
             show_summary(built.display, config.output_dir, built.summary or {}, done_before=True)
             return built.summary or {}
         stop.wait_for_steps(config.deadline_s)

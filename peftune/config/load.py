@@ -91,7 +91,12 @@ def _overrides(arguments: Sequence[str]) -> Document:
         try:
             value = parse_value(text)
         except (yaml.YAMLError, ValueError) as error:
-            faults.append(Fault(kind="config", file=COMMAND_LINE, message=f"{argument}: not a YAML value: {error}"))
+            faults.append(Fault(kind="config", file=COMMAND_LINE, message=f"{argument}: not a YAML value: {error}",
+                                mend=f"quote it for YAML, and for the shell: \"{key}='...'\""))
+            continue
+        if path == ("base",):
+            faults.append(Fault(kind="config", file=COMMAND_LINE, message=f"{argument}: a base is inherited by a file",
+                                mend=f"write base: {text} into the config, or a config that has it"))
             continue
         for part in reversed(path):
             value = {part: value}
@@ -102,11 +107,12 @@ def _overrides(arguments: Sequence[str]) -> Document:
 
 
 def _faults(details: Sequence[ErrorDetails], document: Document) -> list[Fault]:
-    """One fault a key: a union reports every member that did not fit, the reader needs one line."""
+    """One fault a key: a union reports every member that did not fit, the reader needs one line, of the key inside."""
     by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in details:
         by_path.setdefault(_written_path(detail, document.values), []).append(detail)
-    return [_fault(path, several, document) for path, several in by_path.items()]
+    return [_fault(path, several, document) for path, several in by_path.items()
+            if not any(len(inner) > len(path) and inner[:len(path)] == path for inner in by_path)]
 
 
 def _written_path(detail: ErrorDetails, values: Any) -> KeyPath:

@@ -13,11 +13,11 @@ from peftune.data.targets import RowFault
 from peftune.errors import DataError, Fault
 
 COLUMNS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
-    "preference": ("chosen", "rejected"),
     "classification": ("text", "label"),
     "ner": ("tokens", "ner_tags"),
     "squad": ("question", "context"),
@@ -31,7 +31,7 @@ LOOKED_AT = 100
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("sentence", "content", "review", "query", "utterance", "premise", "document"),
     "label": ("labels", "intent", "category", "class", "sentiment", "target", "score"),
-    "prompt": ("question", "input", "query", "instruction"),
+    "prompt": ("question", "instruction", "query", "input"),
     "completion": ("answer", "response", "output", "chosen"),
     "messages": ("conversation", "chat", "dialog", "dialogue"),
     "ner_tags": ("tags", "labels", "tag", "ner"),
@@ -41,6 +41,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "answers": ("answer",),
     "chosen": ("preferred", "accepted", "winner"),
     "rejected": ("dispreferred", "loser"),
+    "output": ("response",),
+    "input": ("context",),
+    "system": ("system_prompt",),
 }
 
 @dataclass(slots=True)
@@ -88,7 +91,7 @@ def _canonical_row(
 ) -> Row | None:
     try:
         fields = CANONICAL[found.formats[raw.file]](values)
-        refuse_surrogates(fields)
+        refuse_surrogates([fields, str(values.get("id"))])
     except RowFault as bad:
         found.faults.add(Fault(kind="data", file=raw.file, line=raw.line, message=bad.message, mend=bad.mend))
         return None
@@ -121,6 +124,8 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
     if fitting[best]:
         return best
     raw, values = first[0]
+    if format != "auto":
+        _refuse_given(first, format, accepts)
     needs = "; ".join(f"{name}: {', '.join(COLUMNS[name])}" for name in candidates)
     renames = [f"{expected}: {given}" for expected, others in OTHER_NAMES.items() for given in values
                if given.lower() in (expected, *others) and expected not in values
@@ -131,6 +136,17 @@ def _format_of(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, a
         mend=(f"perhaps data.columns={{{', '.join(renames[:3])}}}" if renames
               else "rename them with data.columns={expected: given}"),
     ))
+
+
+def _refuse_given(first: Sequence[tuple[RawRow, Mapping[str, Any]]], format: str, accepts: tuple[str, ...]) -> None:
+    """Raise DataError where another format than the given one is there by its columns."""
+    try:
+        found = _format_of(first, "auto", accepts)
+    except DataError:
+        return
+    raw, needs = first[0][0], ", ".join(COLUMNS[format])
+    raise DataError(Fault(kind="data", file=raw.file, line=raw.line, message=f"data.format = {format!r} needs {needs}; "
+                          f"the columns are those of {found}", mend=f"data.format=auto, or {found}"))
 
 
 def prompt_format(values: Mapping[str, Any], format: str) -> str | None:

@@ -43,6 +43,7 @@ def files_of(source: Source) -> list[Path]:
     if not files:
         raise DataError(file_fault(source.path, None, missing, _mend_missing(path)))
     for file in files:
+        refuse_odd_name(str(file))
         if not file.is_file():
             raise DataError(file_fault(str(file), None, "no regular file",
                                        "name a file: a device or a pipe may never end"))
@@ -51,6 +52,13 @@ def files_of(source: Source) -> list[Path]:
                                        f"use one of {', '.join(READERS)}"))
     refuse_hub_settings(source)
     return files
+
+
+def refuse_odd_name(name: str) -> None:
+    """Raise DataError for a name of a file that is no UTF-8: neither a config nor what a run writes can hold it."""
+    plain = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    if plain != name:
+        raise DataError(file_fault(plain, None, "the name of the file is not UTF-8", "rename it"))
 
 
 def _refuse_saved_by_datasets(folder: Path) -> None:
@@ -88,6 +96,7 @@ def read(source: Source, faults: Faults) -> Iterator[RawRow]:
 
 def read_records(path: str) -> list[RawRow]:
     """All records of one file. Raises DataError: missing, empty or broken."""
+    refuse_odd_name(path)
     if not Path(path).is_file():
         raise DataError(file_fault(path, None, "no such file", _mend_missing(Path(path))))
     faults = Faults()

@@ -48,7 +48,7 @@ class FolderLock:
         if self._file is not None:
             return
         if not self._folder.is_dir():
-            self._see_whether_it_can_be_made()
+            refuse_unmakeable(self._folder)
             return
         names = {path.name for path in self._folder.iterdir()}
         if names and not names & {LOCK, "config.yaml"}:
@@ -101,11 +101,21 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
 
-    def _see_whether_it_can_be_made(self) -> None:
-        """Before a model is loaded for it."""
-        parent = next(folder for folder in self._folder.absolute().parents if folder.exists())
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise refused(self._folder, f"{parent} is read-only, or not yours")
+
+def refuse_unmakeable(folder: Path) -> None:
+    """See whether a run folder can be made, before a model is loaded for it.
+
+    Raises:
+        RunFolderError: a file, or a link that leads nowhere, is in its way.
+        Unwritable: nobody can write there.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link that leads nowhere"
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"cannot be made: {there} is {kind}",
+                                   mend="choose another output_dir"))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise refused(folder, f"{there} is read-only, or not yours")
 
 
 def _who(said: str) -> tuple[str | None, str]:

@@ -13,7 +13,7 @@ import yaml
 
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, verify
-from peftune.loop.lock import LOCK
+from peftune.loop.lock import LOCK, refuse_unmakeable
 from peftune.loop.publish import published, recover, write_text
 from peftune.loop.state import TrainState
 
@@ -48,9 +48,6 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     if resume not in ("auto", "never"):
         return _named_checkpoint(Path(resume), folder, config, data)
     if not (folder / "config.yaml").is_file():
-        others = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
-        if others:
-            raise _error(folder, f"holds other files ({', '.join(others[:5])}) and no run", "choose another output_dir")
         return Start()
     if resume == "never":
         raise _error(folder, "holds a run already, and resume=never", "choose another output_dir, or resume=auto")
@@ -100,9 +97,10 @@ def keep_best(state: TrainState, checkpoint: Path | None, folder: Path, warn: Ca
 
 def refuse_unusable(folder: Path, resume: str) -> None:
     """Raise RunFolderError where no run whatever could begin in `folder`, or go on from `resume`."""
-    if folder.exists() and not folder.is_dir():
-        raise _error(folder, "output_dir is a file", "choose another output_dir")
+    if not folder.is_dir():
+        refuse_unmakeable(folder)
     if resume in ("auto", "never"):
+        _refuse_other_files(folder)
         return
     if not Path(resume).is_dir():
         raise _error(Path(resume), "resume: no such checkpoint folder",
@@ -124,6 +122,13 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], da
             f"{checkpoint} lies in no run folder with a manifest.json: whether its data were these is not known",))
     _same_data(manifest, data, "put the files back, or resume=auto, which begins anew in a new output_dir")
     return Start(checkpoint)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Files of a folder that is no run's."""
+    others = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
+    if others and not (folder / "config.yaml").is_file():
+        raise _error(folder, f"holds other files ({', '.join(others[:5])}) and no run", "choose another output_dir")
 
 
 def _refuse_other_folder(folder: Path) -> None:

@@ -36,6 +36,8 @@ TASK_TYPES = {
     "sequence_classification": TaskType.SEQ_CLS, "token_classification": TaskType.TOKEN_CLS,
     "question_answering": TaskType.QUESTION_ANS, "causal_lm": TaskType.CAUSAL_LM, "preference": TaskType.CAUSAL_LM,
 }
+HEADS = ("classifier", "score", "qa_outputs")
+"""Modules to save that PEFT adds for its tasks, whatever the model calls its own."""
 
 
 def peft_config(
@@ -110,6 +112,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         ModelError: the targets match nothing, or the method does not suit the model.
     """
+    _refuse_absent(model, config)
     start = config.init_lora_weights if isinstance(config, LoraConfig) else None
     if takes_factors(start):
         config.init_lora_weights = True  # PEFT would write into the base weights
@@ -120,10 +123,10 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
                                mend=_target_names(model, config))) from None
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         named = "target_modules" in vars(config)
-        targets = f", or adapter.target_modules ({_target_names(model, config)})" if named else ""
+        also = f", or adapter.target_modules ({_target_names(model, config)})" if named else ""
         raise ModelError(Fault(
             kind="model", message=f"adapter.method = {config.peft_type.value.lower()} does not fit "
-            f"{type(model).__name__}: {error}", mend=f"mend the field that it names{targets}",
+            f"{type(model).__name__}: {error}", mend=f"mend the field that it names{also}",
         )) from error
     _refuse_unmatched(adapted, config)
     for module in adapted.modules():
@@ -132,6 +135,24 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     if takes_factors(start):
         start_from_factors(adapted, str(start))
     return adapted
+
+
+def _refuse_absent(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Raise ModelError for names, among targets and modules to save, that no module has: PEFT would take no notice. Of
+    targets that are absent one and all it says so itself."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    targets = vars(config).get("target_modules") or ()
+    targets = [] if isinstance(targets, str) else sorted(targets)
+    lacking = [key for key in targets if not any(name.endswith(f".{key}") for name in names)]
+    if 0 < len(lacking) < len(targets):
+        raise ModelError([Fault(kind="model", message=f"adapter.target_modules: no module is called {key!r}",
+                                mend=_target_names(model, config)) for key in lacking])
+    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if [*module.parameters(False)]})
+    absent = [key for key in vars(config).get("modules_to_save") or ()
+              if key not in HEADS and not any(name.endswith(key) for name in names)]
+    if absent:
+        raise ModelError([Fault(kind="model", message=f"adapter.modules_to_save: no module is called {key!r}",
+                                mend=f"modules with weights here: {', '.join(leaves)}") for key in absent])
 
 
 def _refuse_unmatched(model: PeftModel, config: PeftConfig) -> None:
@@ -192,7 +213,9 @@ def _target_names(model: nn.Module, config: PeftConfig) -> str:
                      if ("Norm" in type(module).__name__ if norms else isinstance(module, nn.Linear))})
     targets = getattr(config, "target_modules", None) or ()  # not every method has targets
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = [match for name in wanted for match in difflib.get_close_matches(name, leaves, n=1)]
+    near = [match for name in wanted if name not in leaves for match in difflib.get_close_matches(name, leaves, n=1)]
     hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+    if isinstance(targets, str) and targets in leaves:
+        hint = f"[{targets}], as a list: a text is a pattern of whole names; "
     kind, all_of_them = ("norms", "") if norms else ("linear layers", "; or all-linear")
     return f"{hint}{kind} here: {', '.join(leaves)}{all_of_them}"

@@ -97,7 +97,8 @@ def _training(trained: Story) -> Iterator[str]:
         f"{summary['steps']}, {train['batch_size']} examples a step, seed {trained.config['seed']}",
         f"- {train['optimizer']}, peak learning rate {train['learning_rate']}, {train['lr_scheduler']}, "
         f"{trained.config['model']['dtype']}, {summary['strategy']} on {summary['world_size']}",
-        "- all weights" if adapter is None else "- " + ", ".join(f"{key} {value}" for key, value in adapter.items()),
+        "- all weights" if adapter is None else "- " + ", ".join(
+            f"{key} {value}" for key, value in adapter.items() if value is not None),
         "- " + ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions),
     ])
 

@@ -74,6 +74,7 @@ LIMITS: tuple[Refusal[Asked], ...] = (
         "peft_type", lambda a: "peft_type" in a.values,
         "adapter.method names the method", "adapter.method with that name, and leave adapter.peft_type out",
     ),
+    Refusal("task_type", lambda a: "task_type" in a.values, "task says it for the whole run", "leave it out"),
     Refusal(
         "inference_mode", lambda a: bool(a.values.get("inference_mode")),
         "the adapter would be frozen, and nothing would train", "leave it out",

@@ -45,10 +45,11 @@ def line_chart(curves: Sequence[Curve]) -> str:
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
              f'aria-label="{html.escape(", ".join(name for _, name, _ in drawn))}">']
-    for value in _ticks(y_low, y_high):
+    ticks = _ticks(y_low, y_high)
+    for value, label in zip(ticks, _labels(ticks), strict=True):
         y = place(x_low, value)[1]
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 3:.1f}" text-anchor="end">{_label(value)}</text>')
+                     f'<text x="{LEFT - 6}" y="{y + 3:.1f}" text-anchor="end">{label}</text>')
     parts.append(f'<text x="{LEFT}" y="{HEIGHT - 5}">{x_low:g}</text>'
                  f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">step {x_high:g}</text>')
     for colour, name, points in drawn:
@@ -88,8 +89,17 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _label(value: float) -> str:
-    """At most seven characters."""
+def _labels(values: Sequence[float]) -> list[str]:
+    """Each with as few digits as tell them apart: seven characters, or a digit or two more for a narrow span."""
+    for more in range(4):
+        labels = [_label(value, more) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _label(value: float, more: int) -> str:
+    """`more`: digits besides the usual ones."""
     if abs(value) >= 100_000 or 0 < abs(value) < 0.001:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:.{1 + more}e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:,.{more}f}" if abs(value) >= 1000 else f"{value:.{3 + more}g}"

@@ -75,11 +75,16 @@ def _names(runs: Sequence[Finished]) -> list[str]:
 
 
 def _settings(runs: Sequence[Finished], names: Sequence[str]) -> Table:
-    flat = [dict(_flat(run.settings)) for run in runs]
+    flat = [{key: _written(value) for key, value in _flat(run.settings)} for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings if key not in NOT_COMPARED)
-    rows = [[key, *(str(settings.get(key, "-")) for settings in flat)] for key in keys
-            if len({str(settings.get(key, "-")) for settings in flat}) > 1]
+    rows = [[key, *(settings.get(key, "-") for settings in flat)] for key in keys
+            if len({settings.get(key, "-") for settings in flat}) > 1]
     return Table("", ("setting", *names), rows)
+
+
+def _written(value: Any) -> str:
+    """As a config has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from peftune.loop.publish import write_text
+from peftune.loop.publish import write_text, writing
 from peftune.report import sections
 from peftune.report.comparison import compare
 from peftune.report.outcomes import outcome
@@ -19,6 +19,8 @@ from peftune.report.verdict import verdict
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True)
+PAGE = "report.html"
+"""In the run folder."""
 
 
 def write_report(folder: Path, to: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -28,12 +30,12 @@ def write_report(folder: Path, to: Path | None = None) -> tuple[Path, dict[str, 
         Its path, and what `peftune report --json` prints: the summary, the verdict, and the page's path.
 
     Raises:
-        RunFolderError: the folder holds no finished run.
+        RunFolderError: the folder holds no finished run, or the page cannot be written.
     """
     run = open_finished(folder)
     remarks = verdict(run)
-    page = to or folder / "report.html"
-    write_text(page, TEMPLATES.get_template("run.html").render(
+    page = to or folder / PAGE
+    _write(page, TEMPLATES.get_template("run.html").render(
         title=f"{run.name}: {run.summary['task'].replace('_', ' ')}", subtitle=sections.subtitle(run), remarks=remarks,
         scores=sections.score_table(run), figures=sections.figures(run), outcome=outcome(run),
         data=sections.data_tables(run), findings=sections.findings(run), checks=sections.checks(run),
@@ -45,10 +47,15 @@ def write_comparison(folders: Sequence[Path], to: Path) -> tuple[Path, dict[str,
     """Write the page that lays several runs beside each other, the first one being what the others are compared with.
 
     Raises:
-        RunFolderError: a folder holds no finished run.
+        RunFolderError: a folder holds no finished run, or the page cannot be written.
     """
     runs: list[Finished] = [open_finished(folder) for folder in folders]
     compared = compare(runs)
-    write_text(to, TEMPLATES.get_template("comparison.html").render(
+    _write(to, TEMPLATES.get_template("comparison.html").render(
         title=" · ".join(compared.summaries), compared=compared))
     return to, {"page": str(to), **compared.as_json()}
+
+
+def _write(page: Path, text: str) -> None:
+    with writing(page):
+        write_text(page, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -66,7 +67,8 @@ def _init(parsed: argparse.Namespace) -> int:
         name, found, about=f"Made by `peftune init {parsed.data}`.", output_dir=f"runs/{Path(name).stem}",
         model=parsed.model, data={"train": rows, "validation": _number(parsed.validation), "test": parsed.test}))
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
-    classes = f", {len(found.classes)} classes" if found.classes else ""
+    number = len(found.classes)
+    classes = f", {number} class{'es' * (number != 1)}" if number else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
     notes = "".join(f"{on_a_line(note)}\n" for note in found.notes)
     print(f"{name}: {found.task}{columns}{classes}\n{notes}next: peftune check {name}, then peftune train {name}")
@@ -98,11 +100,12 @@ def _look(data: str, task: str | None, columns: dict[str, str]) -> Guess:
         from peftune.config.rules import FORMATS
         from peftune.config.schema import Source
         from peftune.data.rows import Faults
-        from peftune.data.sources import files_of, read
+        from peftune.data.sources import files_of, read, refuse_odd_name
         from peftune.starter.guess import Guess, guess
 
     if task is not None and task not in FORMATS:
         raise ConfigError(Fault(kind="config", message=f"--task {task} is unknown", mend=f"use {', '.join(FORMATS)}"))
+    refuse_odd_name(data)
     source, faults = Source(path=data), Faults()
     files = files_of(source)
     if not files:
@@ -163,6 +166,6 @@ def _write(name: str, text: str) -> None:
         Path(name).write_text(text, encoding="utf-8")
     try:
         load([name])
-    except PeftuneError:
+    except PeftuneError as error:
         Path(name).unlink()
-        raise
+        raise ConfigError([replace(fault, file=None, line=None) for fault in error.faults]) from None

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftune.config.document import read
+from peftune.config.document import Document, read
+from peftune.config.load import validate
 from peftune.config.names import FAMILIAR
-from peftune.errors import ConfigError, Fault
+from peftune.errors import ConfigError, Fault, faults_of
 from peftune.starter.foreign_data import axolotl_data, llamafactory_data
 
 SHARED = {
@@ -39,6 +40,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     | {"constant_with_warmup": "constant"},
     "train.optimizer": dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
     | {name: name for name in ("adamw_8bit", "paged_adamw_8bit", "sgd")} | {"adamw_bnb_8bit": "adamw_8bit"},
+    "model.gradient_checkpointing": {True: True, False: False, "unsloth": True, "offload": True, "offload_disk": True},
 }
 """Keys of ours that take other words there -> their word to ours."""
 ATTENTIONS = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "sdpa": "sdpa", "disabled": "eager"}
@@ -51,6 +53,14 @@ NEEDLESS = frozenset((
     "load_best_model_at_end", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model",
 ))
 """Keys about their own workings, which need no counterpart."""
+WHERE: Mapping[str, str] = {
+    **FAMILIAR, "tokens": "model.added_tokens", "add_tokens": "model.added_tokens",
+    "add_special_tokens": "model.added_special_tokens", "special_tokens": "the tokenizer's own are taken",
+    "lora_model_dir": "adapter.init_from", "adapter_name_or_path": "adapter.init_from",
+    "pissa_init": "adapter.init_lora_weights=pissa", "mlflow_experiment_name": "MLFLOW_EXPERIMENT_NAME sets it",
+    "fsdp_config": FAMILIAR["fsdp"], "fsdp_version": FAMILIAR["fsdp"],
+}
+"""Where here that is said which is not taken over."""
 
 
 @dataclass(slots=True)
@@ -102,16 +112,28 @@ def translate(path: str, dialect: Dialect, devices: int) -> Translation:
         words = VALUES.get(ours or "")
         if ours is None:
             found.leave(key, value, "needless here" if key in NEEDLESS
-                        else FAMILIAR.get(key, "has no counterpart here"))
+                        else WHERE.get(key, "has no counterpart here"))
         elif ours.startswith("adapter.") and not adapted:
             found.leave(key, value, "all weights train, without an adapter")
         elif words is not None and value not in list(words):  # a list or a mapping is no key
-            found.leave(key, value, f"{ours} takes {', '.join(dict.fromkeys(words.values()))}")
+            found.leave(key, value, f"{ours} takes {', '.join(dict.fromkeys(map(str, words.values())))}")
+        elif unsuited := _unsuited(ours, value):
+            found.leave(key, value, unsuited)
         else:
             found.ours[ours] = value if words is None else words[value]
     if not adapted:
         found.ours["adapter"] = None
     return found
+
+
+def _unsuited(key: str, value: Any) -> str:
+    """What our key takes, where a number of theirs does not suit it: -1 for no bound, or a share of the steps."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    section, _, name = key.partition(".")
+    values: dict[str, Any] = {"task": "causal_lm", "model": {"name_or_path": "any"}, "data": {"train": "any"}}
+    values[section] = {**values.get(section, {}), name: value} if name else value
+    return "".join(f"{key}: {fault.mend}" for fault in faults_of(lambda: validate(Document(values)))[:1])
 
 
 def _llamafactory(found: Translation, devices: int) -> None:
@@ -122,10 +144,12 @@ def _llamafactory(found: Translation, devices: int) -> None:
     found.ours["task"] = task[stage]
     if stage == "pt":
         found.ours |= {"data.format": "text", "data.too_long": "split"}
-    tuned = found.take("finetuning_type", "lora")
-    if tuned not in ("lora", "full"):
-        raise _refused(f"finetuning_type: {tuned}", "lora or full")
-    if tuned == "lora":
+    if stage == "dpo" and (loss := found.take("pref_loss", "sigmoid")) != "sigmoid":
+        raise _refused(f"pref_loss: {loss}", "sigmoid, which is DPO")
+    method = found.take("finetuning_type", "lora")
+    if method not in ("lora", "full"):
+        raise _refused(f"finetuning_type: {method}", "lora or full")
+    if method == "lora":
         rank = found.theirs.get("lora_rank", 8)
         found.ours |= {"adapter.method": "lora", "adapter.r": rank, "adapter.lora_alpha": 2 * rank,
                        "adapter.target_modules": _targets(found.take("lora_target", "all"))}
@@ -186,6 +210,8 @@ def _axolotl(found: Translation, devices: int) -> None:
         found.ours["data.chat_template"] = "chatml"
     elif template != "tokenizer_default":
         found.leave("chat_template", template, "the tokenizer's own is taken; data.chat_template sets another")
+    if found.theirs.get("wandb_project"):
+        found.leave("wandb_project", found.theirs["wandb_project"], "WANDB_PROJECT sets it; log.trackers has wandb")
     trackers = [name for name, key in (("wandb", "wandb_project"), ("mlflow", "use_mlflow"), ("trackio", "use_trackio"),
                                        ("tensorboard", "use_tensorboard")) if found.take(key)]
     found.ours["log.trackers"] = trackers
@@ -193,6 +219,8 @@ def _axolotl(found: Translation, devices: int) -> None:
         times = found.take(key, 1)
         if times != 1:
             found.leave(key, times, f"{ours}.every_steps counts steps; null is once an epoch")
+    if found.theirs.get("bf16") is False and not found.theirs.get("fp16"):
+        found.ours["model.dtype"] = "float32"
     _shared(found, "micro_batch_size", 1, devices)
     axolotl_data(found.take, found.ours, found.leave)
 

@@ -13,6 +13,8 @@ Leave = Callable[[str, Any, str], None]
 """Key, value, why it is not taken over."""
 READ = {"file_name", "hf_hub_url", "subset", "split", "formatting", "ranking", "columns", "tags"}
 """What is read of a data set in dataset_info.json."""
+TYPES = frozenset(("", "alpaca", "sharegpt", "chat_template"))
+"""Of Axolotl's data sets: what the columns of their rows show."""
 
 
 def llamafactory_data(take: Take, ours: dict[str, Any], leave: Leave) -> None:
@@ -58,24 +60,33 @@ def _registered(name: str, known: Any, folder: Path, ours: dict[str, Any], leave
 
 
 def axolotl_data(take: Take, ours: dict[str, Any], leave: Leave) -> None:
-    """A list of data sets, and the share to validate with."""
-    sources = []
-    for number, given in enumerate(take("datasets", [])):
-        entry = dict(given)
-        path, files = entry.pop("path"), entry.pop("data_files", None)
-        if files is not None:
-            path = files if isinstance(files, str) else files[0]
-            if not isinstance(files, str) and len(files) > 1:
-                leave(f"datasets[{number}].data_files", files[1:], "one source each: add them to data.train")
-        name = entry.pop("name", None)
-        sources.append({"path": f"{path}:{name}" if name else path, "split": entry.pop("split", None) or "train"})
-        entry.pop("ds_type", None)
-        if str(entry.pop("type", "")).partition(":")[0] == "completion":
-            ours |= {"data.format": "text", "data.too_long": "split"}
-        for key, value in entry.items():
-            leave(f"datasets[{number}].{key}", value, "formats are found from the columns; data.columns renames them")
-    ours["data.train"] = sources or "data/train.jsonl"
+    """Lists of data sets to learn from and to validate with, or the share to validate with."""
+    given = take("datasets", [])
+    kinds = [str(entry.get("type", "")).partition(":")[0] for entry in given]
+    texts = set(kinds) == {"completion"}
+    if texts:
+        ours |= {"data.format": "text", "data.too_long": "split"}
+    found = TYPES | {"completion"} if texts else TYPES
+    ours["data.train"] = _sources("datasets", given, found, leave) or "data/train.jsonl"
     share = take("val_set_size", 0)
-    ours["data.validation"] = share if 0 < share < 1 else None
+    ours["data.validation"] = _sources("test_datasets", take("test_datasets", []), found, leave) or (
+        share if 0 < share < 1 else None)
     if share >= 1:
         leave("val_set_size", share, "data.validation is a share, or a file")
+
+
+def _sources(key: str, entries: list[Any], found: frozenset[str], leave: Leave) -> list[dict[str, Any]]:
+    """One source for each file, or data set of the hub. `found`: types that need no word, since rows show them."""
+    sources = []
+    for number, given in enumerate(entries):
+        entry = dict(given)
+        path, files = entry.pop("path"), entry.pop("data_files", None)
+        name, split = entry.pop("name", None), entry.pop("split", None) or "train"
+        paths = [f"{path}:{name}" if name else path] if files is None else [files] if isinstance(files, str) else files
+        sources += [{"path": one, "split": split} for one in paths]
+        entry.pop("ds_type", None)
+        if str(entry.get("type", "")).removesuffix(".default") in found:
+            entry.pop("type", None)
+        for name, value in entry.items():
+            leave(f"{key}[{number}].{name}", value, "formats are found from the columns; data.columns renames them")
+    return sources

@@ -22,9 +22,14 @@ ALSO_READ: Mapping[str, tuple[str, ...]] = {
     "classification": ("text_pair",), "squad": ("answers", "is_impossible"),
     "prompt_completion": ("system",), "preference": ("prompt", "messages", "conversations", "system", "tools")}
 """Columns that a format takes where they are there."""
+SOUGHT: Mapping[str, tuple[str, ...]] = {
+    "squad": ("answers",), "preference": ("prompt", "system"), "alpaca": ("input", "system"),
+    "prompt_completion": ("system",), "messages": ("system",), "sharegpt": ("system",)}
+"""Those of them that are looked for under other usual names too."""
 MOST_CLASSES, ROWS_A_CLASS, LONGEST_CLASS = 20, 5, 60
 """A column of classes has few values, or at least so many rows for each, none longer than that."""
 MOST_REASONS = 3
+_WHICH = "say which is which: --columns text=ONE label=ANOTHER, or prompt=ONE completion=ANOTHER"
 _AS_LISTS = 'where a row has several classes, write them as one list in JSON Lines: {"label": ["toxic"]}'
 PAIRS = (("premise", "hypothesis"), ("question", "sentence"), ("query", "document"), ("query", "passage"))
 """Names of the two texts of a pair; others end in 1 and 2, or a and b."""
@@ -96,11 +101,11 @@ def _fitting(
         format, renames = named[0]
         said = _reasons(rows, format, renames)
         raise DataError(Fault(kind="data", file=file, message=f"looks like {TASK_OF[format]} ({format}), but {said}",
-                              mend="mend the rows, or say which is which: --columns text=THE_COLUMN label=ANOTHER"))
+                              mend=f"mend the rows, or {_WHICH}"))
     names = dict.fromkeys(name for row in rows for name in row)
     wanted = "; ".join(f"{TASK_OF[name]}: {', '.join(COLUMNS[name])}" for name in formats)
     raise DataError(Fault(kind="data", file=file, message=f"columns {', '.join(names)} suit no task ({wanted})",
-                          mend="say which is which: --columns text=THE_COLUMN label=ANOTHER"))
+                          mend=_WHICH))
 
 
 def _named(
@@ -110,13 +115,13 @@ def _named(
     names = list(dict.fromkeys(name for row in rows for name in row))
     for format in formats:
         renames: dict[str, str] = {}
-        for expected in (*COLUMNS[format], *(("answers",) if format == "squad" else ())):
+        for expected in (*COLUMNS[format], *SOUGHT.get(format, ())):
             usual = (expected, *(OTHER_NAMES.get(expected, ()) if loose else ()))
             same = [name for one in usual for name in names
                     if name == one or (loose and name.lower() == one and name not in renames.values())]
             if expected in given:
                 renames[expected] = given[expected]
-            elif same:
+            elif same and (expected in COLUMNS[format] or same[0] not in renames.values()):
                 renames[expected] = same[0]
         if renames.keys() >= set(COLUMNS[format]) and len(set(renames.values())) == len(renames):
             yield format, {expected: name for expected, name in renames.items() if expected != name}

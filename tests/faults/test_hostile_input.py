@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from peftune import cli
 from peftune.config.load import load
 from peftune.config.schema import AdapterConfig, DataConfig, EvaluationConfig, ModelConfig, TrainConfig
 from peftune.data import chat
@@ -17,8 +18,8 @@ from peftune.data.sources import read_records
 from peftune.errors import ConfigError, DataError, Fault, ModelError, PeftuneError, RunFolderError, guarded
 from peftune.model.assemble import assemble
 from peftune.parallel.pieces import PieceReader
-from peftune.reopen import prompts_of
 from peftune.tasks import TASKS
+from peftune.tasks.prompts import prompts_of
 from peftune.tasks.text import Text, open_text
 from peftune.train import main
 from tests.conftest import write_config
@@ -94,6 +95,20 @@ def test_a_template_that_never_ends_is_stopped(decoder, monkeypatch):
     text = text_side("causal_lm", decoder, chat_template=loop)
     with pytest.raises(ConfigError, match="processor time"):
         chat.render(text.tokenizer, [{"role": "user", "content": "hi"}], None)
+
+
+def test_a_file_whose_name_is_no_utf_8_is_refused_and_told_to_be_renamed(classify, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "rows" / os.fsdecode(b"na\xefve.jsonl")
+    odd.parent.mkdir()
+    odd.write_text('{"text": "a", "label": "b"}\n')
+    config = str(write_config({**classify, "data": {"train": "rows/*.jsonl"}}, tmp_path / "c"))
+    for words in (["check", config], ["init", str(odd)]):
+        assert guarded(cli.main, words) == 2
+        said = capsys.readouterr()
+        assert "ve.jsonl: the name of the file is not UTF-8\n  mend: rename it" in said.out + said.err
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_records(str(odd))
 
 
 def test_half_a_surrogate_pair_in_a_prompt_is_refused_with_its_line(decoder, tmp_path):

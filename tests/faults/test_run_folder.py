@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from peftune.cli import main as cli
 from peftune.errors import EXIT_CODE_FILE, guarded, report_exit_code
 from peftune.loop.checkpoint import all_checkpoints, verify
 from peftune.loop.lock import LOCK, FolderLock
@@ -107,6 +108,24 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(clas
     allow(disk)
     said = capsys.readouterr()
     assert f"{disk} is read-only, or not yours" in said.err and "model" not in said.out
+
+
+@pytest.mark.parametrize(("output_dir", "why"), [
+    ("file", "cannot be made: {}/file is a file"), ("file/run", "cannot be made: {}/file is a file"),
+    ("nowhere", "cannot be made: {}/nowhere is a link that leads nowhere"),
+    ("nowhere/run", "cannot be made: {}/nowhere is a link that leads nowhere"),
+    ("mine", "holds other files (notes.txt) and no run")])
+def test_an_output_dir_that_no_run_can_have_is_named_by_check_and_before_training(
+        output_dir, why, classify, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    config = str(write_config({**classify, "output_dir": str(tmp_path / output_dir)}, tmp_path / "c"))
+    for door, words in ((cli, ["check", config]), (main, [config])):
+        assert guarded(door, words) == 2
+        said = capsys.readouterr()
+        assert why.format(tmp_path) in said.out + said.err and "model  " not in said.out
 
 
 def test_a_disk_that_becomes_read_only_is_said_and_the_next_start_finishes(

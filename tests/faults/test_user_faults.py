@@ -216,3 +216,14 @@ def test_an_input_that_is_missing_is_said_though_the_output_is_there(classify, t
     output.write_text("old")
     assert guarded(main, ["predict", str(folder), "--input", str(tmp_path / "no.jsonl"), "--output", str(output)]) == 2
     assert "no such file" in capsys.readouterr().err and output.read_text() == "old"
+
+
+@pytest.mark.parametrize("words", [["predict", "run", "--input", "rows.jsonl"], ["evaluate", "run"]])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_opened(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "folder").mkdir()
+    for output, why in (("folder", "is a folder"), ("rows.jsonl/out.jsonl", "rows.jsonl is no folder")):
+        assert guarded(main, [*words, "--output", output]) == 2
+        said = capsys.readouterr().err
+        assert f"{output}: cannot be written: " in said and f"{why}\n  mend: give another --output" in said

@@ -18,6 +18,7 @@ from tests.unit.test_methods import METHODS
     ({"method": "xlora"}, "trained already"),
     ({"inference_mode": True}, "nothing would train"),
     ({"peft_type": "IA3"}, "adapter.method names the method"),
+    ({"task_type": "CAUSAL_LM"}, "adapter.task_type: task says it"),
     ({"r": 0}, "adapter.r: a rank is a whole number"),
     ({"r": "8"}, "adapter.r: a rank is a whole number"),
     ({"r": True}, "adapter.r: a rank is a whole number"),
@@ -46,6 +47,9 @@ def test_a_pattern_for_a_layer_that_is_not_adapted_is_refused(field, decoder):
 @pytest.mark.parametrize(("fields", "said"), [
     ({"target_modules": ["nope"]}, "Target modules {'nope'} not found"),
     ({"rank_pattern": {"nope": 4}}, "adapter.rank_pattern: 'nope' matches no layer"),
+    ({"target_modules": ["q_proj", "nope"]}, "adapter.target_modules: no module is called 'nope'"),
+    ({"target_modules": "q_proj"}, "mend: [q_proj], as a list: a text is a pattern of whole names"),
+    ({"modules_to_save": ["lm_head", "nope"]}, "adapter.modules_to_save: no module is called 'nope'"),
     ({"r": 0}, "adapter.r: a rank is a whole number"),
     ({"method": "loha", "target_modules": ["embed_tokens"]}, "adapter.method = loha does not fit"),
 ])

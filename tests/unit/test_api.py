@@ -133,6 +133,10 @@ def test_a_folder_without_a_run_is_not_opened(tmp_path, classify):
     (tmp_path / "begun" / "manifest.json").write_text("{}")
     with pytest.raises(RunFolderError, match="no trained weights"):
         open_run(tmp_path / "begun")
+    (tmp_path / "begun" / "best").mkdir()
+    (tmp_path / "begun" / "best" / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"it continues; or give .*begun/best"):
+        open_run(tmp_path / "begun")
 
 
 def test_importing_peftune_imports_nothing_heavy_and_names_its_public_objects():

@@ -98,6 +98,24 @@ def test_a_value_of_another_kind_is_refused_in_plain_words(tmp_path, override, s
     assert said in f"{fault.message} {fault.mend}" and override.partition("=")[0] in fault.message
 
 
+@pytest.mark.parametrize(("source", "said"), [
+    ("{path: a.jsonl, weight: 0}", "data.train[0].weight = 0: out of range"),
+    ("{path: a.jsonl, wieght: 2}", "unknown key data.train[0].wieght"),
+    ("{weight: 2}", "data.train[0].path is missing")])
+def test_a_fault_inside_a_list_of_sources_is_said_once_and_where_it_is(source, said, tmp_path):
+    assert [fault.message for fault in faults_of(config(tmp_path), f"data.train=[{source}]")] == [said]
+
+
+def test_an_override_that_yaml_cannot_read_is_read_when_it_is_quoted_as_the_mend_says(tmp_path):
+    (fault,) = faults_of(config(tmp_path), "data.train=*.jsonl")
+    assert fault.mend.endswith("data.train='...'\"")
+    assert load([config(tmp_path), "data.train='*.jsonl'"]).data.train == "*.jsonl"
+
+
+def test_a_base_on_the_command_line_is_told_its_place(tmp_path):
+    assert "write base: b.yaml into the config" in faults_of(config(tmp_path), "base=b.yaml")[0].mend
+
+
 def test_switches_stay_switches(tmp_path):
     loaded = load([config(tmp_path), "model.gradient_checkpointing=true", "checkpoint.asynchronous=false"])
     assert loaded.model.gradient_checkpointing is True and loaded.checkpoint.asynchronous is False

@@ -43,8 +43,8 @@ def rows_of(path, **more):
 def canonical(values, accepts=CAUSAL, **options):
     found = Found()
     raw = list(read_values(values))
-    rows = list(canonical_rows(raw, format="auto", accepts=accepts, columns=options.get("columns", {}), source=0,
-                               numbers=itertools.count(), found=found))
+    rows = list(canonical_rows(raw, format=options.get("format", "auto"), accepts=accepts,
+                               columns=options.get("columns", {}), source=0, numbers=itertools.count(), found=found))
     return rows, found
 
 
@@ -174,11 +174,20 @@ def test_formats_are_found_from_the_columns(values, format, fields):
 @pytest.mark.parametrize("values", [
     {"instruction": "i", "output": ""}, {"instruction": "i", "output": 3}, {"prompt": "p", "completion": None},
     {"messages": []}, {"messages": [{"role": "user", "content": "q"}]}, {"text": "half \ud800"},
+    {"text": "whole", "id": "half \ud800"},
     {"messages": [{"role": "king", "content": "q"}]}, {"conversations": [{"from": "gpt"}]}, {"text": ["a"]},
 ])
 def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     rows, found = canonical([values])
     assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
+
+
+def test_a_given_format_whose_columns_are_lacking_is_told_from_rows_that_fit_none():
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(DataError, match=r"'alpaca' needs instruction, output; .* those of messages\n.*=auto"):
+        canonical([row], format="alpaca")
+    with pytest.raises(DataError, match="columns a fit no format"):
+        canonical([{"a": 1}], format="alpaca")
 
 
 TOOLS = [{"type": "function", "function": {"name": "lookup"}}]

@@ -217,6 +217,7 @@ def test_a_bare_folder_is_compared_on_random_tokens_and_json_is_one_object(run, 
 
 def test_the_card_has_scores_with_intervals_data_and_what_was_compared(run):
     card = (exported(run("classify"), "--merge")[0] / "README.md").read_text()
+    assert "init_from" not in card and "None" not in card
     assert "| accuracy |" in card and "95 % interval" in card and "validation.jsonl" in card
     assert "pipeline_tag: text-classification" in card and "tolerance" in card
 

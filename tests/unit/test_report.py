@@ -71,6 +71,20 @@ def test_a_folder_without_a_finished_run_has_no_page(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_page_that_cannot_be_written_is_named_with_the_mend(runs, finished, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    assert guarded(main, ["report", *[str(finished.folder)] * runs, "--to", str(tmp_path / "folder")]) == 2
+    assert f"{tmp_path / 'folder'}: cannot be written: Is a directory" in capsys.readouterr().err
+
+
+def test_a_done_run_that_lacks_its_page_writes_it_at_the_next_start(classify, train):
+    folder = train(classify)
+    (folder / "report.html").unlink()
+    train(classify)
+    assert (folder / "report.html").is_file()
+
+
 def test_a_model_no_better_than_the_untrained_one_or_than_a_guess_is_said_to_be_so(finished):
     score = {"validation": scored(0.6, 0.5, 0.7)}
     good = changed(finished, metrics=score, baseline={"validation": scored(0.1, 0, 0.2)}, majority={})
@@ -153,6 +167,20 @@ def test_a_chart_keeps_every_spike_of_a_long_curve():
     kept = thinned(points, 200)
     assert (54_321.0, 9.0) in kept and len(kept) < 210 and kept[0] == points[0] and kept[-1] == points[-1]
     assert "9" in line_chart([Curve("<loss>", points)]) and "<loss>" not in line_chart([Curve("<loss>", points)])
+
+
+@pytest.mark.parametrize(("low", "high"), [
+    (1.576, 1.603), (0.5538, 0.5551), (1000.1, 1000.4), (2.01e-4, 2.03e-4), (0, 1)])
+def test_no_two_marks_of_an_axis_have_the_same_label(low, high):
+    labels = re.findall(r'text-anchor="end">([^<s]+)</text>', line_chart([Curve("loss", [(0, low), (9, high)])]))
+    assert len(labels) == len(set(labels)) > 2 and all(len(label) <= 9 for label in labels)
+
+
+def test_settings_that_differ_are_written_as_in_a_config(classify, train):
+    runs = [train(classify, "evaluation.patience=9", name="a"),
+            train(classify, "model.reuse_frozen_layers=false", name="b")]
+    settings = compare([open_finished(run) for run in runs]).as_json()["settings"]
+    assert settings == {"evaluation.patience": ["9", "null"], "model.reuse_frozen_layers": ["true", "false"]}
 
 
 def test_p_values_are_two_sided_and_raised_for_the_number_of_comparisons():

@@ -63,6 +63,16 @@ def test_each_task_is_found_from_the_columns_of_its_data(name, here):
     ({"question": "Who?", "context": "Ada sleeps", "answer": [{"text": "Ada", "answer_start": 0}]},
      "question_answering", {"answers": "answer"}),
     ({"content": "no class in sight", "id": "7"}, "causal_lm", {"text": "content"}),
+    ({"system": "", "question": "Why?", "chosen": "So.", "rejected": "No."}, "preference", {"prompt": "question"}),
+    ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, "preference",
+     {"prompt": "instruction"}),
+    ({"system_prompt": "Be kind.", "question": "Why?", "response": "So."}, "causal_lm",
+     {"prompt": "question", "completion": "response", "system": "system_prompt"}),
+    ({"instruction": "Who?", "context": "Ada came.", "response": "Ada"}, "causal_lm",
+     {"output": "response", "input": "context"}),
+    ({"prompt": "Why?", "messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}],
+      **{side: [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": said}]
+         for side, said in (("chosen", "So."), ("rejected", "No."))}}, "preference", {}),
 ])
 def test_other_usual_names_are_renamed(row, task, columns, here):
     (here / "rows.jsonl").write_text(json.dumps(row) + "\n")
@@ -107,6 +117,13 @@ def test_given_columns_model_and_files_are_taken_over(here):
     config = load(["t.yaml"])
     assert config.data.columns == {"text": "a", "label": "c"}
     assert (config.model.name_or_path, config.data.validation, config.data.test) == ("mine: yes", "t.csv", "t.csv")
+
+
+def test_columns_that_suit_no_task_are_taken_as_the_message_says(here):
+    (here / "news.jsonl").write_text('{"article": "A long story.", "highlights": "Short."}\n')
+    assert "or prompt=ONE completion=ANOTHER" in faults_of("news.jsonl")
+    init("news.jsonl", "--columns", "prompt=article", "completion=highlights")
+    assert load(["news.yaml"]).task == "causal_lm"
 
 
 def test_what_cannot_be_known_is_asked_for_and_nothing_is_written(here):
@@ -244,6 +261,42 @@ def test_what_other_frameworks_learn_and_we_do_not_is_refused(here):
     assert "one thing to begin with" in faults_of("a.csv", "--from-axolotl", "odd.yaml")
     assert "one thing to begin with" in faults_of()
     assert not list(here.glob("*-peftune.yaml"))
+
+
+@pytest.mark.parametrize("words", ["finetuning_type: freeze", "stage: dpo, pref_loss: orpo"])
+def test_no_other_training_is_put_in_the_place_of_one_that_is_not_learned_here(words, here):
+    (here / "lf.yaml").write_text(f"{{model_name_or_path: m, dataset: d, {words}}}")
+    assert f"{words.rpartition(', ')[2]} is not learned here" in faults_of("--from-llamafactory", "lf.yaml")
+
+
+def test_numbers_that_suit_no_key_of_ours_are_named_and_the_rest_is_taken_over(here, capsys):
+    (here / "ax.yml").write_text("{base_model: m, datasets: [{path: a.jsonl}], max_steps: -1, eval_steps: 0.05, "
+                                 "save_total_limit: 0, gradient_checkpointing: unsloth, bf16: false, seed: 3}")
+    init("--from-axolotl", "ax.yml", "--to", "c.yaml")
+    config, left = load(["c.yaml"]), capsys.readouterr().out
+    assert (config.seed, config.model.gradient_checkpointing, config.model.dtype) == (3, True, "float32")
+    for said in ("max_steps: -1  (train.max_steps: use more than 0)", "eval_steps: 0.05  (evaluation.every_steps",
+                 "save_total_limit: 0  (checkpoint.keep"):
+        assert f"not taken over: {said}" in left
+
+
+def test_every_file_and_type_of_axolotls_data_sets_is_taken_over_or_named(here, capsys):
+    (here / "ax.yml").write_text(
+        "{base_model: m, datasets: [{path: json, data_files: [a.jsonl, b.jsonl], type: completion}, "
+        "{path: c.jsonl, type: alpaca}, {path: d.jsonl, type: {field_instruction: q}}], "
+        "test_datasets: [{path: e.jsonl, type: alpaca}], wandb_project: mine}")
+    init("--from-axolotl", "ax.yml", "--to", "c.yaml")
+    config, left = load(["c.yaml"]), capsys.readouterr().out
+    assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl"]
+    assert [source.path for source in config.data.validation] == ["e.jsonl"]
+    assert (config.data.format, config.data.too_long) == ("auto", "truncate")
+    for said in ("datasets[0].type: completion", "datasets[2].type: {'field_instruction': 'q'}", "wandb_project: mine"):
+        assert f"not taken over: {said}" in left
+    assert "datasets[1]" not in left and "test_datasets" not in left
+
+
+def test_a_fault_of_a_config_that_was_not_written_names_no_line_of_it(here):
+    assert faults_of("org/name", "--task", "causal_lm", "--validation", "1.5").startswith("data.validation = 1.5: ")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
