@@ -20,8 +20,9 @@ from peftune.model.earlier import check_same_base, earlier_folder, frozen_beneat
 from peftune.model.load import Loaded, load_weights
 from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import emulates_bfloat16, keep_trainable_in_float32, weight_dtype
+from peftune.model.published import published_weights
 from peftune.model.quantize import stored_kind, values_in
-from peftune.model.save import CPU, published_weights
+from peftune.model.save import CPU
 from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
 
 
