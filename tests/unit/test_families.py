@@ -1,5 +1,6 @@
 """Families of models that are built, named or stored otherwise than Llama: what trains of them, and what is saved."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     Llama4TextConfig,
     Mamba2Config,
     MixtralConfig,
+    Qwen3_5TextConfig,
 )
 
 from peftune.config.schema import AdapterConfig
@@ -23,6 +25,7 @@ from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
 from tests.conftest import mostly_slow, summary, write_config
 from tests.unit.test_model import assembled
+from tests.unit.test_plan import watched_steps
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                          "max_position_embeddings": 256, "initializer_range": 0.1, "bos_token_id": 0,
@@ -34,6 +37,8 @@ GEMMA3N = {**GROUPED, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 
 LLAMA4 = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8}
 MAMBA2 = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8,
           "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+HYBRID = {**GROUPED, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
 SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
          "patch_size": 8}
 TOKENS = {"image_token_id": 7, "boi_token_id": 8, "eoi_token_id": 9, "audio_token_id": 10, "video_token_id": 11}
@@ -158,3 +163,17 @@ def test_text_is_packed_where_a_tower_of_sound_knows_no_such_attention(family, c
     path = family(Gemma4Config, text_config=text, vision_config=seen, audio_config=heard, **TOKENS)
     folder = train({**converse, "model": {"name_or_path": path, "dtype": "float32"}})
     assert summary(folder)["reload_deviation"] <= 1e-4 and "a micro-batch, packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("config_class", "fields"), [
+    (MixtralConfig, {**GROUPED, **ROUTED}), (Qwen3_5TextConfig, HYBRID), (Mamba2Config, MAMBA2)])
+def test_memory_is_planned_of_experts_and_of_layers_that_keep_a_state(config_class, fields, family, converse, train,
+                                                                      monkeypatch):
+    settings = {**converse, "model": {"name_or_path": family(config_class, **fields), "dtype": "float32"},
+                "train": {"batch_size": 1000, "max_steps": 2, "tokens_per_micro_batch": 400}}
+    with watched_steps(monkeypatch) as found:
+        folder = train(settings, "data.layout=padded")
+    planned = json.loads((folder / "manifest.json").read_text())["memory"]
+    assert planned["predicted"], planned["why_not"]
+    assert planned["predicted"]["instants"]["step"] == pytest.approx(max(found), rel=0.05)
+    assert planned["predicted"]["instants"]["generation"] > 0
