@@ -20,7 +20,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 ASKED_OF_NO_VALUE = 1.0
 """A loss, or whether a gradient is finite: the answer to whatever is asked of no value."""
 GROUPED = torch.ops.aten._grouped_mm.default
-"""Products with the weights of many experts. They are computed in every type on CPUs, but torch tells the form of those in
+"""Products with the weights of many experts. CPUs compute them in every type, but torch tells the form of those in
 bfloat16 alone."""
 REMEMBERED = 4096
 """Operators with the forms of their arguments; a step has some hundreds."""

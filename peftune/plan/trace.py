@@ -99,7 +99,8 @@ def trace_generation(models: Models, layers: int, rows: int, tokens: int) -> Byt
     def work() -> Any:
         output = opened.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
         kept = output.get("past_key_values")  # Mamba's states have no name in common, and do not grow
-        states = ([vars(layer).get("keys"), vars(layer).get("values")] for layer in ([] if kept is None else kept.layers))
+        layers = [] if kept is None else kept.layers
+        states = ([vars(layer).get("keys"), vars(layer).get("values")] for layer in layers)
         growing = next((pair for pair in states if all(isinstance(state, Tensor) for state in pair)), [])
         return output, torch.cat(growing) if growing else None
 
