@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import fusion_notes, method_of, model_facts, model_for_training, publish, reference_for
+from peftune.build_model import (
+    fusion_notes,
+    method_of,
+    model_facts,
+    model_for_training,
+    publish,
+    reference_for,
+    usual_tolerance,
+)
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -40,8 +48,9 @@ from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import count, weight_notes
 from peftune.model.division import refuse_undividable
 from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
+from peftune.model.published import published_weights
 from peftune.model.reference import frozen_copy
-from peftune.model.save import live_logits, published_weights, reload_deviation
+from peftune.model.save import live_logits, reload_deviation
 from peftune.numerics.schedules import learning_rate_factor
 from peftune.observe.display import Display
 from peftune.observe.journal import Journal
@@ -68,11 +77,6 @@ from peftune.tasks.text import Text, data_notes, data_warnings, open_text, quiet
 SHOWN_PLACES = 20
 """Rows of a finding that the manifest names; `peftune check` names more. Of leaks it names all that are known, since
 the report scores them apart."""
-RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
-code, so this is only room for kernels that sum in varying order."""
-OTHER_DEVICE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
-"""The same where the folder is loaded on the host and the live model computes on GPUs: other kernels, other sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +278,7 @@ def _assembled_run(
             reload_deviation, auto_class=task.auto_class, divided=strategy.lockstep,
             autocast=lambda device: autocast(config.model, device)(),
             trust_remote_code=config.model.trust_remote_code, quantization=config.model.quantization),
-        reload_tolerance=_reload_tolerance(config, strategy),
+        reload_tolerance=usual_tolerance(config, strategy),
         steps=steps, micro_batch_tokens=facts["micro_batch_tokens"], max_grad_norm=train.max_grad_norm,
         max_skipped_steps=train.max_skipped_steps, metric=metric,
         patience=config.evaluation.patience, generate_every_time=task.generates and metric in generated.NAMES,
@@ -285,8 +289,3 @@ def _assembled_run(
         set_back=functools.partial(may_set_back, strategy.unwrap(model)),
         stop=evaluator.stop, facts=facts,
     )
-
-
-def _reload_tolerance(config: RunConfig, strategy: Strategy) -> float:
-    elsewhere = strategy.lockstep and strategy.world.device.type != "cpu"
-    return (OTHER_DEVICE_TOLERANCE if elsewhere else RELOAD_TOLERANCE)[config.model.dtype]

@@ -33,6 +33,12 @@ from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
 from peftune.tasks.text import Text
 
+RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""Largest difference of logits between the trained model and its saved folder. Equal weights run through equal
+code, so this is only room for kernels that sum in varying order."""
+OTHER_DEVICE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+"""The same where the folder is loaded on the host and the live model computes on GPUs: other kernels, other sums."""
+
 
 def model_for_training(
     config: RunConfig, text: Text, data: Prepared, strategy: Strategy, tell: Tell
@@ -100,3 +106,9 @@ def reference_for(model: nn.Module, frozen: nn.Module | None, strategy: Strategy
     if layout.kind != "padded":
         use_packing(frozen, pooled=False, first_position=layout.first_position)
     return reference_of(strategy.prepare_frozen(frozen))
+
+
+def usual_tolerance(config: RunConfig, strategy: Strategy) -> float:
+    """How far logits of the saved folder may lie from the trained model's."""
+    elsewhere = strategy.lockstep and strategy.world.device.type != "cpu"
+    return (OTHER_DEVICE_TOLERANCE if elsewhere else RELOAD_TOLERANCE)[config.model.dtype]

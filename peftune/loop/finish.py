@@ -24,6 +24,7 @@ from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
+from peftune.model.adapters import has_adapter
 from peftune.model.outputs import places, takes_places
 from peftune.parallel.host_memory import return_free_memory
 from peftune.parallel.stop import StopAgreed
@@ -123,7 +124,8 @@ def publish_final(run: Run) -> float:
     if takes_places(model):
         inputs["logits_to_keep"] = torch.tensor(places(inputs["input_ids"].shape[1]), device=run.strategy.world.device)
     check_weights(model, run.strategy)
-    weights, logits = run.strategy.gather(model), run.live_logits(model, inputs)
+    weights = run.strategy.gather(model, frozen=not has_adapter(model))
+    logits = run.live_logits(model, inputs)
     return run.strategy.world.on_main(lambda: _publish_and_reload(run, model, weights, inputs, logits))
 
 

@@ -14,6 +14,7 @@ from peftune.loop.run import Run
 from peftune.loop.saving import leave
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
+from peftune.model.adapters import has_adapter
 from peftune.parallel.stop import StopAgreed
 from peftune.tasks.task import better
 
@@ -43,7 +44,7 @@ def judge(run: Run, state: TrainState, scored: Scored) -> TrainState:
         run.strategy.world.progress.at("keeping the best weights")
         model = run.strategy.unwrap(run.model)
         check_weights(model, run.strategy)
-        weights = run.strategy.gather(model)
+        weights = run.strategy.gather(model, frozen=not has_adapter(model))
         try:
             run.strategy.world.on_main(lambda: _publish_best(run, model, weights, state.step))
         except Unwritable as error:

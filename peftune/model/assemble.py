@@ -21,8 +21,10 @@ from peftune.model.folder import CONFIG
 from peftune.model.load import Loaded, load_weights
 from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import emulates_bfloat16, keep_trainable_in_float32, weight_dtype
+from peftune.model.published import published_weights
 from peftune.model.quantize import stored_kind, values_in
-from peftune.model.save import CPU, published_weights
+from peftune.model.reach import freeze_beside_text, leave_out, reach_notes
+from peftune.model.save import CPU
 from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
 
 
@@ -57,7 +59,7 @@ def assemble(
                 module.p = model.dropout
     result: PreTrainedModel | PeftModel = loaded.model
     if adapter is None:
-        result.requires_grad_(True)
+        freeze_beside_text(loaded.model)
     else:
         result = _adapted(loaded, model.revision, adapter, source, rows, task=task, new_head=new_head)
         if adapter.start == "loftq" and adapter.init_from is None:
@@ -80,7 +82,9 @@ def _adapted(
     config.revision = revision
     if rows.ids and not adapter.init_from:
         config.trainable_token_indices = token_rows(loaded.model, rows)
-    if adapter.init_from is not None:
+    if adapter.init_from is None:
+        leave_out(config, adapter, loaded.model)
+    else:
         check_same_base("init_from", config, source)
         with reading_adapter("init_from", Path(adapter.init_from)):
             _check_rows(config, loaded.model, adapter.init_from)
@@ -139,7 +143,7 @@ def weight_notes(loaded: Loaded, counts: Parameters, dtype: str) -> list[str]:
     """What trains, how the rest is kept, what is new, and whether `model.dtype` suits the device, for a person."""
     kind = stored_kind(loaded.model.config)
     kept = f", the others are kept in {kind}" if kind != "none" else ""
-    notes = [f"{counts.trainable:,} of {counts.total:,} weights train{kept}"]
+    notes = [f"{counts.trainable:,} of {counts.total:,} weights train{kept}", *reach_notes(loaded.model)]
     if dtype == "bfloat16" and emulates_bfloat16(loaded.model.device):
         notes.append("this GPU has no products in bfloat16 and computes them slowly: model.dtype=float32")
     return [*notes, f"new: {', '.join(loaded.new_modules)}"] if loaded.new_modules else notes

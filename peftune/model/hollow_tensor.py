@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 CPU, META = torch.device("cpu"), torch.device("meta")
 ASKED_OF_NO_VALUE = 1.0
 """A loss, or whether a gradient is finite: the answer to whatever is asked of no value."""
+GROUPED = torch.ops.aten._grouped_mm.default
+"""Products with the weights of many experts. CPUs compute them in every type, but torch tells the form of those in
+bfloat16 alone."""
 REMEMBERED = 4096
 """Operators with the forms of their arguments; a step has some hundreds."""
 
@@ -67,6 +70,8 @@ class HollowTensor(Tensor):
         named = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return ASKED_OF_NO_VALUE
+        if func is GROUPED and args[0].dtype != torch.bfloat16:
+            return HollowTensor(func(*(_narrowed(value) for value in args), **named).meta.to(args[0].dtype))
         if (gives := _gives(func)) != "other":
             forms = _forms_given(func, tuple(named), *map(_form, args), *map(_form, named.values()))
             if gives == "changed":
@@ -80,6 +85,12 @@ class HollowTensor(Tensor):
             with no_dispatch():
                 func(*args, **named)
         return _hollow(result, owners)
+
+
+def _narrowed(value: Any) -> Any:
+    """The same without values in bfloat16, if it is a tensor of numbers."""
+    floating = isinstance(value, HollowTensor) and value.is_floating_point()
+    return HollowTensor(value.meta.to(torch.bfloat16)) if floating else value
 
 
 class Form(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.model.lean_lora import LeanLoraLinear, product, slopes
+from peftune.model.lean_lora import LeanLoraLinear, in_rows_of, product, slopes
 from peftune.numerics.passes import PLAIN, Activation, Passes
 
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -49,7 +49,7 @@ class _GatedProduct(torch.autograd.Function):
         y_TO, inner_TR = product(passes.gated(gate, up, f).flatten(0, -2), *factors)
         ctx.save_for_backward(gate, up, w_OI, a_RI, b_OR, inner_TR)
         ctx.f, ctx.passes = f, passes
-        return y_TO.view(*gate.shape[:-1], len(w_OI))
+        return in_rows_of(gate, y_TO)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -69,7 +69,7 @@ class _LoraProduct(torch.autograd.Function):
         y_TO, inner_TR = product(x_TI, w_OI, bias_O, a_RI, b_OR, scale)
         ctx.save_for_backward(x, w_OI, a_RI, b_OR, inner_TR)
         ctx.scale = scale
-        return y_TO.view(*x.shape[:-1], len(w_OI))
+        return in_rows_of(x, y_TO)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
@@ -77,6 +77,13 @@ class _LoraProduct(torch.autograd.Function):
         below, of_a, of_b = slopes(gradients[0], x.flatten(0, -2), w_OI, a_RI, b_OR, inner_TR, ctx.scale,
                                     below=ctx.needs_input_grad[0])
         return None if below is None else below.view(x.shape), None, None, of_a, of_b, None
+
+
+def in_rows_of(x: Tensor, y_TO: Tensor) -> Tensor:
+    """[T, O] -> [..., O] as x [..., I] lies. No view: who calls a layer may change what it gives in place, which torch
+    refuses for views that a function of ours has made."""
+    rows: Tensor = torch.ops.aten._unsafe_view(y_TO, [*x.shape[:-1], y_TO.shape[-1]])
+    return rows
 
 
 def product(

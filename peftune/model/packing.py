@@ -141,7 +141,9 @@ def use_packing(
     attention = base.config._attn_implementation
     if attention in ("sdpa", SEGMENTS):
         register()
-        base.set_attn_implementation(SEGMENTS)
+        # towers of images and sound keep theirs: no text passes through them, and some know no other
+        text = [name for name, part in vars(base.config).items() if part is base.config.get_text_config()]
+        base.set_attn_implementation(dict.fromkeys(("", *text), SEGMENTS))
     elif attention not in VARLEN:
         return None
     if pooled:

@@ -14,17 +14,16 @@ from peft import (
     PeftConfig,
     PeftModel,
     TrainableTokensConfig,
-    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftune.errors import Fault, ModelError
 from peftune.model.adapters import BaseTunerLayer, base_of, trains_base_biases, virtual_tokens_of
-from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined, trained_part
+from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined
 from peftune.model.folder import ADAPTER, own_config
 from peftune.model.foreign import reading
 from peftune.model.load import longest_input
@@ -65,7 +64,7 @@ def save_model(
 
 
 def _save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
-    embeddings = _adapts_embeddings(model)
+    embeddings = adapts_embeddings(model)
     if has_beneath(model):
         save_joined(model, weights, folder, embeddings=embeddings)
         return
@@ -75,7 +74,7 @@ def _save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) ->
         save_file({name: tensor.contiguous() for name, tensor in encoder.items()}, folder / PROMPT_ENCODER)
 
 
-def _adapts_embeddings(model: PeftModel) -> bool:
+def adapts_embeddings(model: PeftModel) -> bool:
     """Whether whole tables are adapted, so that they are saved too. Trained rows suffice to make a grown table again.
 
     PEFT's own rule, which it would ask the hub for at each save besides.
@@ -253,39 +252,3 @@ def _logits_of_second_adapter(model: PeftModel, folder: Path, inputs: dict[str, 
         activate_all(model)
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def published_weights(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Tensor]:
-    """The trained weights of a folder that `save_model` has written, by the live model's names.
-
-    Raises:
-        ModelError: the folder lacks weights that the model trains.
-    """
-    live = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = _names_in_files(model, live)
-    saved = {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
-    found = {names[key]: tensor for key, tensor in saved.items() if key in names}
-    if has_beneath(model):
-        found = {name: trained_part(tensor, live[name]) for name, tensor in found.items()}
-    missing = sorted(live.keys() - found.keys())
-    if missing:
-        raise ModelError(Fault(kind="model", file=str(folder), message=f"lacks {len(missing)} trained weights "
-                               f"({', '.join(missing[:3])})", mend="the folder was not written by this run"))
-    return found
-
-
-def _names_in_files(model: PreTrainedModel | PeftModel, live: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Key in the published file -> name in the live model. PEFT leaves the adapter's own name out of its keys."""
-    if not isinstance(model, PeftModel):
-        return {name: name for name in live}
-    by_identity = {id(parameter): name for name, parameter in live.items()}
-    exported = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True),
-                                         save_embedding_layers=_adapts_embeddings(model))
-    found = {key: by_identity[id(tensor)] for key, tensor in exported.items() if id(tensor) in by_identity}
-    if model.active_peft_config.is_prompt_learning:
-        prompt = [name for name in live if "prompt_encoder." in name]
-        if len(prompt) == 1:
-            found["prompt_embeddings"] = prompt[0]
-        else:
-            found |= {name: name for name in prompt}  # in PROMPT_ENCODER
-    return found

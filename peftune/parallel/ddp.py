@@ -47,7 +47,7 @@ class Ddp(Single):
     def syncing(self, model: nn.Module, *, on: bool) -> AbstractContextManager[None]:
         return nullcontext() if on or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
-    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
         return all_weights(model) if self.world.is_main else {}
 
     def scatter(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -115,9 +115,10 @@ class Fsdp2:
         return None if parameter.grad is None else _local(parameter.grad)
 
     @torch.no_grad()
-    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, parameter in trained(self.unwrap(model)).items():
+        plain = self.unwrap(model)
+        for name, parameter in (dict(plain.named_parameters()) if frozen else trained(plain)).items():
             tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
             if self.world.is_main:
                 found[name] = tensor.cpu()

@@ -62,7 +62,7 @@ class Single:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad
 
-    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
         return all_weights(model)
 
     def scatter(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -88,8 +88,9 @@ class Strategy(Protocol):
         """
         ...
 
-    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
         """The unwrapped model's trained weights and its buffers, whole, by name: on the main process, empty elsewhere.
+        `frozen`: its other weights too.
 
         All ranks call it. Tensors may share memory with the live model.
         """

@@ -155,11 +155,11 @@ class Zero:
         bound = self._engine.optimizer.clip_grad or math.inf
         return None if found is None else found * (bound / self._norm[0].to(found.device)).clamp(max=1.0)
 
-    def gather(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather(self, model: nn.Module, *, frozen: bool) -> dict[str, Tensor]:
         if self.stage < 3:
             return all_weights(model) if self.world.is_main else {}
         found = {}
-        for name, parameter in trained(model).items():
+        for name, parameter in (dict(model.named_parameters()) if frozen else trained(model)).items():
             with _gathered(parameter, None):
                 if self.world.is_main:
                     found[name] = parameter.detach().to("cpu", copy=True)

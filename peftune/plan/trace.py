@@ -98,8 +98,11 @@ def trace_generation(models: Models, layers: int, rows: int, tokens: int) -> Byt
 
     def work() -> Any:
         output = opened.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        return cache, [torch.cat([layer.keys, layer.values]) for layer in cache.layers[:1]]
+        kept = output.get("past_key_values")  # Mamba's states have no name in common, and do not grow
+        layers = [] if kept is None else kept.layers
+        states = ([vars(layer).get("keys"), vars(layer).get("values")] for layer in layers)
+        growing = next((pair for pair in states if all(isinstance(state, Tensor) for state in pair)), [])
+        return output, torch.cat(growing) if growing else None
 
     with torch.no_grad(), autocast(models.subject.config.model, CPU)():
         return _peak(opened, work)

@@ -76,6 +76,16 @@ def layers(model: nn.Module, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
+@pytest.mark.parametrize("part", ["layers.0.self_attn.o_proj", "layers.0.mlp"])
+def test_what_a_lean_layer_gives_may_be_changed_in_place(part: str) -> None:
+    """As Gemma 3n scales what one of its linear layers gives, and Llama 4 adds to what its shared expert does."""
+    plain = adapted()
+    twin = lean(plain)
+    for model in (plain, twin):
+        model.get_submodule(f"base_model.model.model.{part}").register_forward_hook(lambda *given: given[2].mul_(2.0))
+    assert_one_step(plain, twin, 1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_lean_lora_layer_has_peft_s_outputs_and_gradients_in_float64(bias: bool) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,179 @@
+"""Families of models that are built, named or stored otherwise than Llama: what trains of them, and what is saved."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3nTextConfig,
+    Gemma4Config,
+    GPTNeoXConfig,
+    Llama4TextConfig,
+    Mamba2Config,
+    MixtralConfig,
+    Qwen3_5TextConfig,
+)
+
+from peftune.config.schema import AdapterConfig
+from peftune.model.assemble import count, weight_notes
+from peftune.model.load_names import head_names
+from tests.conftest import mostly_slow, summary, write_config
+from tests.unit.test_model import assembled
+from tests.unit.test_plan import watched_steps
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "max_position_embeddings": 256, "initializer_range": 0.1, "bos_token_id": 0,
+                         "eos_token_id": 1, "pad_token_id": 1}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GEMMA3N = {**GROUPED, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "head_dim": 8, "laurel_rank": 4,
+           "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]}
+LLAMA4 = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8}
+MAMBA2 = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8,
+          "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+HYBRID = {**GROUPED, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+         "patch_size": 8}
+TOKENS = {"image_token_id": 7, "boi_token_id": 8, "eoi_token_id": 9, "audio_token_id": 10, "video_token_id": 11}
+
+
+@pytest.fixture
+def family(decoder: str, tmp_path: Any) -> Callable[..., str]:
+    """A config class and its fields -> the folder of such a model with random weights and the decoder's tokenizer."""
+
+    def saved(config_class: Any, auto_class: Any = AutoModelForCausalLM, **fields: Any) -> str:
+        tokenizer = AutoTokenizer.from_pretrained(decoder)
+        torch.manual_seed(0)
+        folder = tmp_path / config_class.model_type
+        if "text_config" in fields:
+            fields["text_config"] = {**fields["text_config"], "vocab_size": len(tokenizer)}
+        else:
+            fields["vocab_size"] = len(tokenizer)
+        auto_class.from_config(config_class(**fields)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return saved
+
+
+@pytest.mark.parametrize(("config_class", "fields"), [(MixtralConfig, {**GROUPED, **ROUTED}), (GPTNeoXConfig, SIZES)])
+def test_weights_that_are_stored_by_other_names_are_put_back_from_best(config_class, fields, family, converse, train):
+    folder = train({**converse, "adapter": None, "model": {"name_or_path": family(config_class, **fields),
+                                                           "dtype": "float32"},
+                    "train": {"batch_size": 8, "max_steps": 4, "learning_rate": 1.0},
+                    "evaluation": {"every_steps": 1, "max_new_tokens": 0}})
+    result = summary(folder)
+    rows = result["best"]["validation"], result["metrics"]["validation"]
+    assert result["best_step"] < 4 and rows[0]["loss"] < rows[1]["loss"]
+
+
+@pytest.fixture
+def gemma3(family) -> str:
+    """A checkpoint that reads images too, as those of Gemma 3 from 4B on are."""
+    return family(Gemma3Config, text_config={**GROUPED, "head_dim": 8}, vision_config=SIGHT, mm_tokens_per_image=4,
+                  **{name: TOKENS[name] for name in ("image_token_id", "boi_token_id", "eoi_token_id")})
+
+
+@pytest.mark.parametrize(("adapter", "taken", "left"), [
+    (None, {"q_proj", "k_proj", "norm"}, set()), (AdapterConfig(r=2), {"q_proj", "k_proj", "down_proj"}, set()),
+    (AdapterConfig(target_modules=["q_proj", "v_proj"]), {"q_proj", "v_proj"}, {"k_proj", "down_proj"}),
+    (AdapterConfig(exclude_modules=["k_proj"]), {"q_proj", "down_proj"}, {"k_proj"}),
+    (AdapterConfig(exclude_modules=".*k_proj"), {"q_proj", "down_proj"}, {"k_proj"})])
+def test_of_a_checkpoint_that_reads_images_too_the_text_model_trains(adapter, taken, left, gemma3):
+    model, loaded = assembled(gemma3, "causal_lm", adapter)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("language_model." in name for name in trained)
+    parts = {part for name in trained for part in name.split(".")}
+    assert taken <= parts and parts.isdisjoint(left)
+    notes = weight_notes(loaded, count(model), "bfloat16")
+    assert "no text passes through vision_tower, multi_modal_projector: not trained" in notes
+
+
+@pytest.mark.parametrize("adapter", [None, {"method": "lora", "r": 2}], ids=["full", "lora"])
+def test_a_checkpoint_that_reads_images_too_is_fine_tuned_on_text_and_saved_whole(adapter, gemma3, converse, train):
+    folder = train({**converse, "adapter": adapter, "model": {"name_or_path": gemma3, "dtype": "float32"}})
+    assert summary(folder)["reload_deviation"] <= 1e-4
+    if adapter is None:
+        assert_only_text_has_changed(gemma3, folder)
+
+
+def assert_only_text_has_changed(before: str, folder: Any) -> None:
+    old, new = load_file(f"{before}/model.safetensors"), load_file(folder / "final" / "model.safetensors")
+    assert old.keys() == new.keys()
+    equal = {name: torch.equal(new[name], tensor) for name, tensor in old.items()}
+    assert all(equal[name] for name in equal if "vision" in name or "projector" in name) and not all(equal.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_weights_that_no_text_passes_through_are_saved_where_ranks_divide_them(
+    strategy, gemma3, converse, command, tmp_path
+):
+    settings = {**converse, "adapter": None, "model": {"name_or_path": gemma3, "dtype": "float32"}}
+    done = command("-m", "peftune", "train", write_config(settings, tmp_path / "c"), "--strategy", strategy,
+                   "--processes", "2", env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_only_text_has_changed(gemma3, tmp_path / "run")
+
+
+ODD = [(Gemma3nTextConfig, GEMMA3N, "correction_coefs, prediction_coefs"), (Llama4TextConfig, LLAMA4, "router"),
+       (Mamba2Config, MAMBA2, "out_proj")]
+
+
+@pytest.mark.parametrize(("config_class", "fields", "named"), ODD, ids=lambda value: getattr(value, "model_type", ""))
+def test_all_linear_leaves_out_layers_that_are_in_other_hands_and_says_so(config_class, fields, named, family):
+    path = family(config_class, **fields)
+    model, loaded = assembled(path, "causal_lm", AdapterConfig(r=2))
+    adapted = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters()
+               if ".lora_A." in name}
+    assert adapted and adapted.isdisjoint(named.split(", "))
+    assert f"no adapter can be beside {named}" in weight_notes(loaded, count(model), "bfloat16")
+    spared = head_names(AutoModelForCausalLM, model.config, trust_remote_code=False)
+    assert {name.rpartition(".")[2] for name in spared} >= set(named.split(", "))
+
+
+@pytest.mark.parametrize(("config_class", "fields", "named"), mostly_slow(ODD, ODD[1]),
+                         ids=lambda value: getattr(value, "model_type", ""))
+def test_families_with_layers_in_other_hands_train_an_adapter(config_class, fields, named, family, converse, train):
+    folder = train({**converse, "model": {"name_or_path": family(config_class, **fields), "dtype": "float32"}})
+    assert summary(folder)["reload_deviation"] <= 1e-4
+
+
+def test_experts_that_lie_in_one_tensor_are_said_to_be_left_out_unless_they_are_adapted(family):
+    path = family(Llama4TextConfig, **LLAMA4)
+    said = "experts hold down_proj, gate_up_proj in one tensor each"
+    names = ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    for fields, expected in (({}, True), ({"target_parameters": names}, False)):
+        model, loaded = assembled(path, "causal_lm", AdapterConfig(r=2, **fields))
+        assert any(note.startswith(said) for note in weight_notes(loaded, count(model), "bfloat16")) == expected
+
+
+def test_text_is_packed_where_a_tower_of_sound_knows_no_such_attention(family, converse, train, capsys):
+    text = {**GROUPED, "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 400,
+            "global_head_dim": 8}
+    heard = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32}
+    seen = {**{name: SIGHT[name] for name in SIGHT if name != "image_size"}, "head_dim": 16, "num_key_value_heads": 2}
+    path = family(Gemma4Config, text_config=text, vision_config=seen, audio_config=heard, **TOKENS)
+    folder = train({**converse, "model": {"name_or_path": path, "dtype": "float32"}})
+    assert summary(folder)["reload_deviation"] <= 1e-4 and "a micro-batch, packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("config_class", "fields"), [
+    (MixtralConfig, {**GROUPED, **ROUTED}), (Qwen3_5TextConfig, HYBRID), (Mamba2Config, MAMBA2)])
+def test_memory_is_planned_of_experts_and_of_layers_that_keep_a_state(config_class, fields, family, converse, train,
+                                                                      monkeypatch):
+    settings = {**converse, "model": {"name_or_path": family(config_class, **fields), "dtype": "float32"},
+                "train": {"batch_size": 1000, "max_steps": 2, "tokens_per_micro_batch": 400}}
+    with watched_steps(monkeypatch) as found:
+        folder = train(settings, "data.layout=padded")
+    planned = json.loads((folder / "manifest.json").read_text())["memory"]
+    assert planned["predicted"], planned["why_not"]
+    assert planned["predicted"]["instants"]["step"] == pytest.approx(max(found), rel=0.05)
+    assert planned["predicted"]["instants"]["generation"] > 0
