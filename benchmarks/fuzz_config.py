@@ -21,7 +21,7 @@ def settings(folder: str) -> dict[str, Any]:
         "output_dir": f"{folder}/run",
         "model": {"name_or_path": "org/model"},
         "adapter": {"method": "lora", "r": 8},
-        "data": {"train": "t.jsonl", "columns": {"a": "b"}},
+        "data": {"train": "t.jsonl", "columns": {"text": "b"}},
         "train": {"batch_size": 8},
         "evaluation": {},
         "checkpoint": {},
@@ -41,6 +41,20 @@ def spoilt_settings(draw: Draw) -> dict[str, Any]:
             at = at.setdefault(part, {}) if isinstance(at, dict) else {}
         if isinstance(at, dict):
             at[path[-1] if draw(st.integers(0, 9)) else draw(st.one_of(ODD, st.none()))] = draw(NESTED)
+    return values
+
+
+NUMERIC = st.from_regex(r"[-+.:_eEx0-9]{1,8}", fullmatch=True)
+TEXTS = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12), NUMERIC)
+"""Among them what YAML could take for numbers and times."""
+
+
+@st.composite
+def odd_settings(draw: Draw) -> dict[str, Any]:
+    """Settings of texts that nobody expects, and that may be right all the same."""
+    values = settings(draw(TEXTS))
+    values["model"]["name_or_path"], values["model"]["added_tokens"] = draw(TEXTS), draw(st.lists(TEXTS, max_size=3))
+    values["data"] |= {"train": draw(st.one_of(TEXTS, st.lists(TEXTS, max_size=3))), "columns": {"text": draw(TEXTS)}}
     return values
 
 
@@ -105,7 +119,9 @@ YAML_BITS = (
 @st.composite
 def configs(draw: Draw) -> tuple[bytes, list[str]]:
     """The bytes of a config file, and overrides."""
-    kind = draw(st.sampled_from(("settings", "settings", "settings", "bits", "bytes", "aliases")))
+    kind = draw(st.sampled_from(("odd", "odd", "settings", "settings", "settings", "bits", "bytes", "aliases")))
+    if kind == "odd":
+        return json.dumps(draw(odd_settings())).encode(), []
     if kind == "settings":
         content = _yaml(draw(spoilt_settings()), draw(st.booleans()))
     elif kind == "bits":

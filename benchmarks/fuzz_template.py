@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from benchmarks.fuzz_values import Draw
 from peftune.config.schema import DataConfig, EvaluationConfig, ModelConfig, TrainConfig
 from peftune.data.prepare import prepare
 from peftune.tasks import TASKS
@@ -60,11 +61,16 @@ JINJA_BITS = (
 )
 
 
-def templates() -> st.SearchStrategy[str]:
+RIGHT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}", "{{ eos_token }}{% endfor %}"
+"""What writes a turn, and ends it: bits between them may leave a right template."""
+
+
+@st.composite
+def templates(draw: Draw) -> str:
     """Jinja text."""
-    return st.lists(
-        st.one_of(st.sampled_from(JINJA_BITS), st.sampled_from(JINJA_BITS), st.text(max_size=6)), min_size=1, max_size=7
-    ).map("".join)
+    bits = st.one_of(st.sampled_from(JINJA_BITS), st.sampled_from(JINJA_BITS), st.text(max_size=6))
+    begin, end = draw(st.sampled_from((RIGHT, ("", ""))))
+    return begin + "".join(draw(st.lists(bits, min_size=1, max_size=2 if begin else 7))) + end
 
 
 def act_on_template(draw: str, folder: Path, models: Path) -> None:

@@ -18,7 +18,7 @@ from peftune.data.findings import as_faults
 from peftune.data.prepare import Prepared, open_prepared, prepare, row_faults
 from peftune.data.store import Split
 from peftune.data.targets import Targets
-from peftune.errors import DataError, Fault, PeftuneError, faults_of
+from peftune.errors import KEPT_FAULTS, DataError, Fault, PeftuneError, beyond, faults_of
 from peftune.loop.resume import refuse_unusable
 from peftune.model.adapters import virtual_tokens
 from peftune.model.division import refuse_undividable
@@ -143,7 +143,8 @@ def show(checked: Checked, display: Display, name: str, max_length: int) -> None
     for fault in errors[:SHOWN_ERRORS]:
         display.alarm(f"error: {fault}")
     if len(errors) > SHOWN_ERRORS:
-        display.alarm(f"... and {len(errors) - SHOWN_ERRORS:,} more errors; --json has them all")
+        there = "them all" if len(errors) < KEPT_FAULTS else f"the first {KEPT_FAULTS:,} of rows"
+        display.alarm(f"... and {beyond(len(errors), SHOWN_ERRORS)} more errors; --json has {there}")
     data = checked.data
     if data is not None:
         _show_counts(data, display)
@@ -160,7 +161,7 @@ def show(checked: Checked, display: Display, name: str, max_length: int) -> None
                 display.say(f"      ... and {finding.count - SHOWN_PLACES:,} more")
             display.say(f"      mend: {finding.mend}")
     findings = 0 if data is None else len(data.findings)
-    display.say(f"{name}: {len(errors) or 'no'} error{'s' * (len(errors) != 1)}, "
+    display.say(f"{name}: {beyond(len(errors), 0) if errors else 'no'} error{'s' * (len(errors) != 1)}, "
                 f"{findings or 'no'} warning{'s' * (findings != 1)}")
 
 

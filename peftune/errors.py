@@ -23,6 +23,8 @@ EXIT_KEYBOARD = 130
 EXIT_PIPE = 141
 
 SHOWN_FAULTS = 20
+KEPT_FAULTS = 1000
+"""Of the rows of data: a file of another kind is wrong on every line."""
 
 EXIT_CODE_FILE = "PEFTUNE_EXIT_CODE_FILE"
 """Environment variable: where the main process leaves its exit code, if `peftune train` has launched it."""
@@ -61,7 +63,7 @@ class PeftuneError(ValueError):
         self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)
         lines = [str(fault) for fault in self.faults[:SHOWN_FAULTS]]
         if len(self.faults) > SHOWN_FAULTS:
-            lines.append(f"... and {len(self.faults) - SHOWN_FAULTS} more faults")
+            lines.append(f"... and {beyond(len(self.faults), SHOWN_FAULTS)} more faults")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type[PeftuneError], tuple[tuple[Fault, ...]]]:
@@ -153,6 +155,11 @@ def refuse_unwritable(name: str, option: str) -> None:
         return
     raise MachineError(Fault(kind="environment", file=name, message=f"cannot be written: {said}",
                              mend=f"give another {option}"))
+
+
+def beyond(faults: int, shown: int) -> str:
+    """How many faults there are beside those that are shown; of rows, no more are known than are kept."""
+    return f"{'at least ' if faults >= KEPT_FAULTS else ''}{faults - shown:,}"
 
 
 def faults_of(look: Callable[[], object]) -> list[Fault]:

@@ -6,10 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftune.errors import Fault
-
-KEPT_FAULTS = 1000
-"""Faults that are kept to be shown; all are counted."""
+from peftune.errors import KEPT_FAULTS, Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class Row:
 
 @dataclass(slots=True)
 class Faults:
-    """Bad rows, counted, and the first of them kept: a file of another kind is wrong on every line."""
+    """Bad rows, counted, and the first of them kept."""
 
     kept: list[Fault] = field(default_factory=list)
     count: int = 0

@@ -95,7 +95,7 @@ def _continued(tag: str, targets: Targets) -> str:
 def encode_words(words: Sequence[str], text: TextEncoder) -> Example:
     """Ids of words joined by spaces, special tokens included, and the word of each token or null.
 
-    Whole words are kept as long as they fit; special tokens at the end stay.
+    Tokens are kept as long as they fit, perhaps the first of a word alone; special tokens at the end stay.
     """
     joined = " ".join(words)
     ends = np.cumsum([len(word) + 1 for word in words])

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from benchmarks.fuzz_config import settings
+from peftune.config.load import load
+from tests.conftest import ROOT, write_config
+
+
+def test_what_is_spoilt_was_right_before(tmp_path):
+    """Else all is refused, and no draw comes to what is checked of a config that loads."""
+    config = load([str(write_config(settings("out"), tmp_path / "c"))])
+    assert config.data.columns
 
 
 @pytest.mark.slow

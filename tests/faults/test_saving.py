@@ -195,9 +195,13 @@ def test_a_damaged_checkpoint_is_written_again_when_its_step_is_done_again(class
     settings = {**classify, "checkpoint": {"every_steps": 2, "keep": 9}}
     folder = train(settings)
     (folder / "summary.json").unlink()
-    for step in (4, 6):  # one while training, and the last
-        (folder / "checkpoints" / f"step-{step:06d}" / "tensors-00000-of-00001.safetensors").write_bytes(b"x")
+    files = [folder / "checkpoints" / f"step-{step:06d}" / "tensors-00000-of-00001.safetensors"
+             for step in (4, 6)]  # one while training, and the last
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(b"x")
     train(settings)
+    assert [file.read_bytes() for file in files] == before
     for checkpoint in all_checkpoints(folder):
         verify(checkpoint)
 

@@ -1,5 +1,6 @@
 """What the survey says of real sets, looked at."""
 
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from tests.unit.test_survey import lines
 def read_split(path, format):
     found = Found()
     return list(canonical_rows(read(Source(path=str(path)), found.faults), format=format, accepts=(format,), columns={},
-                               source=0, first_id=0, found=found))
+                               source=0, numbers=itertools.count(), found=found))
 
 
 def survey_of(kind, format, **files):

@@ -11,7 +11,7 @@ from peftune.cli import main
 from peftune.config.schema import DataConfig
 from peftune.data import spool, tokenise
 from peftune.data.prepare import open_prepared, prepare
-from peftune.errors import DataError
+from peftune.errors import DataError, Fault
 from tests import tiny
 from tests.conftest import public_data, summary, write_config
 
@@ -87,6 +87,17 @@ def test_all_bad_rows_are_counted_where_more_are_left_out_than_are_named(classif
     settings = {**classify, "data": {"train": write_rows("t.jsonl", rows), "max_length": 64, "on_bad_row": "skip"}}
     assert main(["check", str(write_config(settings, tmp_path / "c"))]) == 0
     assert "1,200 bad rows are left out" in capsys.readouterr().out
+
+
+def test_it_is_not_said_that_all_bad_rows_are_there_where_they_are_not(classify, write_rows, tmp_path, capsys):
+    rows = [*tiny.intent_rows(40), *[{"text": "", "label": "praise"}] * 1200]
+    settings = {**classify, "data": {"train": write_rows("bad.jsonl", rows), "validation": None}}
+    assert main(["check", str(write_config(settings, tmp_path / "c"))]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "... and at least 980 more errors; --json has the first 1,000 of rows" in said
+    assert "at least 1,000 errors" in said
+    assert str(DataError([Fault(kind="data", message="x")] * 1000)).endswith("... and at least 980 more faults")
+    assert str(DataError([Fault(kind="data", message="x")] * 999)).endswith("... and 979 more faults")
 
 
 def test_findings_are_said_at_the_start_of_a_run_and_stored(classify, intents, train, capsys):

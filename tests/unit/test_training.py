@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_the_promised_folder(task, adapter, dtype, reque
             "tokens_per_second", "peak_memory_bytes", "seconds"}
     assert keys <= rows[0].keys()
     records = [json.loads(line) for line in (folder / "predictions" / "validation.jsonl").read_text().splitlines()]
-    assert all({"id", "prediction", "reference"} <= record.keys() for record in records)
+    assert records and all({"id", "prediction", "reference"} <= record.keys() for record in records)
 
 
 @pytest.mark.parametrize(("logit", "tolerance"), [(2.0, 0.5), (-30.0, 1.5), (torch.finfo(torch.float32).min, 5.0)])
