@@ -90,18 +90,17 @@ def activate_all(model: PeftModel) -> None:
         _activate(model)
 
 
-def save_joined(model: PeftModel, weights: dict[str, Tensor], folder: Path, *, embeddings: bool) -> None:
+def save_joined(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Write both adapters as one plain LoRA whose rank is the sum of theirs.
 
     Args:
         model: unwrapped.
         weights: its trained weights and buffers, whole, by name.
         folder: to fill.
-        embeddings: peft's `save_embedding_layers`.
     """
     config = copy.deepcopy(model.peft_config[TRAINED])
     state = get_peft_model_state_dict(model, state_dict=dict(weights), adapter_name=TRAINED,
-                                      save_embedding_layers=embeddings)
+                                      save_embedding_layers=False)
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     for name, layer in _layers(model):

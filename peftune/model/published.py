@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from peftune.errors import Fault, ModelError
 from peftune.model.beneath import has_beneath, trained_part
-from peftune.model.save import adapts_embeddings
 
 
 def published_weights(model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, Tensor]:
@@ -47,7 +46,7 @@ def _names_in_files(model: PeftModel, live: dict[str, nn.Parameter]) -> dict[str
     """Key in the published file -> name in the live model. PEFT leaves the adapter's own name out of its keys."""
     by_identity = {id(parameter): name for name, parameter in live.items()}
     exported = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True),
-                                         save_embedding_layers=adapts_embeddings(model))
+                                         save_embedding_layers=False)
     found = {key: by_identity[id(tensor)] for key, tensor in exported.items() if id(tensor) in by_identity}
     if model.active_peft_config.is_prompt_learning:
         prompt = [name for name in live if "prompt_encoder." in name]

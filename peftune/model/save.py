@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    TrainableTokensConfig,
-    set_peft_model_state_dict,
-)
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,26 +57,14 @@ def save_model(
 
 
 def _save_adapter(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
-    embeddings = adapts_embeddings(model)
     if has_beneath(model):
-        save_joined(model, weights, folder, embeddings=embeddings)
+        save_joined(model, weights, folder)
         return
-    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=embeddings)
+    # without the tables beneath adapted embeddings: they are the checkpoint's, and divided among ranks nobody has them
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     encoder = {name: tensor for name, tensor in weights.items() if "prompt_encoder." in name}
     if len(encoder) > 1:
         save_file({name: tensor.contiguous() for name, tensor in encoder.items()}, folder / PROMPT_ENCODER)
-
-
-def adapts_embeddings(model: PeftModel) -> bool:
-    """Whether whole tables are adapted, so that they are saved too. Trained rows suffice to make a grown table again.
-
-    PEFT's own rule, which it would ask the hub for at each save besides.
-    """
-    config = model.active_peft_config
-    if isinstance(config, TrainableTokensConfig) or (isinstance(config, LoraConfig) and config.trainable_token_indices):
-        return False
-    return any(isinstance(module, BaseTunerLayer) and name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
-               for name, module in model.named_modules())
 
 
 @contextmanager

@@ -158,6 +158,7 @@ def beside_one(strategy, method, *overrides, script=TRAIN, environment=()):
 @pytest.mark.parametrize("asked", [
     beside_one("zero3", "lora", "model.added_tokens=['<a>']", "model.added_special_tokens=['<b>']"),
     beside_one("fsdp2", "lora", "adapter.trainable_token_indices=[3, 5]"),
+    beside_one("fsdp2", "lora", "adapter.target_modules=[embed_tokens, lm_head]"),
     *(beside_one(strategy, "full", "train.weight_decay=0.5", "train.learning_rate=0.01")
       for strategy in ("zero2", "zero3", "fsdp2")),
     *(beside_one(strategy, "lora", "train.optimizer=sgd", "train.learning_rate=0.0001")
