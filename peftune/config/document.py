@@ -92,7 +92,8 @@ def read(path: Path) -> Document:
     try:
         node = loader.get_single_node()
         if node is None:
-            raise ConfigError(Fault(kind="config", file=name, message="the file is empty", mend="peftune schema"))
+            raise ConfigError(Fault(kind="config", file=name, message="the file is empty",
+                                    mend="peftune init DATA writes a config to begin with"))
         places, faults = _places(node, name)
         if faults:
             raise ConfigError(faults)

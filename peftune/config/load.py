@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ WANTED = {"tuple_type": "a list", "tuple_from_str": "a list", "model_type": "a s
           "model_attributes_type": "a section of `key: value` lines", "int_type": "a whole number",
           "int_parsing": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
           "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
-          "string_type": "a text"}
+          "string_type": "a text", "dict_type": "a section of `key: value` lines"}
 """What a value must be, by pydantic's name of the fault."""
 
 
@@ -170,7 +171,12 @@ def _why(details: Sequence[ErrorDetails]) -> tuple[str, str]:
         return "not of this form", f"use {context['error']}"
     if any(one["type"] in ("string_too_short", "too_short") for one in details):
         return "empty", "write what it shall be"
-    return "wrong type", f"use {' or '.join(dict.fromkeys(map(_wanted, details)))}"
+    wanted = " or ".join(dict.fromkeys(map(_wanted, details)))
+    if detail["input"] is None and WANTED["dict_type"] in wanted:
+        return "nothing", f"leave it out, or use {wanted}"
+    if wanted == WANTED["string_type"] and isinstance(detail["input"], bool | int | float | date):
+        return "wrong type", "use a text: YAML takes this for one in quotes alone"
+    return "wrong type", f"use {wanted}"
 
 
 def _wanted(detail: ErrorDetails) -> str:

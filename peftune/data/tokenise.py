@@ -176,7 +176,7 @@ def _examples(work: Work, begin: int, end: int | None, outcome: Outcome) -> Iter
             outcome.faults.add(Fault(
                 kind="data", file=row.file, line=row.line,
                 message=f"{full_length} tokens are more than data.max_length = {work.encoder.max_length}",
-                mend=f"data.max_length={full_length}, or data.too_long=truncate or drop"))
+                mend=f"data.max_length={full_length} or more, or data.too_long=truncate or drop"))
         elif too_long and config.too_long == "drop":
             counts.dropped_too_long += 1
         else:

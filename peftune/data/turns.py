@@ -32,7 +32,8 @@ def turns_of(values: Mapping[str, Any], key: str, usual: tuple[str, str] = MESSA
     turns = values.get(key)
     if not isinstance(turns, list) or not turns:
         role, content = usual
-        raise RowFault(f"{key} is {kind_of(turns) if turns != [] else 'empty'}, not a list of turns",
+        said = "missing" if key not in values else f"{kind_of(turns) if turns != [] else 'empty'}, not a list of turns"
+        raise RowFault(f"{key} is {said}",
                        f'write [{{"{role}": "user", "{content}": "..."}}, ...]')
     first = turns[0] if isinstance(turns[0], Mapping) else {}
     names = next((names for names in (usual, MESSAGES, SHAREGPT) if names[0] in first), usual)

@@ -112,8 +112,8 @@ def refuse_unmakeable(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
         kind = "a file" if there.exists() else "a link that leads nowhere"
-        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"cannot be made: {there} is {kind}",
-                                   mend="choose another output_dir"))
+        said = f"output_dir is {kind}" if there == folder.absolute() else f"cannot be made: {there} is {kind}"
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=said, mend="choose another output_dir"))
     if not os.access(there, os.W_OK | os.X_OK):
         raise refused(folder, f"{there} is read-only, or not yours")
 

@@ -6,6 +6,7 @@ Source: Rafailov et al., 2023, arXiv:2305.18290.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,8 @@ def _side(fields: Mapping[str, Any], answer: str, text: TextEncoder) -> tuple[li
 
 def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]:
     """A record with both answers, to be compared."""
-    return encode(Row(preference_fields(fields), "", 0, ""), Targets("preference", kind="pair"), text)
+    (example,) = encode(Row(preference_fields(fields), "", 0, ""), Targets("preference", kind="pair"), text)
+    return [replace(example, record={key: said for key, said in example.record.items() if key != "source"})]
 
 
 def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:

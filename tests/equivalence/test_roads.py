@@ -191,6 +191,7 @@ def test_predict_gives_the_predictions_of_the_run(task, request, train, tmp_path
         [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
         for path in (output, folder / "predictions" / "validation.jsonl"))
     assert made == known and None not in made
+    assert '"source": ":0"' not in output.read_text()
 
 
 @pytest.mark.parametrize(("faults", "said"), [

@@ -111,8 +111,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(clas
 
 
 @pytest.mark.parametrize(("output_dir", "why"), [
-    ("file", "cannot be made: {}/file is a file"), ("file/run", "cannot be made: {}/file is a file"),
-    ("nowhere", "cannot be made: {}/nowhere is a link that leads nowhere"),
+    ("file", "file: output_dir is a file"), ("file/run", "cannot be made: {}/file is a file"),
+    ("nowhere", "nowhere: output_dir is a link that leads nowhere"),
     ("nowhere/run", "cannot be made: {}/nowhere is a link that leads nowhere"),
     ("mine", "holds other files (notes.txt) and no run")])
 def test_an_output_dir_that_no_run_can_have_is_named_by_check_and_before_training(

@@ -92,6 +92,9 @@ def test_a_wrong_key_gets_the_right_spelling(tmp_path, key, right):
     ("data.train=[]", "empty"), ("data.validation=[]", "empty"), ("data.test=''", "empty"), ("output_dir=''", "empty"),
     ("train.batch_size=true", "use another value than true or false"), ("log=null", "a section of"),
     ("seed=true", "use another value than true or false"), ("log.trackers=tensorboard", "use a list"),
+    ("data.labels=[yes]", "labels[0] = True: wrong type use a text: YAML takes this for one in quotes alone"),
+    ("output_dir=2024-01-01", "in quotes alone"), ("data.columns=[a]", "a section of"),
+    ("train=null", "train = None: nothing leave it out, or use a section of"),
     ("train.batch_size=abc", "use a whole number"), ("data.train=null", "use a text or a list")])
 def test_a_value_of_another_kind_is_refused_in_plain_words(tmp_path, override, said):
     (fault,) = faults_of(config(tmp_path), override)
@@ -166,7 +169,8 @@ def test_a_base_that_comes_by_a_merge_of_yaml_is_followed(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("task: [", "YAML"), ("", "empty"), ("- 1\n", "mapping"), ("task: a\ntask: b\n", "twice"), ("a: &x [*x]\n", "YAML"),
+    ("task: [", "YAML"), ("", "empty"), ("# nothing\n", "empty"),
+    ("- 1\n", "mapping"), ("task: a\ntask: b\n", "twice"), ("a: &x [*x]\n", "YAML"),
     ("x: !!python/object/apply:os.system ['true']\n", "YAML"),
 ])
 def test_a_broken_file_is_one_clear_fault(tmp_path, text, said):

@@ -182,6 +182,13 @@ def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
 
 
+def test_turns_that_are_missing_are_told_from_those_that_are_null():
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {"prompt": "q", "completion": "a"}, {"messages": None}]
+    assert [fault.message for fault in canonical(rows)[1].faults.kept] == [
+        "messages is missing", "messages is null, not a list of turns"]
+
+
 def test_a_given_format_whose_columns_are_lacking_is_told_from_rows_that_fit_none():
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     with pytest.raises(DataError, match=r"'alpaca' needs instruction, output; .* those of messages\n.*=auto"):
