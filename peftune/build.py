@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftune.build_model import fusion_notes, model_facts, model_for_training, reference_for, usual_tolerance
+from peftune.build_model import (
+    fusion_notes,
+    model_facts,
+    model_for_training,
+    recomputes,
+    reference_for,
+    usual_tolerance,
+)
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
@@ -40,7 +47,7 @@ from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import count, weight_notes
 from peftune.model.card import model_card
 from peftune.model.division import refuse_undividable
-from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
+from peftune.model.precision import DTYPES, autocast, uses_autocast
 from peftune.model.published import published_weights
 from peftune.model.reference import frozen_copy
 from peftune.model.save import live_logits, reload_deviation, save_model
@@ -178,8 +185,7 @@ def _run(
         memory = memory_of_run(config, text, data, strategy, division.ranks if division else 1)
         model, loaded = model_for_training(config, text, data, strategy, display.progress)
         counts = count(model)
-        if memory.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        memory = replace(memory, gradient_checkpointing=memory.gradient_checkpointing and recomputes(config, model))
         if config.model.compiles_whole:
             model.compile(dynamic=True)
         frozen = (frozen_copy(model, DTYPES[config.model.dtype])
