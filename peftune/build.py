@@ -18,6 +18,7 @@ from peftune.build_model import (
     model_facts,
     model_for_training,
     publish,
+    recomputes,
     reference_for,
     usual_tolerance,
 )
@@ -47,7 +48,7 @@ from peftune.loop.state import TrainState
 from peftune.model.adalora import RankBudget, is_adalora, may_set_back
 from peftune.model.assemble import count, weight_notes
 from peftune.model.division import refuse_undividable
-from peftune.model.precision import DTYPES, autocast, enable_gradient_checkpointing, uses_autocast
+from peftune.model.precision import DTYPES, autocast, uses_autocast
 from peftune.model.published import published_weights
 from peftune.model.reference import frozen_copy
 from peftune.model.save import live_logits, reload_deviation
@@ -181,8 +182,7 @@ def _run(
         memory = memory_of_run(config, text, data, strategy, division.ranks if division else 1)
         model, loaded = model_for_training(config, text, data, strategy, display.progress)
         counts = count(model)
-        if memory.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        memory = replace(memory, gradient_checkpointing=memory.gradient_checkpointing and recomputes(config, model))
         if config.model.compiles_whole:
             model.compile(dynamic=True)
         frozen = (frozen_copy(model, DTYPES[config.model.dtype])

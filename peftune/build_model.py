@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.layouts import Layout
 from peftune.data.prepare import Prepared
+from peftune.errors import ConfigError, Fault
 from peftune.loop.data_start import start_from_planned_data
 from peftune.loop.publish import write_text
+from peftune.model.adapters import base_of
 from peftune.model.assemble import Parameters, assemble
 from peftune.model.card import model_card
 from peftune.model.download import Tell
@@ -24,7 +26,7 @@ from peftune.model.lean import layers_of_passes, make_lean
 from peftune.model.load import Loaded, adjust_config, load_weights, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
 from peftune.model.packing import use_packing
-from peftune.model.precision import DTYPES
+from peftune.model.precision import DTYPES, enable_gradient_checkpointing
 from peftune.model.quantize import quantised_by, quantization_of
 from peftune.model.reference import Reference, reference_of
 from peftune.model.save import save_model
@@ -64,6 +66,20 @@ def model_for_training(
             passes = fused_passes(strategy.world.device, DTYPES[config.model.dtype])
             make_lean(model, by_module=by_module, passes=passes)
     return model, loaded
+
+
+def recomputes(config: RunConfig, model: Any) -> bool:
+    """Let a model compute its activations again in backward, if it can.
+
+    Raises:
+        ConfigError: it cannot, and that is asked for.
+    """
+    can = enable_gradient_checkpointing(model)
+    if not can and config.model.gradient_checkpointing is True:
+        raise ConfigError(Fault(
+            kind="config", message=f"model.gradient_checkpointing = true: {base_of(model).config.model_type} cannot "
+            "compute its activations again", mend="model.gradient_checkpointing=false"))
+    return can
 
 
 def fusion_notes(config: ModelConfig, model: nn.Module) -> list[str]:

@@ -51,7 +51,7 @@ class EndsInLosses:
             logits_NV = self.plain(*args, **kwargs)["logits"][predicted.rows_N, predicted.columns_N]
             return {NATS: token_cross_entropy(logits_NV, predicted.ids_N)}
         given = {name: value for name, value in kwargs.items() if value is not None}
-        output = self._model.base_model(*args, **given)
+        output = self._body()(*args, **given)
         head, hidden_BTD = partial(self._head, type(output)), output.last_hidden_state
         at_N = (predicted.rows_N + 1) * hidden_BTD.shape[1] + predicted.columns_N
         hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, at_N)
@@ -64,9 +64,15 @@ class EndsInLosses:
 
         `kind`: what the body returns.
         """
-        body = self._model.base_model
+        body, called = self._body(), False
         before = body.__dict__.get("forward")
-        body.forward = lambda *args, **kwargs: kind(last_hidden_state=hidden_ND[None])
+
+        def given(*args: Any, **kwargs: Any) -> ModelOutput:
+            nonlocal called
+            called = True
+            return kind(last_hidden_state=hidden_ND[None])
+
+        body.forward = given
         try:
             logits: Tensor = self.plain(inputs_embeds=hidden_ND[None])["logits"]
         finally:
@@ -74,7 +80,17 @@ class EndsInLosses:
                 del body.forward
             else:
                 body.forward = before
+        if not called:  # a part of it has run in its place, over its own result
+            raise RuntimeError(f"{type(self._model).__name__} does not call its body")
         return logits[0]
+
+    def _body(self) -> Any:
+        """What the output layer reads. Llama 4's body has another name than `base_model_prefix`; OPT and decoders of
+        translation models hold theirs in a shell that they do not call."""
+        base = self._model.base_model
+        if base is self._model:
+            base = next((part for part in base.children() if isinstance(part, PreTrainedModel)), base)
+        return base.decoder if list(base._modules) == ["decoder"] else base
 
 
 def end_in_losses(model: nn.Module) -> None:

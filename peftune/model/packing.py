@@ -191,8 +191,16 @@ def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         return output
     output.last_hidden_state = in_rows(output.last_hidden_state[0], lengths)
     if output.get("pooler_output") is not None:
-        output.pooler_output = body.pooler(output.last_hidden_state)
+        output.pooler_output = _pooled(body, output.last_hidden_state)
     return output
+
+
+def _pooled(body: Any, hidden_NLD: Tensor) -> Tensor:
+    """As the body does it: ALBERT's pooler is a linear layer, BERT's takes the first token itself."""
+    if "pooler_activation" in body._modules:
+        return body.pooler_activation(body.pooler(hidden_NLD[:, 0]))
+    pooled: Tensor = body.pooler(hidden_NLD)
+    return pooled
 
 
 def in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -53,11 +53,15 @@ def autocast(config: ModelConfig, device: torch.device) -> Callable[[], Abstract
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer's activations in backward. Non-reentrant, so frozen embeddings need no gradient hook, with
-    which transformers would compute gradients down to them through every frozen layer."""
+def enable_gradient_checkpointing(model: PreTrainedModel) -> bool:
+    """Recompute each layer's activations in backward; False where the model's code cannot. Non-reentrant, so frozen
+    embeddings need no gradient hook, with which transformers would compute gradients down to them through every frozen
+    layer."""
+    if not model.supports_gradient_checkpointing:
+        return False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
+    return True
 
 
 def disable_gradient_checkpointing(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Any] = {
         max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**GROUPED),
     "bert": lambda: BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "albert": lambda: AlbertConfig(**SIZES, embedding_size=16),
     "modernbert": lambda: ModernBertConfig(**SIZES, local_attention=6, global_attn_every_n_layers=2),
 }
 HEADS = {"sequence_classification": AutoModelForSequenceClassification,

@@ -17,11 +17,15 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
+    OPTConfig,
     Qwen2Config,
     RobertaConfig,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import ModelError
@@ -46,6 +50,11 @@ FAMILIES: dict[str, Any] = {
     "granite, scaled": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
     "cohere, scaled": lambda: CohereConfig(**SIZES, logit_scale=0.3),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=2),
+    "llama 4, whose body has another name": lambda: Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=48, num_local_experts=2, head_dim=8),
+    "opt, whose body is a shell": lambda: OPTConfig(
+        vocab_size=V, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, dropout=0.0, pad_token_id=0),
     "gpt2": lambda: GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
                                attn_pdrop=0.0),
 }
@@ -229,6 +238,21 @@ def test_a_model_that_does_more_than_we_know_stays_on_the_plain_road_and_says_so
     assert choose_road(ModelConfig(name_or_path="x", dtype="float32"), model, model.config, divided=False,
                        world=World(0, 1, 0, CPU, None), autocast=contextlib.nullcontext) is None
     assert road_of(model)
+
+
+class CallsNoBody(LlamaForCausalLM):
+    """Takes its body's parts one by one. What it makes of hidden states is about what it makes of tokens."""
+
+    def forward(self, **kwargs: Any) -> Any:
+        return CausalLMOutput(logits=0.001 * self.lm_head(type(self.model).forward(self.model, **kwargs)[0]) + 1.0)
+
+
+def test_a_model_that_does_not_call_its_body_stays_on_the_plain_road_however_little_its_logits_differ():
+    model = CallsNoBody(LlamaConfig(**SIZES))
+    end_in_losses(model)
+    why = choose_road(ModelConfig(name_or_path="x"), model, model.config, divided=False,
+                      world=World(0, 1, 0, CPU, None), autocast=contextlib.nullcontext)
+    assert why is not None and "CallsNoBody does not call its body" in why and road_of(model) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CTRLConfig,
     Gemma3Config,
     Gemma3nTextConfig,
     Gemma4Config,
@@ -21,8 +22,10 @@ from transformers import (
 )
 
 from peftune.config.schema import AdapterConfig
+from peftune.errors import ConfigError
 from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
+from peftune.plan.choose import LIMIT
 from tests.conftest import mostly_slow, summary, write_config
 from tests.unit.test_model import assembled
 from tests.unit.test_plan import watched_steps
@@ -177,3 +180,15 @@ def test_memory_is_planned_of_experts_and_of_layers_that_keep_a_state(config_cla
     assert planned["predicted"], planned["why_not"]
     assert planned["predicted"]["instants"]["step"] == pytest.approx(max(found), rel=0.05)
     assert planned["predicted"]["instants"]["generation"] > 0
+
+
+CTRL = {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+
+
+def test_a_model_that_cannot_compute_its_activations_again_keeps_them_or_is_refused(family, converse, train,
+                                                                                    monkeypatch):
+    settings = {**converse, "adapter": None, "model": {"name_or_path": family(CTRLConfig, **CTRL), "dtype": "float32"}}
+    monkeypatch.setenv(LIMIT, "1")
+    assert not json.loads((train(settings) / "manifest.json").read_text())["model"]["gradient_checkpointing"]
+    with pytest.raises(ConfigError, match="ctrl cannot compute its activations again"):
+        train(settings, "model.gradient_checkpointing=true", name="asked")
