@@ -39,16 +39,26 @@ FORMATS: dict[str, tuple[str, ...]] = {
 """Row formats by task."""
 
 
-WITHOUT_RECOMPUTING = frozenset({"prefix_tuning"})
-"""PEFT methods whose learned part lies in the attention's cache, which recomputed activations do not have."""
-
-
 def _method(config: RunConfig) -> str | None:
     return None if config.adapter is None else config.adapter.method
 
 
 def _is_lora(config: RunConfig) -> bool:
     return _method(config) == "lora"
+
+
+def _has_prefix(config: RunConfig) -> bool:
+    return _method(config) == "prefix_tuning"
+
+
+def _is_activated(config: RunConfig) -> bool:
+    """LoRA that begins at certain tokens of each row (aLoRA, arXiv:2504.12397)."""
+    return config.adapter is not None and config.adapter.fields.get("alora_invocation_tokens") is not None
+
+
+def keeps_activations(config: RunConfig) -> bool:
+    """Whether the adapter cannot train with recomputed activations (see `RULES`)."""
+    return _has_prefix(config) or _is_activated(config)
 
 
 RULES: tuple[Refusal[RunConfig], ...] = (
@@ -154,9 +164,15 @@ RULES: tuple[Refusal[RunConfig], ...] = (
     ),
     Refusal(
         "model.gradient_checkpointing",
-        lambda c: c.model.gradient_checkpointing is True and _method(c) in WITHOUT_RECOMPUTING,
+        lambda c: c.model.gradient_checkpointing is True and _has_prefix(c),
         "a learned prefix lies in the attention's cache, and recomputed layers have none",
         "model.gradient_checkpointing=false, or adapter.method=prompt_tuning or lora",
+    ),
+    Refusal(
+        "model.gradient_checkpointing",
+        lambda c: c.model.gradient_checkpointing is True and _is_activated(c),
+        "PEFT does not say to recomputed layers where activated LoRA begins",
+        "model.gradient_checkpointing=false, or adapter.alora_invocation_tokens=null",
     ),
     Refusal(
         "evaluation.max_new_tokens",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -136,7 +136,7 @@ def use_packing(
         segments or varlen; None where this attention or adapter cannot keep sequences apart.
     """
     base = base_of(model)
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if isinstance(model, PeftModel) and _adapts_by_row(model.active_peft_config):
         return None
     attention = base.config._attn_implementation
     if attention in ("sdpa", SEGMENTS):
@@ -151,6 +151,12 @@ def use_packing(
         body.register_forward_pre_hook(partial(_pack_inputs, first_position, few_sizes), with_kwargs=True)
         body.register_forward_hook(_pad_outputs, with_kwargs=True)
     return "varlen" if attention in VARLEN else "segments"
+
+
+def _adapts_by_row(adapter: PeftConfig) -> bool:
+    """Whether what is trained stands before each row, or begins where certain tokens come last in it (aLoRA)."""
+    activated = isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens is not None
+    return adapter.is_prompt_learning or activated
 
 
 def _pack_inputs(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from peftune.config.rules import WITHOUT_RECOMPUTING
+from peftune.config.rules import keeps_activations
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
@@ -195,7 +195,7 @@ def step_bytes(found: Footprint) -> int:
 
 def wants_recomputing(config: RunConfig) -> bool | None:
     """None leaves it to the memory, but where recomputation cannot work (see `RULES`)."""
-    if config.adapter is not None and config.adapter.method in WITHOUT_RECOMPUTING:
+    if keeps_activations(config):
         return False
     return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 

@@ -199,6 +199,7 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
         ["evaluation.metric=rouge_l", "evaluation.max_new_tokens=0"],
         ["train.lora_plus_ratio=4", "adapter.method=ia3"], ["train.optimizer=sgd", "adapter.method=adalora"],
         ["model.gradient_checkpointing=true", "adapter.method=prefix_tuning"],
+        ["model.gradient_checkpointing=true", "adapter.alora_invocation_tokens=[5]"],
         ["data.columns={txt: text}"], ["data.validation=[{path: v.jsonl, weight: 5}]"],
         ["data.test=[{path: v.jsonl, weight: 5}]"], ["task=causal_lm", "data.labels=[a, b]"],
         ["task=sequence_classification", "data.labels=[a, a]"],

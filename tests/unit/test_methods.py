@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftune.build import build
 from peftune.config.load import load
@@ -206,6 +206,18 @@ def test_best_of_a_learned_prompt_with_a_network_is_put_back(converse, tmp_path)
     weights = run.published_weights(run.model, run.folder / "final")
     live = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     assert weights.keys() == live.keys() and all(torch.equal(weights[name], live[name]) for name in live)
+
+
+def test_activated_lora_begins_in_each_example_at_its_own_tokens(converse, decoder, write_rows, train):
+    """PEFT looks for them in each row: of a packed one, it would adapt the last example alone."""
+    rows = [{"prompt": f"question {number} answer:", "completion": f" the badge {number}"} for number in range(24)]
+    tokens = AutoTokenizer.from_pretrained(decoder)("answer:", add_special_tokens=False)["input_ids"][1:]
+    settings = short({**converse, "adapter": {**LORA, "alora_invocation_tokens": tokens}}, tokens_per_micro_batch=4096)
+    settings["data"] = {"train": write_rows("asked.jsonl", rows), "validation": None}
+    whole = train(settings, name="whole")
+    apart = train(settings, "train.tokens_per_micro_batch=1", name="apart")
+    losses = [[row["loss"] for row in metric_rows(folder, "train")] for folder in (whole, apart)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < 0.9 * losses[0][0]
 
 
 @pytest.mark.slow
