@@ -68,12 +68,14 @@ def choose_launch(
         sequence_ranks: neighbouring processes that share each sequence.
 
     Raises:
-        MachineError: a strategy this version lacks, one whose package is missing, more processes than GPUs, or a number
-            of them that leaves one of the groups that share sequences short.
+        MachineError: a strategy this version lacks, one whose package is missing, no process or more than GPUs, or a
+            number of them that leaves one of the groups that share sequences short.
     """
     gpus = _gpu_count()
     nodes = node.count if node else 1
-    wanted = processes or (1 if strategy == "single" else max(1, gpus) * nodes)
+    wanted = (1 if strategy == "single" else max(1, gpus) * nodes) if processes is None else processes
+    if wanted < 1:
+        raise _error(f"--processes {wanted}", "--processes 1, or more")
     strategy = strategy_for(strategy, wanted)
     if wanted % nodes:
         raise _error(f"{wanted} processes on {nodes} machines: each must run as many as the others",

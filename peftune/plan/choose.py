@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from peftune.config.rules import WITHOUT_RECOMPUTING
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
-from peftune.errors import in_a_line
+from peftune.errors import Fault, MachineError, in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import DTYPES
@@ -200,6 +201,14 @@ def wants_recomputing(config: RunConfig) -> bool | None:
     return None if config.model.gradient_checkpointing == "auto" else config.model.gradient_checkpointing
 
 
+def _limit_bytes() -> int | None:
+    said = os.environ.get(LIMIT)
+    if said is None or re.fullmatch(r"[0-9]+", said, re.ASCII):
+        return None if said is None else int(said)
+    raise MachineError(Fault(kind="environment", message=f"{LIMIT}={said}: no number of bytes",
+                             mend=f"{LIMIT}=8589934592, which is 8 GiB"))
+
+
 def room_bytes(device: torch.device, config: ModelConfig) -> int:
     """What this rank's tensors may take: a share of the free memory; on CPUs of PEFTUNE_MEMORY_BYTES, if that is
     less."""
@@ -207,8 +216,8 @@ def room_bytes(device: torch.device, config: ModelConfig) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
         return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
     free = psutil.virtual_memory().available // processes_here()
-    limit = os.environ.get(LIMIT)
-    most = free if limit is None else min(free, int(limit) - psutil.Process().memory_info().rss)
+    limit = _limit_bytes()
+    most = free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
     widens = config.dtype == "bfloat16" and lacks_bfloat16()
     beside = BESIDE_TENSORS["float32"] + WIDENED if widens else BESIDE_TENSORS[config.dtype]
     beside += MORE_CODE if makes_code_slowly(DTYPES[config.dtype]) else 0

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 import peftune.loop.fit as loop
 from peftune.cli import main
 from peftune.config.schema import RunConfig
+from peftune.errors import guarded
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
 from peftune.plan.answer import WITHOUT_DATA
@@ -26,7 +27,8 @@ from peftune.plan.models import Models, Road, Subject
 from peftune.plan.trace import Rows, trace_step
 from peftune.plan.work import Candidate, Work, lengths_without_data
 from peftune.tasks import TASKS
-from tests.conftest import ROOT, mostly_slow, summary
+from peftune.train import main as train_main
+from tests.conftest import ROOT, mostly_slow, summary, write_config
 
 TENSORS = Device("cpu", 0, {}, 0, 0.0, 1.0)
 MODELS = ROOT / "benchmarks" / "models"
@@ -191,6 +193,13 @@ def test_a_limit_on_memory_changes_the_micro_batches_and_not_the_losses(converse
     losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
               for folder in (free, tight)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", ["8GiB", "", "-1"])
+def test_a_limit_on_memory_that_is_no_number_of_bytes_is_refused(limit, monkeypatch, classify, tmp_path, capsys):
+    monkeypatch.setenv(LIMIT, limit)
+    assert guarded(train_main, [str(write_config(classify, tmp_path / "c"))]) == 2
+    assert f"{LIMIT}={limit}: no number of bytes\n  mend: {LIMIT}=8589934592" in capsys.readouterr().err
 
 
 @pytest.fixture

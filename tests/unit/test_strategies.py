@@ -128,6 +128,12 @@ def test_every_strategy_has_a_preset_and_a_launch_line(strategy, monkeypatch):
     assert launch.strategy == strategy and str(launch).endswith("peftune/train.py c.yaml")
 
 
+@pytest.mark.parametrize("processes", [0, -1])
+def test_less_than_one_process_is_refused(processes):
+    with pytest.raises(MachineError, match=f"--processes {processes}\n.*mend: --processes 1, or more"):
+        choose_launch("auto", processes, ["c.yaml"])
+
+
 def test_the_cpu_computes_where_the_only_gpu_is_apples(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
