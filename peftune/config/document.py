@@ -37,7 +37,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 2e-4 is a number, as in YAML 1.2."""
+    """Safe YAML in which 2e-4 is a number, 010 is ten and 1:30 is a text, as in YAML 1.2."""
 
 
 _Loader.add_implicit_resolver(
@@ -45,6 +45,17 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """YAML 1.1 takes 010 for eight, and 1:30 for ninety."""
+    written = str(node.value)
+    if ":" in written:
+        return written
+    return int(written) if re.fullmatch(r"[-+]?0[0-9_]+", written) else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse_value(text: str) -> Any:
