@@ -39,7 +39,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 2e-4 is a number, as in YAML 1.2."""
+    """Safe YAML in which 2e-4 is a number, 010 is ten and 1:30 is a text, as in YAML 1.2."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -60,6 +60,17 @@ def to_yaml(values: Any, **how: Any) -> str:
     """Values as a YAML text, from which `read` and `parse_value` get equal ones. `how`: options of PyYAML."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **how)
     return text
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """YAML 1.1 takes 010 for eight, and 1:30 for ninety."""
+    written = str(node.value)
+    if ":" in written:
+        return written
+    return int(written) if re.fullmatch(r"[-+]?0[0-9_]+", written) else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse_value(text: str) -> Any:

@@ -44,6 +44,9 @@ def files_of(source: Source) -> list[Path]:
         raise DataError(file_fault(source.path, None, missing, _mend_missing(path)))
     for file in files:
         refuse_odd_name(str(file))
+        if file.is_dir():
+            raise DataError(file_fault(str(file), None, "is a folder, among the files that match",
+                                       f"a pattern of files alone, such as {path.parent / '*.jsonl'}"))
         if not file.is_file():
             raise DataError(file_fault(str(file), None, "no regular file",
                                        "name a file: a device or a pipe may never end"))
@@ -125,7 +128,8 @@ def _mend_missing(path: Path) -> str:
     if path.parent.is_dir():
         near = sorted(file.name for file in path.parent.iterdir() if kind_of_file(file) in READERS)
         if near:
-            return f"{path.parent} holds {', '.join(near[:8])}"
+            start = "" if path.is_absolute() else f"; paths begin in the current folder, {Path.cwd()}"
+            return f"{path.parent} holds {', '.join(near[:8])}{start}"
     return f"paths are relative to the current folder, {Path.cwd()}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -71,7 +72,8 @@ def _init(parsed: argparse.Namespace) -> int:
     classes = f", {number} class{'es' * (number != 1)}" if number else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
     notes = "".join(f"{on_a_line(note)}\n" for note in found.notes)
-    print(f"{name}: {found.task}{columns}{classes}\n{notes}next: peftune check {name}, then peftune train {name}")
+    word = shlex.quote(name)
+    print(f"{name}: {found.task}{columns}{classes}\n{notes}next: peftune check {word}, then peftune train {word}")
     return EXIT_DONE
 
 
@@ -86,12 +88,14 @@ def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
     from peftune.starter.starting import nested_yaml
 
     _refuse_existing(name)
+    if devices < 1:
+        raise ConfigError(Fault(kind="config", message=f"--devices {devices}", mend="use 1 or more"))
     found = translate(file, DIALECTS[dialect], devices)
     left = [f"not taken over: {key}: {shorten(str(value), 80)}  ({why})" for key, value, why in found.left]
     _write(name, "".join(f"# {line}\n" for line in [
         f"Made by `peftune init --from-{dialect} {file}`, for {devices} device{'s' * (devices != 1)}.", *left,
     ]) + nested_yaml(found.ours))
-    print("\n".join([*left, f"{name}: {len(found.ours)} settings\nnext: peftune check {name}"]))
+    print("\n".join([*left, f"{name}: {len(found.ours)} settings\nnext: peftune check {shlex.quote(name)}"]))
     return EXIT_DONE
 
 

@@ -35,6 +35,7 @@ AXOLOTL = {
     "rl_beta": "train.dpo_beta", "early_stopping_patience": "evaluation.patience",
     "lora_modules_to_save": "adapter.modules_to_save", "torch_compile": "model.compile",
 }
+MODEL = "model.name_or_path"
 VALUES: dict[str, dict[Any, Any]] = {
     "train.lr_scheduler": {name: name for name in ("linear", "cosine", "constant", "inverse_sqrt")}
     | {"constant_with_warmup": "constant"},
@@ -123,6 +124,10 @@ def translate(path: str, dialect: Dialect, devices: int) -> Translation:
             found.ours[ours] = value if words is None else words[value]
     if not adapted:
         found.ours["adapter"] = None
+    if MODEL not in found.ours:
+        model = next(theirs for theirs, ours in dialect.keys.items() if ours == MODEL)
+        raise ConfigError(Fault(kind="config", file=path, message=f"not a config of {dialect.name}: {model} is missing",
+                                mend="add it, or name the framework that it is of"))
     return found
 
 

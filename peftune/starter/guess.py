@@ -29,7 +29,6 @@ SOUGHT: Mapping[str, tuple[str, ...]] = {
 MOST_CLASSES, ROWS_A_CLASS, LONGEST_CLASS = 20, 5, 60
 """A column of classes has few values, or at least so many rows for each, none longer than that."""
 MOST_REASONS = 3
-_WHICH = "say which is which: --columns text=ONE label=ANOTHER, or prompt=ONE completion=ANOTHER"
 _AS_LISTS = 'where a row has several classes, write them as one list in JSON Lines: {"label": ["toxic"]}'
 PAIRS = (("premise", "hypothesis"), ("question", "sentence"), ("query", "document"), ("query", "passage"))
 """Names of the two texts of a pair; others end in 1 and 2, or a and b."""
@@ -101,11 +100,19 @@ def _fitting(
         format, renames = named[0]
         said = _reasons(rows, format, renames)
         raise DataError(Fault(kind="data", file=file, message=f"looks like {TASK_OF[format]} ({format}), but {said}",
-                              mend=f"mend the rows, or {_WHICH}"))
+                              mend=f"mend the rows, or {_which(formats)}"))
     names = dict.fromkeys(name for row in rows for name in row)
     wanted = "; ".join(f"{TASK_OF[name]}: {', '.join(COLUMNS[name])}" for name in formats)
     raise DataError(Fault(kind="data", file=file, message=f"columns {', '.join(names)} suit no task ({wanted})",
-                          mend=_WHICH))
+                          mend=_which(formats)))
+
+
+def _which(formats: Sequence[str]) -> str:
+    """How to say it oneself, for the usual ones of several formats."""
+    usual = [name for name in ("classification", "prompt_completion") if name in formats] or formats[:1]
+    words = " or ".join(" ".join(f"{name}=COLUMN_{number}" for number, name in enumerate(COLUMNS[format], start=1))
+                        for format in usual)
+    return f"say which is which: --columns {words}"
 
 
 def _named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,8 @@ def starting_config(
     extra: dict[str, Any] = {"columns": found.columns} if found.columns else {}
     extra |= {"problem_type": found.problem} if found.problem != "auto" else {}
     return TEMPLATE.format(
-        name=name, about=about, task=found.task, output_dir=in_yaml(output_dir), model=in_yaml(model or start.model),
-        dtype=start.dtype, **{key: in_yaml(value) for key, value in data.items()},
+        name=shlex.quote(name), about=about, task=found.task, output_dir=in_yaml(output_dir),
+        model=in_yaml(model or start.model), dtype=start.dtype, **{key: in_yaml(value) for key, value in data.items()},
         columns="".join(f"  {key}: {in_yaml(value)}\n" for key, value in extra.items()),
         notes="".join(f"  # {on_a_line(note)}\n" for note in found.notes),
         max_length=start.max_length, batch_size=start.batch_size, num_epochs=start.num_epochs,

@@ -115,6 +115,13 @@ def test_an_override_that_yaml_cannot_read_is_read_when_it_is_quoted_as_the_mend
     assert load([config(tmp_path), "data.train='*.jsonl'"]).data.train == "*.jsonl"
 
 
+def test_numbers_with_a_leading_zero_are_decimal_and_times_of_day_are_texts(tmp_path):
+    assert load([config(tmp_path), "seed=010", "train.batch_size=0x10", "output_dir=1:30"]).model_dump(
+        include={"seed": True, "output_dir": True, "train": {"batch_size"}}) == {
+            "seed": 10, "output_dir": "1:30", "train": {"batch_size": 16}}
+    assert "use 3h55m" in faults_of(config(tmp_path, MINIMAL + "deadline: 1:30:00\n"))[0].mend
+
+
 def test_a_base_on_the_command_line_is_told_its_place(tmp_path):
     assert "write base: b.yaml into the config" in faults_of(config(tmp_path), "base=b.yaml")[0].mend
 

@@ -182,6 +182,21 @@ def test_a_row_that_does_not_fit_its_format_is_a_fault_with_its_line(values):
     assert not rows and found.faults.kept[0].line == 1 and found.faults.kept[0].mend
 
 
+def test_a_folder_among_the_files_of_a_glob_is_named_as_one(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match="sub: is a folder, among the files that match"):
+        list(read(Source(path=f"{tmp_path}/*"), Faults()))
+    assert len(list(read(Source(path=f"{tmp_path}/*.jsonl"), Faults()))) == 1
+
+
+def test_a_missing_file_beside_others_is_said_to_be_looked_for_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=f"holds other.jsonl; paths begin in the current folder, {tmp_path}"):
+        list(read(Source(path="rows.jsonl"), Faults()))
+
+
 def test_turns_that_are_missing_are_told_from_those_that_are_null():
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
             {"prompt": "q", "completion": "a"}, {"messages": None}]

@@ -196,6 +196,13 @@ def test_a_limit_on_memory_changes_the_micro_batches_and_not_the_losses(converse
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("limit", ["8GiB", "", "-1"])
+def test_a_limit_on_memory_that_is_no_number_of_bytes_is_refused(limit, monkeypatch, classify, tmp_path, capsys):
+    monkeypatch.setenv(LIMIT, limit)
+    assert guarded(training, [str(write_config(classify, tmp_path / "c"))]) == 2
+    assert f"{LIMIT}={limit}: no number of bytes\n  mend: write it out, as {LIMIT}=" in capsys.readouterr().err
+
+
 @pytest.fixture
 def big(tmp_path):
     """A config of a large model of which there is nothing but its shape."""
@@ -263,9 +270,3 @@ def test_lengths_are_those_of_the_data_however_its_absolute_path_is_written(writ
 def test_a_strategy_that_no_launch_would_take_on_these_devices_is_not_planned(words, big, capsys):
     assert guarded(main, ["plan", big, "--device", "h100-80gb", *words]) == 2
     assert words[-1] in capsys.readouterr().err
-
-
-def test_a_limit_on_memory_that_is_no_number_is_one_message(classify, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(LIMIT, "8GB")
-    assert guarded(training, [str(write_config(classify, tmp_path / "c"))]) == 2
-    assert f"{LIMIT}=8GB: no number of bytes" in capsys.readouterr().err

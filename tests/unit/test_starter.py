@@ -121,7 +121,9 @@ def test_given_columns_model_and_files_are_taken_over(here):
 
 def test_columns_that_suit_no_task_are_taken_as_the_message_says(here):
     (here / "news.jsonl").write_text('{"article": "A long story.", "highlights": "Short."}\n')
-    assert "or prompt=ONE completion=ANOTHER" in faults_of("news.jsonl")
+    assert "--columns text=COLUMN_1 label=COLUMN_2 or prompt=COLUMN_1 completion=COLUMN_2" in faults_of("news.jsonl")
+    said = faults_of("news.jsonl", "--task", "preference")
+    assert said.endswith("--columns chosen=COLUMN_1 rejected=COLUMN_2")
     init("news.jsonl", "--columns", "prompt=article", "completion=highlights")
     assert load(["news.yaml"]).task == "causal_lm"
 
@@ -261,6 +263,19 @@ def test_what_other_frameworks_learn_and_we_do_not_is_refused(here):
     assert "one thing to begin with" in faults_of("a.csv", "--from-axolotl", "odd.yaml")
     assert "one thing to begin with" in faults_of()
     assert not list(here.glob("*-peftune.yaml"))
+
+
+def test_the_commands_of_a_name_with_blanks_can_be_copied(here, capsys):
+    (here / "my data.csv").write_text(TICKETS)
+    init("my data.csv")
+    assert "next: peftune check 'my data.yaml', then peftune train 'my data.yaml'" in capsys.readouterr().out
+    assert "\n#   peftune train 'my data.yaml'\n" in Path("my data.yaml").read_text()
+
+
+def test_a_config_of_another_framework_and_no_devices_are_refused_by_their_own_names(here):
+    (here / "lf.yaml").write_text("{model_name_or_path: m, dataset: d}")
+    assert "not a config of axolotl: base_model is missing" in faults_of("--from-axolotl", "lf.yaml")
+    assert "--devices 0" in faults_of("--from-llamafactory", "lf.yaml", "--devices", "0")
 
 
 @pytest.mark.parametrize("words", ["finetuning_type: freeze", "stage: dpo, pref_loss: orpo"])
