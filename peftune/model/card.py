@@ -14,7 +14,7 @@ KINDS = {
     "causal_lm": ("text-generation", "AutoModelForCausalLM"),
     "preference": ("text-generation", "AutoModelForCausalLM"),
 }
-"""Task -> what model hubs call it, and the class that loads it."""
+"""Task -> what model hubs call it, and the class that loads most of its models."""
 
 
 def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
@@ -27,7 +27,7 @@ def model_card(base: str, task: str, method: str, facts: dict[str, Any]) -> str:
     }
     if not is_local(base):
         header["base_model"] = base
-    auto_class = KINDS[task][1]
+    auto_class = facts["loads_with"]
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---

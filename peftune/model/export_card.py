@@ -44,7 +44,7 @@ def export_card(record: Mapping[str, Any], trained: Story) -> str:
                               "tags": ["peftune", method.replace(" ", "-")]}
     if not is_local(base):
         header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    how = usage(adapter, KINDS[task][1], adds_tokens=adds_tokens, quantised_by=record["quantization"])
+    how = usage(adapter, record["loads_with"], adds_tokens=adds_tokens, quantised_by=record["quantization"])
     shown = Path(base).name if is_local(base) else base
     parts = [f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---", f"# {shown}, {method} for {task}",
              *_scores(trained), *_data(trained), *_training(trained), *_export(record), "## Use",

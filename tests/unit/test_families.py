@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     CTRLConfig,
     Gemma3Config,
@@ -17,11 +19,16 @@ from transformers import (
     GPTNeoXConfig,
     Llama4TextConfig,
     Mamba2Config,
+    Mistral3Config,
     MixtralConfig,
     Qwen3_5TextConfig,
+    T5Config,
 )
 
+from peftune.cli import main
+from peftune.config.load import load
 from peftune.config.schema import AdapterConfig
+from peftune.data_check import check
 from peftune.errors import ConfigError
 from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
@@ -192,3 +199,23 @@ def test_a_model_that_cannot_compute_its_activations_again_keeps_them_or_is_refu
     assert not json.loads((train(settings) / "manifest.json").read_text())["model"]["gradient_checkpointing"]
     with pytest.raises(ConfigError, match="ctrl cannot compute its activations again"):
         train(settings, "model.gradient_checkpointing=true", name="asked")
+
+
+def test_a_family_whose_next_token_layer_has_another_auto_class_trains_and_its_card_names_that_class(
+    family, converse, train, tmp_path
+):
+    seen = {**SIGHT, "model_type": "pixtral", "head_dim": 16}
+    path = family(Mistral3Config, AutoModelForImageTextToText, text_config={**GROUPED, "model_type": "mistral"},
+                  vision_config=seen, image_token_index=7)
+    folder = train({**converse, "model": {"name_or_path": path, "dtype": "float32"}})
+    assert summary(folder)["reload_deviation"] <= 1e-4
+    assert main(["export", str(folder), "--to", str(tmp_path / "merged"), "--merge"]) == 0
+    for published in (folder / "final", tmp_path / "merged"):
+        assert "model = AutoModelForImageTextToText.from_pretrained(" in (published / "README.md").read_text()
+
+
+def test_a_family_without_an_output_layer_for_the_task_is_refused_before_anything_is_loaded(family, converse, tmp_path):
+    path = family(T5Config, AutoModelForSeq2SeqLM, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    settings = {**converse, "model": {"name_or_path": path, "dtype": "float32"}}
+    (fault,) = check(load([str(write_config(settings, tmp_path / "c"))])).faults
+    assert fault.message.endswith("no output layer for causal_lm on models of the family t5")
