@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     CTRLConfig,
+    DeepseekV3Config,
     Gemma3Config,
     Gemma3nTextConfig,
     Gemma4Config,
@@ -49,6 +50,9 @@ MAMBA2 = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_
           "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 HYBRID = {**GROUPED, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
           "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+LATENT = {**SIZES, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+          "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+          "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
          "patch_size": 8}
 TOKENS = {"image_token_id": 7, "boi_token_id": 8, "eoi_token_id": 9, "audio_token_id": 10, "video_token_id": 11}
@@ -176,9 +180,11 @@ def test_text_is_packed_where_a_tower_of_sound_knows_no_such_attention(family, c
 
 
 @pytest.mark.parametrize(("config_class", "fields"), [
-    (MixtralConfig, {**GROUPED, **ROUTED}), (Qwen3_5TextConfig, HYBRID), (Mamba2Config, MAMBA2)])
-def test_memory_is_planned_of_experts_and_of_layers_that_keep_a_state(config_class, fields, family, converse, train,
-                                                                      monkeypatch):
+    (MixtralConfig, {**GROUPED, **ROUTED}), (Qwen3_5TextConfig, HYBRID), (Mamba2Config, MAMBA2),
+    (DeepseekV3Config, LATENT)])
+def test_memory_is_planned_of_experts_of_states_and_of_keys_wider_than_values(
+    config_class, fields, family, converse, train, monkeypatch
+):
     settings = {**converse, "model": {"name_or_path": family(config_class, **fields), "dtype": "float32"},
                 "train": {"batch_size": 1000, "max_steps": 2, "tokens_per_micro_batch": 400}}
     with watched_steps(monkeypatch) as found:
