@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     CTRLConfig,
     DeepseekV3Config,
+    FNetConfig,
     Gemma3Config,
     Gemma3nTextConfig,
     Gemma4Config,
@@ -30,7 +32,7 @@ from peftune.cli import main
 from peftune.config.load import load
 from peftune.config.schema import AdapterConfig
 from peftune.data_check import check
-from peftune.errors import ConfigError
+from peftune.errors import ConfigError, SelfCheckError
 from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
 from peftune.plan.choose import LIMIT
@@ -225,3 +227,16 @@ def test_a_family_without_an_output_layer_for_the_task_is_refused_before_anythin
     settings = {**converse, "model": {"name_or_path": path, "dtype": "float32"}}
     (fault,) = check(load([str(write_config(settings, tmp_path / "c"))])).faults
     assert fault.message.endswith("no output layer for causal_lm on models of the family t5")
+
+
+def test_layers_that_the_task_does_not_read_are_left_out_as_the_self_check_says(family, tag, train):
+    path = family(FNetConfig, AutoModelForMaskedLM, **SIZES)
+    settings = {**tag, "model": {"name_or_path": path, "dtype": "float32"}, "data": {**tag["data"], "max_length": 200}}
+    with pytest.raises(SelfCheckError) as refused:
+        train(settings, name="all")
+    (fault,) = refused.value.faults
+    assert fault.mend == "adapter.exclude_modules=[pooler.dense]"
+    train(settings, fault.mend)
+    with pytest.raises(SelfCheckError) as refused:
+        train({**settings, "adapter": None}, name="whole")
+    assert "adapter.method=lora, adapter.exclude_modules" in refused.value.faults[0].mend
