@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +22,7 @@ from transformers import (
     Gemma4Config,
     GPTNeoXConfig,
     Llama4TextConfig,
+    LongformerConfig,
     Mamba2Config,
     Mistral3Config,
     MixtralConfig,
@@ -32,7 +34,7 @@ from peftune.cli import main
 from peftune.config.load import load
 from peftune.config.schema import AdapterConfig
 from peftune.data_check import check
-from peftune.errors import ConfigError, SelfCheckError
+from peftune.errors import ConfigError, ModelError, SelfCheckError
 from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
 from peftune.plan.choose import LIMIT
@@ -240,3 +242,23 @@ def test_layers_that_the_task_does_not_read_are_left_out_as_the_self_check_says(
     with pytest.raises(SelfCheckError) as refused:
         train({**settings, "adapter": None}, name="whole")
     assert "adapter.method=lora, adapter.exclude_modules" in refused.value.faults[0].mend
+
+
+def test_a_model_whose_code_fails_in_bfloat16_is_refused_with_the_type_that_works(family, classify, train):
+    path = family(FNetConfig, AutoModelForMaskedLM, **SIZES)
+    settings = {**classify, "model": {"name_or_path": path}}
+    with pytest.raises(ModelError, match="fails in it") as refused:
+        train({**settings, "data": {**settings["data"], "max_length": 200}})
+    assert refused.value.faults[0].mend == "model.dtype=float32"
+
+
+def test_a_model_that_asks_for_marks_which_made_up_rows_lack_answers_questions_all_the_same(family, answer, train):
+    path = family(LongformerConfig, AutoModelForMaskedLM, attention_window=[8, 8], sep_token_id=1,
+                  **{**SIZES, "pad_token_id": 0})
+    tokenizer = AutoTokenizer.from_pretrained(path, pad_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> </s> $B </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save_pretrained(path)
+    folder = train({**answer, "adapter": None, "model": {"name_or_path": path, "dtype": "float32"},
+                    "data": {**answer["data"], "max_length": 200, "doc_stride": 50}})
+    assert summary(folder)["reload_deviation"] <= 1e-4
