@@ -22,6 +22,7 @@ from peftune.model.download import Tell
 from peftune.model.eva import reads_data
 from peftune.model.folder import needs_config
 from peftune.model.fusion import fused_passes
+from peftune.model.heads import head_for
 from peftune.model.lean import layers_of_passes, make_lean
 from peftune.model.load import Loaded, adjust_config, load_weights, local_source
 from peftune.model.next_token import end_in_losses, road_of, take_road
@@ -33,6 +34,7 @@ from peftune.model.save import save_model
 from peftune.model.vocabulary import new_rows
 from peftune.parallel.names import BY_MODULE
 from peftune.parallel.strategy import Strategy
+from peftune.tasks import TASKS
 from peftune.tasks.text import Text
 
 RELOAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
@@ -93,7 +95,9 @@ def fusion_notes(config: ModelConfig, model: nn.Module) -> list[str]:
 
 def model_facts(config: RunConfig, loaded: Loaded, counts: Parameters, layout: Layout) -> dict[str, Any]:
     """What the manifest and the model card say of the model."""
-    return {"task": config.task, "trainable_parameters": counts.trainable, "total_parameters": counts.total,
+    loads_with = head_for(TASKS[config.task](config.train, config.evaluation).auto_class, loaded.model.config).__name__
+    return {"task": config.task, "loads_with": loads_with,
+            "trainable_parameters": counts.trainable, "total_parameters": counts.total,
             "added_tokens": len(config.model.added_tokens) + len(config.model.added_special_tokens),
             "new_modules": list(loaded.new_modules), "quantization": quantised_by(loaded.model), "layout": layout.name}
 

@@ -19,6 +19,8 @@ from peftune.loop.publish import published, write_json, write_text
 from peftune.model.adapters import base_of, has_adapter
 from peftune.model.compare import Rows, deviation, largest_logit, made_rows, rounding_tolerance
 from peftune.model.export_card import Story, export_card
+from peftune.model.folder import own_config
+from peftune.model.heads import head_for
 from peftune.model.llama_cpp import Converter, convert, find_converter
 from peftune.model.merge import Adapter, adapter_of, merge, refuse_unmergeable
 from peftune.model.precision import weight_dtype
@@ -141,6 +143,8 @@ def _fill(
         notes.append(f"logits of {len(rows.inputs)} rows ({rows.origin})")
     record = {
         "published": True, "kind": kind, "source": wanted.source, "weights": folder, "task": config.task,
+        "loads_with": head_for(auto_class, own_config(
+            str(draft), trust_remote_code=config.model.trust_remote_code)).__name__,
         "base": None if adapter is None else adapter.base,
         "base_revision": None if adapter is None else adapter.revision,
         "method": "full fine-tuning" if adapter is None else adapter.method,

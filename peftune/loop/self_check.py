@@ -19,6 +19,8 @@ SUMMED_AT_ONCE = 2**22
 """Values of a checksum: torch widens them to eight bytes each before it adds them."""
 NEW_HEAD = ".modules_to_save."
 """Part of the names of whole layers that train beside an adapter."""
+ADAPTER = "default"
+"""PEFT's name of the adapter that trains, in the names of its weights."""
 LOOKED_AT = 100
 """Examples whose targets are looked at before training."""
 
@@ -66,8 +68,7 @@ class SelfCheck:
         missing = [name for (name, _), ranks in zip(self._trainable, self._summed(reached), strict=True) if not ranks]
         self._alive |= {name for (name, _), ranks in zip(self._trainable, self._summed(alive), strict=True) if ranks}
         if missing:
-            raise _failed(f"{len(missing)} trainable tensors take no part in the loss", missing,
-                          "adapt other modules (adapter.target_modules), or freeze these")
+            raise _failed(f"{len(missing)} trainable tensors take no part in the loss", missing, _leaving_out(missing))
 
     def after_step(self) -> None:
         """Look at the weights after a step; the last watched step gives the verdict.
@@ -148,6 +149,16 @@ def _checksum(tensor: Tensor) -> int:
     whole = data.view(torch.int32 if data.element_size() == 4 else torch.int16 if data.element_size() == 2 else
                       torch.uint8)
     return sum(int(part.sum(dtype=torch.int64)) for part in whole.flatten().split(SUMMED_AT_ONCE))
+
+
+def _leaving_out(names: list[str]) -> str:
+    """How the layers of such weights are left out. PEFT's names are base_model.model.LAYER.FACTOR.ADAPTER.weight."""
+    words = [name.split(".") for name in names if NEW_HEAD not in name]
+    layers = {".".join(parts[2 : parts.index(ADAPTER) - 1][-2:]) for parts in words if ADAPTER in parts}
+    if layers and len(words) == len(names):
+        return f"adapter.exclude_modules=[{','.join(sorted(layers))}]"
+    return ("the task does not read all weights of this model: train an adapter beside those that it reads "
+            "(adapter.method=lora, adapter.exclude_modules)")
 
 
 def _failed(message: str, names: list[str], mend: str) -> SelfCheckError:

@@ -16,7 +16,7 @@ KINDS = {
     "causal_lm": ("text-generation", "AutoModelForCausalLM"),
     "preference": ("text-generation", "AutoModelForCausalLM"),
 }
-"""Task -> what model hubs call it, and the class that loads it."""
+"""Task -> what model hubs call it, and the class that loads most of its models."""
 
 
 def model_card(base: str, revision: str | None, task: str, method: str, facts: dict[str, Any]) -> str:
@@ -29,7 +29,7 @@ def model_card(base: str, revision: str | None, task: str, method: str, facts: d
     }
     if not is_local(base):
         header["base_model"] = base
-    how = usage(adapter, task, revision=revision, adds_tokens=facts["added_tokens"] > 0,
+    how = usage(adapter, task, facts["loads_with"], revision=revision, adds_tokens=facts["added_tokens"] > 0,
                 quantised_by=facts["quantization"])
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
@@ -52,18 +52,18 @@ def is_local(name: str) -> bool:
 
 
 def usage(
-    adapter: bool, task: str, *, revision: str | None, adds_tokens: bool, quantised_by: dict[str, Any]
+    adapter: bool, task: str, auto_class: str, *, revision: str | None, adds_tokens: bool, quantised_by: dict[str, Any]
 ) -> str:
     """Python lines that load the folder.
 
     Args:
         adapter: it holds one, not a whole model.
         task: name of the task.
+        auto_class: of transformers, which loads the model.
         revision: of the base model, where the run named one.
         adds_tokens: an adapter holds rows for tokens that its base lacks.
         quantised_by: arguments of BitsAndBytesConfig that the base was loaded with; none for a plain one.
     """
-    auto_class = KINDS[task][1]
     if not adapter:
         return f"""from transformers import {auto_class}, AutoTokenizer
 

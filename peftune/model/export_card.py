@@ -44,7 +44,7 @@ def export_card(record: Mapping[str, Any], trained: Story) -> str:
                               "tags": ["peftune", method.replace(" ", "-")]}
     if not is_local(base):
         header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
-    how = usage(adapter, task, revision=model["revision"], quantised_by=record["quantization"],
+    how = usage(adapter, task, record["loads_with"], revision=model["revision"], quantised_by=record["quantization"],
                 adds_tokens=bool(model["added_tokens"] or model["added_special_tokens"]))
     shown = Path(base).name if is_local(base) else base
     parts = [f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---", f"# {shown}, {method} for {task}",

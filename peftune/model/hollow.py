@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from peftune.config.schema import AdapterConfig, ModelConfig
 from peftune.model.assemble import assemble
+from peftune.model.heads import head_for
 from peftune.model.hollow_tensor import HollowTensor
 from peftune.model.load import Loaded
 from peftune.model.quantize import quantise_hollow, quantised_tensors
@@ -34,7 +35,7 @@ def hollow_model(
         new_head: bool, device: torch.device,
     ) -> Loaded:
         attention = "eager" if config.attention == "eager" else None
-        made = auto_class.from_config(model_config, dtype=dtype, attn_implementation=attention,
+        made = head_for(auto_class, model_config).from_config(model_config, dtype=dtype, attn_implementation=attention,
                                       trust_remote_code=config.trust_remote_code)
         quantise_hollow(made, config.quantization, auto_class, model_config, dtype=dtype,
                         trust_remote_code=config.trust_remote_code)

@@ -19,6 +19,7 @@ from peftune.config.schema import ModelConfig
 from peftune.errors import ConfigError, Fault, MachineError, ModelError
 from peftune.model.download import Tell, bar_that_tells
 from peftune.model.foreign import reading
+from peftune.model.heads import head_for
 from peftune.model.quantize import loading_options, make_ready
 from peftune.model.resolve import load_model_config
 
@@ -125,7 +126,7 @@ def load_weights(
             "give a folder or hub id with safetensors weights of an architecture that fits the task"))
 
     with reading(unreadable):
-        model, info = auto_class.from_pretrained(
+        model, info = head_for(auto_class, model_config).from_pretrained(
             source, config=model_config, revision=config.revision, dtype=dtype, attn_implementation=attention,
             trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=new_head,
             use_safetensors=True, **({} if tell is None else {"tqdm_class": bar_that_tells(tell)}),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from peftune.errors import Fault, ModelError, in_a_line
 from peftune.model.outputs import logits_of
 from peftune.model.packing import RELATIVE_TOLERANCE, Inputs
 from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
@@ -53,6 +55,7 @@ def padding_fault(
             together = rows(logits_of(model, lay_out(sequences)), lengths)
             alone = [rows(logits_of(model, lay_out([ids])), [len(ids)])[0] for ids in sequences]
     except UNPROVEN as error:
+        _refuse_type(error, dtype)
         return why_unproven(error)
     finally:
         model.train(was_training)
@@ -62,3 +65,11 @@ def padding_fault(
     if not deviation <= RELATIVE_TOLERANCE[dtype] * largest:
         return f"padding changes logits by {deviation:.3g} (largest logit {largest:.3g})"
     return None
+
+
+def _refuse_type(error: BaseException, dtype: torch.dtype) -> None:
+    """Raise ModelError where a model's own code cannot compute in bfloat16, as far as torch says so."""
+    if dtype == torch.bfloat16 and re.search("dtype|BFloat16|scalar type", str(error)):
+        raise ModelError(Fault(
+            kind="model", message=f"model.dtype = 'bfloat16': this model's code fails in it: {in_a_line(error)}",
+            mend="model.dtype=float32")) from error

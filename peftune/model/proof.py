@@ -8,7 +8,7 @@ import torch
 
 from peftune.errors import in_a_line, out_of_memory
 
-UNPROVEN = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+UNPROVEN = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
 """What a model's own code raises that cannot be run in the way that is to be proven."""
 
 

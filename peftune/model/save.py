@@ -19,6 +19,7 @@ from peftune.model.adapters import BaseTunerLayer, base_of, trains_base_biases, 
 from peftune.model.beneath import TRAINED, activate_all, has_beneath, save_joined
 from peftune.model.folder import ADAPTER, own_config
 from peftune.model.foreign import reading
+from peftune.model.heads import head_for
 from peftune.model.load import longest_input
 from peftune.model.outputs import logits_of
 from peftune.model.quantize import dequantise, is_quantised, loading_options, make_ready, quantised_here
@@ -135,7 +136,7 @@ def _base(
     name: str, revision: str | None, config: PreTrainedConfig, *, auto_class: Any, dtype: torch.dtype,
     trust_remote_code: bool, quantization: str, device: torch.device, dequantised: bool,
 ) -> PreTrainedModel:
-    model: PreTrainedModel = auto_class.from_pretrained(
+    model: PreTrainedModel = head_for(auto_class, config).from_pretrained(
         name, revision=revision, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
         **loading_options(quantization, auto_class, config, dtype=dtype, device=device,
                           trust_remote_code=trust_remote_code))

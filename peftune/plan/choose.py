@@ -53,7 +53,7 @@ AIM = 0.98
 """Share of the room that a micro-batch is to fill: what aims at all of it mostly exceeds it."""
 TENSORS = {"cpu": Device("cpu", 0, {}, 0, 0.0, 1.0), "cuda": Device("cuda", 0, {}, 0, 0.0, 1.0)}
 """A run's own device: what it stores of its plan are tensors alone."""
-UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+UNTRACEABLE = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
 """What a model's own code raises where it asks tensors without values for values."""
 
 

@@ -102,7 +102,7 @@ def trace_generation(models: Models, layers: int, rows: int, tokens: int) -> Byt
         layers = [] if kept is None else kept.layers
         states = ([vars(layer).get("keys"), vars(layer).get("values")] for layer in layers)
         growing = next((pair for pair in states if all(isinstance(state, Tensor) for state in pair)), [])
-        return output, torch.cat(growing) if growing else None
+        return output, [state.clone() for state in growing]
 
     with torch.no_grad(), autocast(models.subject.config.model, CPU)():
         return _peak(opened, work)

@@ -17,6 +17,7 @@ from peftune.data.chat import choose_template
 from peftune.data.prepare import Prepared
 from peftune.errors import ConfigError, Fault
 from peftune.model.adapters import virtual_tokens
+from peftune.model.heads import require_head
 from peftune.model.load import longest_input
 from peftune.model.resolve import load_model_config, load_tokenizer, resolve
 from peftune.tasks.task import BoundEncoder, Task, TextEncoder
@@ -82,6 +83,7 @@ def open_text(
     was_off = is_offline_mode()
     source = resolve(model, trained=trained)
     config = load_model_config(model, source)
+    require_head(task.auto_class, config, task.name)
     tokenizer = load_tokenizer(model, source, generates=task.converses)
     template = choose_template(tokenizer, data.chat_template) if task.converses else "none"
     limit = longest_input(config, data.max_length)

@@ -7,22 +7,34 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     CTRLConfig,
+    DeepseekV3Config,
+    FNetConfig,
     Gemma3Config,
     Gemma3nTextConfig,
     Gemma4Config,
     GPTNeoXConfig,
     Llama4TextConfig,
+    LongformerConfig,
     Mamba2Config,
+    Mistral3Config,
     MixtralConfig,
     Qwen3_5TextConfig,
+    T5Config,
 )
 
+from peftune.cli import main
+from peftune.config.load import load
 from peftune.config.schema import AdapterConfig
-from peftune.errors import ConfigError
+from peftune.data_check import check
+from peftune.errors import ConfigError, ModelError, SelfCheckError
 from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
 from peftune.plan.choose import LIMIT
@@ -42,6 +54,9 @@ MAMBA2 = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_
           "num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 HYBRID = {**GROUPED, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
           "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+LATENT = {**SIZES, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+          "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+          "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
 SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
          "patch_size": 8}
 TOKENS = {"image_token_id": 7, "boi_token_id": 8, "eoi_token_id": 9, "audio_token_id": 10, "video_token_id": 11}
@@ -169,9 +184,11 @@ def test_text_is_packed_where_a_tower_of_sound_knows_no_such_attention(family, c
 
 
 @pytest.mark.parametrize(("config_class", "fields"), [
-    (MixtralConfig, {**GROUPED, **ROUTED}), (Qwen3_5TextConfig, HYBRID), (Mamba2Config, MAMBA2)])
-def test_memory_is_planned_of_experts_and_of_layers_that_keep_a_state(config_class, fields, family, converse, train,
-                                                                      monkeypatch):
+    (MixtralConfig, {**GROUPED, **ROUTED}), (Qwen3_5TextConfig, HYBRID), (Mamba2Config, MAMBA2),
+    (DeepseekV3Config, LATENT)])
+def test_memory_is_planned_of_experts_of_states_and_of_keys_wider_than_values(
+    config_class, fields, family, converse, train, monkeypatch
+):
     settings = {**converse, "model": {"name_or_path": family(config_class, **fields), "dtype": "float32"},
                 "train": {"batch_size": 1000, "max_steps": 2, "tokens_per_micro_batch": 400}}
     with watched_steps(monkeypatch) as found:
@@ -192,3 +209,56 @@ def test_a_model_that_cannot_compute_its_activations_again_keeps_them_or_is_refu
     assert not json.loads((train(settings) / "manifest.json").read_text())["model"]["gradient_checkpointing"]
     with pytest.raises(ConfigError, match="ctrl cannot compute its activations again"):
         train(settings, "model.gradient_checkpointing=true", name="asked")
+
+
+def test_a_family_whose_next_token_layer_has_another_auto_class_trains_and_its_card_names_that_class(
+    family, converse, train, tmp_path
+):
+    seen = {**SIGHT, "model_type": "pixtral", "head_dim": 16}
+    path = family(Mistral3Config, AutoModelForImageTextToText, text_config={**GROUPED, "model_type": "mistral"},
+                  vision_config=seen, image_token_index=7)
+    folder = train({**converse, "model": {"name_or_path": path, "dtype": "float32"}})
+    assert summary(folder)["reload_deviation"] <= 1e-4
+    assert main(["export", str(folder), "--to", str(tmp_path / "merged"), "--merge"]) == 0
+    for published in (folder / "final", tmp_path / "merged"):
+        assert "model = AutoModelForImageTextToText.from_pretrained(" in (published / "README.md").read_text()
+
+
+def test_a_family_without_an_output_layer_for_the_task_is_refused_before_anything_is_loaded(family, converse, tmp_path):
+    path = family(T5Config, AutoModelForSeq2SeqLM, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    settings = {**converse, "model": {"name_or_path": path, "dtype": "float32"}}
+    (fault,) = check(load([str(write_config(settings, tmp_path / "c"))])).faults
+    assert fault.message.endswith("no output layer for causal_lm on models of the family t5")
+
+
+def test_layers_that_the_task_does_not_read_are_left_out_as_the_self_check_says(family, tag, train):
+    path = family(FNetConfig, AutoModelForMaskedLM, **SIZES)
+    settings = {**tag, "model": {"name_or_path": path, "dtype": "float32"}, "data": {**tag["data"], "max_length": 200}}
+    with pytest.raises(SelfCheckError) as refused:
+        train(settings, name="all")
+    (fault,) = refused.value.faults
+    assert fault.mend == "adapter.exclude_modules=[pooler.dense]"
+    train(settings, fault.mend)
+    with pytest.raises(SelfCheckError) as refused:
+        train({**settings, "adapter": None}, name="whole")
+    assert "adapter.method=lora, adapter.exclude_modules" in refused.value.faults[0].mend
+
+
+def test_a_model_whose_code_fails_in_bfloat16_is_refused_with_the_type_that_works(family, classify, train):
+    path = family(FNetConfig, AutoModelForMaskedLM, **SIZES)
+    settings = {**classify, "model": {"name_or_path": path}}
+    with pytest.raises(ModelError, match="fails in it") as refused:
+        train({**settings, "data": {**settings["data"], "max_length": 200}})
+    assert refused.value.faults[0].mend == "model.dtype=float32"
+
+
+def test_a_model_that_asks_for_marks_which_made_up_rows_lack_answers_questions_all_the_same(family, answer, train):
+    path = family(LongformerConfig, AutoModelForMaskedLM, attention_window=[8, 8], sep_token_id=1,
+                  **{**SIZES, "pad_token_id": 0})
+    tokenizer = AutoTokenizer.from_pretrained(path, pad_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> </s> $B </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save_pretrained(path)
+    folder = train({**answer, "adapter": None, "model": {"name_or_path": path, "dtype": "float32"},
+                    "data": {**answer["data"], "max_length": 200, "doc_stride": 50}})
+    assert summary(folder)["reload_deviation"] <= 1e-4
