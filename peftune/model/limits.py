@@ -115,6 +115,11 @@ LIMITS: tuple[Refusal[Asked], ...] = (
         "it needs ids of its own beside each example's text, which no format here gives",
         "adapter.method=prompt_tuning",
     ),
+    Refusal(  # peft 0.21. Delete this with a peft whose AdaptionPromptModel sets requires_grad
+        "method", lambda a: a.method == "adaption_prompt",
+        "PEFT reads none back to train on, nor a second one, by which a run compares what it has saved",
+        "adapter.method=prefix_tuning",
+    ),
     Refusal(
         "total_step", lambda a: a.config_class is AdaLoraConfig and "total_step" in a.values,
         "the run knows its steps", "leave it out",

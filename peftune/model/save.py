@@ -152,7 +152,7 @@ def _load_wide(model: PeftModel, folder: Path, name: str) -> None:
     Only trainable ones are widened, so all of an adapter but learned prompts, which PEFT refuses to load as such.
     """
     state = load_file(folder / "adapter_model.safetensors")
-    dtype = next(iter(state.values())).dtype
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())  # FRoD keeps places too
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
