@@ -3,6 +3,7 @@
 Annotations are evaluated here: DDP looks at those of its hook.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,9 +35,12 @@ class Ddp(Single):
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer) -> tuple[nn.Module, Optimizer]:
         device = self.world.device
-        wrapped = DistributedDataParallel(
-            model.to(device), device_ids=None if device.type == "cpu" else [device.index],
-            gradient_as_bucket_view=True, broadcast_buffers=_keeps_statistics(model))
+        with warnings.catch_warnings():
+            # torch 2.13 calls it forward_sync_buffers. Delete this, and use the new name, once that is the oldest one
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            wrapped = DistributedDataParallel(
+                model.to(device), device_ids=None if device.type == "cpu" else [device.index],
+                gradient_as_bucket_view=True, broadcast_buffers=_keeps_statistics(model))
         wrapped.register_comm_hook(None, _sum_gradients)
         _KEPT_UNTIL_EXIT.append(wrapped)
         return wrapped, build_optimizer(wrapped.module)

@@ -80,6 +80,7 @@ def test_peftune_train_chooses_the_launcher_and_prints_its_line(command, classif
     done = command("-m", "peftune.cli", "train", config, "--strategy", "ddp", "--processes", "2")
     assert done.returncode == 0, done.stderr
     assert "accelerate launch --config_file" in done.stderr and "--num_processes 2" in done.stderr
+    assert "Warning" not in done.stderr
     assert summary(tmp_path / "run")["world_size"] == 2
 
 
