@@ -193,6 +193,14 @@ def test_a_reader_that_goes_away_and_a_full_disk_behind_standard_output_are_no_f
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_closed_standard_output_is_no_fault_of_a_command_that_fills_it(words, classify, tmp_path):
+    config = write_config(classify, tmp_path / "c")
+    line = shlex.join([sys.executable, "-m", "peftune", "check", str(config), *words])
+    closed = subprocess.run(f"{line} >&-", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert closed.returncode == 0 and "Traceback" not in closed.stderr
+
+
 def test_what_was_written_through_a_link_goes_where_it_leads(tmp_path):
     (tmp_path / "real.jsonl").write_text("old")
     (tmp_path / "link.jsonl").symlink_to("real.jsonl")
@@ -228,3 +236,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_opened(
         assert guarded(main, [*words, "--output", output]) == 2
         said = capsys.readouterr().err
         assert f"{output}: cannot be written: " in said and f"{why}\n  mend: give another --output" in said
+
+
+@pytest.mark.parametrize("words", [["--limit", "3"], ["--batch-size", "4"], ["--include-path", "."],
+                                   ["--tasks", "t", "--split", "test"], ["--tasks", "t", "--output", "o.jsonl"]])
+def test_options_of_evaluate_that_would_say_nothing_are_refused(words, tmp_path, capsys):
+    assert guarded(main, ["evaluate", str(tmp_path), *words]) == 2
+    how = "with" if "--tasks" in words else "without"
+    assert f"{words[-2]}: not heeded {how} --tasks\n  mend: leave it out, or " in capsys.readouterr().err
