@@ -23,7 +23,7 @@ from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import emulates_bfloat16, keep_trainable_in_float32, weight_dtype
 from peftune.model.published import published_weights
 from peftune.model.quantize import stored_kind, values_in
-from peftune.model.reach import freeze_beside_text, leave_out, reach_notes
+from peftune.model.reach import freeze_unreached, leave_out, reach_notes
 from peftune.model.save import CPU
 from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
 
@@ -59,7 +59,7 @@ def assemble(
                 module.p = model.dropout
     result: PreTrainedModel | PeftModel = loaded.model
     if adapter is None:
-        freeze_beside_text(loaded.model)
+        freeze_unreached(loaded.model)
     else:
         result = _adapted(loaded, model.revision, adapter, source, rows, task=task, new_head=new_head)
         if adapter.start == "loftq" and adapter.init_from is None:

@@ -29,7 +29,8 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 """Our names of a classifier's problem -> transformers' `config.problem_type`."""
-ROBERTA_S_KIND = frozenset({"camembert", "data2vec-text", "esm", "ibert", "longformer", "markuplm", "mpnet"})
+ROBERTA_S_KIND = frozenset({"camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+                            "markuplm", "mpnet", "xmod"})
 """Families by `model_type` that count positions from the padding id, as RoBERTa does."""
 MOST_TOKENS = 1 << 30
 """What a model without a table of positions is taken to read."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,10 +48,16 @@ def beside_text(model: PreTrainedModel) -> tuple[str, ...]:
                  if name not in readers and any(True for _ in part.parameters()))
 
 
-def freeze_beside_text(model: PreTrainedModel) -> None:
-    """Leave what text does not pass through as it is: no gradient would reach it."""
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """Leave as it is what no gradient would reach: what text does not pass through, and what the model's own code
+    freezes, which loading forgets (the biases of Ernie 4.5's routers)."""
     for name in beside_text(model):
         model.get_submodule(name).requires_grad_(False)
+    with torch.device("meta"):
+        made = type(model)(copy.deepcopy(model.config))
+    for name, parameter in made.named_parameters():
+        if not parameter.requires_grad:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def leave_out(config: PeftConfig, adapter: AdapterConfig, model: PreTrainedModel) -> None:

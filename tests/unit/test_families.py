@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     CTRLConfig,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     FNetConfig,
     Gemma3Config,
     Gemma3nTextConfig,
@@ -262,3 +263,12 @@ def test_a_model_that_asks_for_marks_which_made_up_rows_lack_answers_questions_a
     folder = train({**answer, "adapter": None, "model": {"name_or_path": path, "dtype": "float32"},
                     "data": {**answer["data"], "max_length": 200, "doc_stride": 50}})
     assert summary(folder)["reload_deviation"] <= 1e-4
+
+
+def test_what_a_model_s_own_code_freezes_stays_frozen_where_all_weights_train(family, converse, train):
+    path = family(Ernie4_5_MoeConfig, **GROUPED, moe_intermediate_size=16, moe_num_experts=4, moe_k=2,
+                  moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_interval=1)
+    folder = train({**converse, "adapter": None, "model": {"name_or_path": path, "dtype": "float32"}})
+    (bias,) = (name for name in load_file(f"{path}/model.safetensors") if "e_score_correction_bias" in name)
+    old, new = (load_file(f"{where}/model.safetensors")[bias] for where in (path, folder / "final"))
+    assert torch.equal(old, new) and summary(folder)["reload_deviation"] <= 1e-4

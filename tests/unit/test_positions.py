@@ -111,11 +111,14 @@ def test_a_learned_prompt_that_leaves_no_position_for_text_is_refused(classify, 
     assert "the model has 128 positions, and none is left for text" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("family", ["bert", "camembert", "data2vec-text", "gpt2", "mpnet", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("family", ["bert", "camembert", "data2vec-text", "gpt2", "lilt", "luke", "mpnet", "roberta",
+                                    "xlm-roberta", "xmod"])
 def test_a_text_may_be_as_long_as_the_table_of_positions_has_rows_for(family):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    config = AutoConfig.for_model(family, vocab_size=61, hidden_size=48, intermediate_size=48, num_hidden_layers=1,
                                   num_attention_heads=4, max_position_embeddings=24, pad_token_id=1)
+    if family == "xmod":
+        config.default_language = "en_XX"
     model, limit = AutoModel.from_config(config).eval(), longest_input(config, 40)
     ids = torch.full((1, limit + 1), 7)
     model(input_ids=ids[:, :limit])
