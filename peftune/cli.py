@@ -104,7 +104,7 @@ def _using(add: Callable[..., argparse.ArgumentParser]) -> tuple[argparse.Argume
     evaluate.add_argument("--output", help="write the predictions there, as JSON Lines")
     evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="lm-eval's tasks instead, with the adapter attached")
     evaluate.add_argument("--include-path", metavar="DIR", help="--tasks: a folder with tasks of your own")
-    evaluate.add_argument("--batch-size", type=int, default=8, help="--tasks: rows a forward pass; default 8")
+    evaluate.add_argument("--batch-size", type=int, help="--tasks: rows a forward pass; default 8")
     evaluate.add_argument("--limit", type=int, help="--tasks: rows of each task; default all")
     predict = add("predict", _predict, "batch predictions or generations with a trained model")
     predict.add_argument("model", metavar="RUN", help="a run folder or its best/")
@@ -171,13 +171,14 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     if parsed.tasks:
         return _evaluate_tasks(parsed)
     with without_search_for_garbage():
+        from peftune.harness import refuse_idle
         from peftune.loop.finish import prediction_lines
         from peftune.loop.publish import write_text
         from peftune.reopen import held_out, open_trained, opened, score
         from peftune.report.closing import show_metrics
 
-    if parsed.output:
-        refuse_unwritable(parsed.output, "--output")
+    refuse_idle(vars(parsed))
+    refuse_unwritable(parsed.output, "--output")
     with opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
         split = parsed.split or held_out(trained.config)
@@ -196,9 +197,10 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 def _evaluate_tasks(parsed: argparse.Namespace) -> int:
     with without_search_for_garbage():
-        from peftune.harness import check_harness, evaluate_tasks
+        from peftune.harness import check_harness, evaluate_tasks, refuse_idle
         from peftune.reopen import find_trained, open_weights, opened
 
+    refuse_idle(vars(parsed))
     with opened(only_json=parsed.json) as (world, display):
         folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
         check_harness(config.task, parsed.include_path, world.ranks)

@@ -139,8 +139,10 @@ def writing_to(name: str, option: str) -> Iterator[None]:
                                  mend=f"give another {option}")) from None
 
 
-def refuse_unwritable(name: str, option: str) -> None:
+def refuse_unwritable(name: str | None, option: str) -> None:
     """Raise MachineError where a file that a user has named by `option` cannot be written, before any work."""
+    if name is None:
+        return
     path = Path(name)
     there = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
     if there == path and path.is_dir():

@@ -5,13 +5,27 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import GENERATIVE
 from peftune.errors import ConfigError, Fault, MachineError
 from peftune.reopen import Trained
+
+RUN_OPTIONS, TASK_OPTIONS = ("split", "output"), ("include_path", "batch_size", "limit")
+"""Of `peftune evaluate`: for the rows of a config, and for lm-eval's tasks."""
+BATCH_SIZE = 8
+
+
+def refuse_idle(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options of `peftune evaluate`, by name, that say nothing to what is scored."""
+    idle, mend = (RUN_OPTIONS, "leave --tasks out") if options["tasks"] else (TASK_OPTIONS, "add --tasks NAME")
+    said = [f"--{name.replace('_', '-')}" for name in idle if options[name] is not None]
+    if said:
+        how = "with" if options["tasks"] else "without"
+        raise ConfigError(Fault(kind="config", message=f"{', '.join(said)}: not heeded {how} --tasks",
+                                mend=f"leave it out, or {mend}"))
 
 
 def check_harness(task: str, include: str | None, ranks: int) -> None:
@@ -36,7 +50,7 @@ def check_harness(task: str, include: str | None, ranks: int) -> None:
 
 
 def evaluate_tasks(
-    trained: Trained, names: Sequence[str], include: str | None, *, batch_size: int, limit: int | None
+    trained: Trained, names: Sequence[str], include: str | None, *, batch_size: int | None, limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """Scores by task, with lm-eval's own names of metrics and standard errors.
 
@@ -44,7 +58,7 @@ def evaluate_tasks(
         trained: a language model; its adapter stays attached.
         names: lm-eval's tasks and groups.
         include: a folder of further tasks.
-        batch_size: rows a forward pass.
+        batch_size: rows a forward pass; None takes 8.
         limit: rows of each task; None takes all.
 
     Raises:
@@ -61,7 +75,8 @@ def evaluate_tasks(
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
         mend = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks; --include-path adds your own"
         raise ConfigError(Fault(kind="config", message=f"lm-eval has no task {', '.join(unknown)}", mend=mend))
-    model = HFLM(pretrained=trained.model, tokenizer=trained.text.tokenizer, batch_size=batch_size,
+    rows = BATCH_SIZE if batch_size is None else batch_size
+    model = HFLM(pretrained=trained.model, tokenizer=trained.text.tokenizer, batch_size=rows,
                  trust_remote_code=trained.config.model.trust_remote_code)
     with trained.evaluator.autocast():
         found = simple_evaluate(model=model, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)

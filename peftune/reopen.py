@@ -23,7 +23,7 @@ from peftune.data.sources import as_sources, fingerprint, read_records
 from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import RowFault, Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
-from peftune.loop.checkpoint import is_checkpoint, load_weights_of
+from peftune.loop.checkpoint import is_checkpoint, load_weights_of, what_has_weights
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.loop.layout import choose_layout
 from peftune.loop.road import road_notes
@@ -223,8 +223,8 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
     for run, weights in ((path, path / "final"), (path.parent, path)):
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
             if not (weights / "config.json").is_file():
-                raise RunFolderError(Fault(kind="run_folder", file=str(run), message="no trained weights in final/",
-                                           mend=f"let the run finish: start it again and it continues{_or_best(run)}"))
+                raise RunFolderError(Fault(kind="run_folder", file=str(run), mend=what_has_weights(run),
+                                           message=f"no trained weights in {weights.name}/"))
             return str(weights), load([config_path or str(run / "config.yaml")])
     if config_path is None and not needs_data:
         return name, _config_of_folder(name)
@@ -232,10 +232,6 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
         raise ConfigError(Fault(kind="config", message=f"{name} is no run folder; a bare model needs a config",
                                 mend="--config CONFIG.yaml, with the task and the data"))
     return name, load([config_path])
-
-
-def _or_best(run: Path) -> str:
-    return f"; or give {run / 'best'}" if (run / "best" / "config.json").is_file() else ""
 
 
 HEADS = {"SequenceClassification": "sequence_classification", "TokenClassification": "token_classification",

@@ -42,5 +42,7 @@ SEQUENCE_RULES: tuple[Refusal[RunConfig], ...] = (
 
 def sequence_faults(config: RunConfig, ranks: int) -> list[Fault]:
     """Every rule that the config breaks where so many devices share a sequence."""
+    if ranks < 1:
+        return [Fault(kind="config", message=f"--sequence-parallel {ranks}", mend="use 1 or more")]
     return [Fault(kind="config", message=f"{rule.key}: not with sequences divided among {ranks}: {rule.why}",
                   mend=rule.mend) for rule in SEQUENCE_RULES if ranks > 1 and rule.broken_by(config)]

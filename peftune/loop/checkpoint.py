@@ -157,3 +157,10 @@ def sha256(file: Path) -> str:
     """Of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def what_has_weights(run: Path) -> str:
+    """The mend where a folder of a run has no weights: those that have some."""
+    final, best = ((run / name / "config.json").is_file() for name in ("final", "best"))
+    mend = f"give {run}" if final else "let the run finish: start it again and it continues"
+    return f"{mend}; or give {run / 'best'}" if best else mend

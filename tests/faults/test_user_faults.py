@@ -228,3 +228,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_opened(
         assert guarded(main, [*words, "--output", output]) == 2
         said = capsys.readouterr().err
         assert f"{output}: cannot be written: " in said and f"{why}\n  mend: give another --output" in said
+
+
+@pytest.mark.parametrize("words", [["--limit", "3"], ["--batch-size", "4"], ["--include-path", "."],
+                                   ["--tasks", "t", "--split", "test"], ["--tasks", "t", "--output", "o.jsonl"]])
+def test_options_of_evaluate_that_would_say_nothing_are_refused(words, tmp_path, capsys):
+    assert guarded(main, ["evaluate", str(tmp_path), *words]) == 2
+    how = "with" if "--tasks" in words else "without"
+    assert f"{words[-2]}: not heeded {how} --tasks\n  mend: leave it out, or " in capsys.readouterr().err

@@ -136,6 +136,9 @@ def test_a_folder_without_a_run_is_not_opened(tmp_path, classify):
     (tmp_path / "begun" / "best" / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"it continues; or give .*begun/best"):
         open_run(tmp_path / "begun")
+    (tmp_path / "begun" / "best").rename(tmp_path / "begun" / "final")
+    with pytest.raises(RunFolderError, match=r"no trained weights in checkpoints/\n  mend: give .*begun$"):
+        open_run(tmp_path / "begun" / "checkpoints")
 
 
 def test_importing_peftune_imports_nothing_heavy_and_names_its_public_objects():

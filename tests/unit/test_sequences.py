@@ -185,6 +185,7 @@ def test_rotary_embeddings_that_depend_on_the_whole_row_are_refused():
 def test_what_cannot_be_divided_is_refused_with_the_nearest_that_can(tmp_path, override):
     path = tmp_path / "c.yaml"
     path.write_text("task: causal_lm\nmodel: {name_or_path: m}\ndata: {train: t.jsonl}\n")
+    assert "--sequence-parallel 0" in sequence_faults(load([str(path), override]), 0)[0].message
     (fault,) = sequence_faults(load([str(path), override]), 2)
     assert "divided among 2" in fault.message and fault.mend
     assert not sequence_faults(load([str(path), override]), 1)
