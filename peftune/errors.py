@@ -173,12 +173,13 @@ def guarded(door: Callable[[list[str]], int], arguments: list[str]) -> int:
     and would bury the message under a trace of their own.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that a terminal or a log cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = door(arguments)
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
+        sys.stdout.flush()
     except PeftuneError as error:
         say(f"{error.heading}: {error}")
         code = error.exit_code

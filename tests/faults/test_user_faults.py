@@ -193,6 +193,14 @@ def test_a_reader_that_goes_away_and_a_full_disk_behind_standard_output_are_no_f
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_closed_standard_output_is_no_fault_of_a_command_that_fills_it(words, classify, tmp_path):
+    config = write_config(classify, tmp_path / "c")
+    line = shlex.join([sys.executable, "-m", "peftune", "check", str(config), *words])
+    closed = subprocess.run(f"{line} >&-", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert closed.returncode == 0 and "Traceback" not in closed.stderr
+
+
 def test_what_was_written_through_a_link_goes_where_it_leads(tmp_path):
     (tmp_path / "real.jsonl").write_text("old")
     (tmp_path / "link.jsonl").symlink_to("real.jsonl")
