@@ -106,9 +106,13 @@ def refuse_unmakeable(folder: Path) -> None:
     """See whether a run folder can be made, before a model is loaded for it.
 
     Raises:
-        RunFolderError: a file, or a link that leads nowhere, is in its way.
+        RunFolderError: a file, or a link that leads nowhere, is in its way, or its name begins with ~.
         Unwritable: nobody can write there.
     """
+    if str(folder).startswith("~"):
+        raise RunFolderError(Fault(
+            kind="run_folder", file=str(folder), mend=f"output_dir={os.path.expanduser(folder)}",
+            message="output_dir begins with ~, which only a shell takes for a home folder; here it is a name"))
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
         kind = "a file" if there.exists() else "a link that leads nowhere"

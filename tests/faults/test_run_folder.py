@@ -110,6 +110,16 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(clas
     assert f"{disk} is read-only, or not yours" in said.err and "model" not in said.out
 
 
+def test_a_tilde_that_no_shell_has_read_makes_no_folder_of_that_name(classify, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = str(write_config({**classify, "output_dir": "~/runs/a"}, tmp_path / "c"))
+    for door, words in ((cli, ["check", config]), (main, [config])):
+        assert guarded(door, words) == 2
+        said = capsys.readouterr()
+        assert "mend: output_dir=/home/ada/runs/a" in said.out + said.err and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(("output_dir", "why"), [
     ("file", "file: output_dir is a file"), ("file/run", "cannot be made: {}/file is a file"),
     ("nowhere", "nowhere: output_dir is a link that leads nowhere"),
