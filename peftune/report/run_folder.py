@@ -13,9 +13,13 @@ import yaml
 from peftune.config.load import load
 from peftune.data.targets import Targets
 from peftune.errors import Fault, RunFolderError
+from peftune.loop.publish import read_json
 from peftune.report.words import Metrics
 from peftune.tasks import TASKS
 from peftune.tasks.task import Record, Task
+
+KEPT = {"summary.json": "metrics", "manifest.json": "data"}
+"""Records of a run folder, each with a key that all have."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,15 @@ class Finished:
         path = self.folder / "predictions" / f"{split}.jsonl"
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records: list[Record] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+            try:
+                records += [json.loads(line)] if line else []
+            except ValueError as error:
+                raise RunFolderError(Fault(
+                    kind="run_folder", file=str(path), line=number, message=f"cannot be read: {error}",
+                    mend="put the file back, or delete it: then the page shows no examples of it")) from None
+        return records
 
     def points(self, split: str, key: str) -> list[tuple[float, float]]:
         """(step, value) of a column of metrics.jsonl, of the rows that have it."""
@@ -73,14 +85,26 @@ def open_finished(folder: Path) -> Finished:
     """Read a run folder.
 
     Raises:
-        RunFolderError: the folder holds no finished run.
+        RunFolderError: the folder holds no finished run, or what it holds is damaged.
+        ConfigError: its config is.
     """
+    if not (folder / "summary.json").is_file():
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message="no finished run here: no summary.json",
+                                   mend="give the output_dir of a run that has ended"))
+    summary, manifest = (_record(folder / name, key) for name, key in KEPT.items())
+    load([str(folder / "config.yaml")])
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         config = (folder / "config.yaml").read_text(encoding="utf-8")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"no finished run here: {error}",
-                                   mend="give the output_dir of a run that has ended")) from None
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder / "metrics.jsonl"), mend="put back what the run "
+                                   "has written there", message=f"cannot be read: {error}")) from None
     return Finished(folder, summary, manifest, config, rows)
+
+
+def _record(path: Path, key: str) -> dict[str, Any]:
+    values = read_json(path)
+    if key not in values:
+        raise RunFolderError(Fault(kind="run_folder", file=str(path), message=f"lacks {key}: no run has written it",
+                                   mend="put back what the run has written there"))
+    return values
