@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from peftune.config.schema import GENERATIVE, ModelConfig, RunConfig
 from peftune.data.layouts import lay_out
 from peftune.errors import ConfigError, ExportError, Fault, MachineError, PeftuneError, RunFolderError
-from peftune.loop.publish import published, write_json, write_text
+from peftune.loop.publish import published, read_json, write_json, write_text
 from peftune.model.adapters import base_of, has_adapter
 from peftune.model.compare import Rows, deviation, largest_logit, made_rows, rounding_tolerance
 from peftune.model.export_card import Story, export_card
@@ -273,7 +272,7 @@ def _describe(draft: Path, record: Mapping[str, Any], folder: str, config: RunCo
     known: dict[str, Any] = {}
     for name in ("summary", "manifest"):
         file = run / f"{name}.json"
-        known[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        known[name] = read_json(file) if file.is_file() else None
     story = Story(config=config.model_dump(mode="json"), summary=known["summary"], manifest=known["manifest"],
                   best=Path(folder).name == "best")
     write_text(draft / "README.md", export_card(record, story))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderE
 from peftune.loop.checkpoint import is_checkpoint, load_weights_of, what_has_weights
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.loop.layout import choose_layout
+from peftune.loop.publish import read_json
 from peftune.loop.road import road_notes
 from peftune.model.adapters import has_adapter, virtual_tokens_of
 from peftune.model.folder import ADAPTER, holds_weights
@@ -141,7 +141,7 @@ def _refuse_learned(trained: Trained, split: str) -> None:
     config, run = trained.config, Path(trained.text.source).parent
     if split != "validation" or not isinstance(config.data.validation, float) or not (run / "manifest.json").is_file():
         return
-    known = json.loads((run / "manifest.json").read_text(encoding="utf-8")).get("data", {}).get("fingerprints", {})
+    known = read_json(run / "manifest.json").get("data", {}).get("fingerprints", {})
     before, own = known.get("train", []), load([str(run / "config.yaml")])
     now = [fingerprint(source) for source in as_sources(config.data.train)]
     shared = [file for source in now for file in source["content"] if any(file in old["content"] for old in before)]
@@ -267,7 +267,7 @@ def _targets(text: Text, task: str, folder: Path) -> Targets:
                                mend="train it first, or give a model that has one"))
     if task == "question_answering":
         manifest = folder.parent / "manifest.json"
-        known = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        known = read_json(manifest) if manifest.is_file() else {}
         return Targets(known.get("data", {}).get("problem", "answer_or_none"))
     names = tuple(text.config.id2label[k] for k in sorted(text.config.id2label))
     if task == "token_classification":

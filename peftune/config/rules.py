@@ -248,11 +248,12 @@ def refuse_broken(config: RunConfig, strategy: str, sequence_ranks: int = 1) -> 
 def broken_rules(config: RunConfig, document: Document) -> list[Fault]:
     """Every broken rule as a fault, so that a mend needs one round and not five."""
     faults = []
+    whole, short = (config.model_dump(mode="json", exclude_defaults=without) for without in (False, True))
     for rule in RULES:
         if rule.broken_by(config):
             section, name = rule.key.split(".")
             place = document.place((section, name)) or (None, None)
-            value = getattr(getattr(config, section), name)  # dynamic by design: the rule names its key as data
+            value = short.get(section, {}).get(name, whole[section][name])
             faults.append(Fault(kind="config", file=place[0], line=place[1],
                                 message=f"{rule.key} = {value!r}: {rule.why}", mend=rule.mend))
     return faults

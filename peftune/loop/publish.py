@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from peftune.errors import Fault, Unwritable
+from peftune.errors import Fault, RunFolderError, Unwritable
 
 
 @contextlib.contextmanager
@@ -150,6 +150,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Strict JSON: a NaN is a fault of ours, not a word in a file."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record that `write_json` has written. Raises RunFolderError where it is none any more."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise _damaged(path, "holds no record")
+    return values
+
+
+def _damaged(path: Path, message: str) -> RunFolderError:
+    return RunFolderError(Fault(kind="run_folder", file=str(path), message=message,
+                                mend="put back what the run has written there"))
 
 
 def _aside(folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,14 @@ import yaml
 from peftune.config.load import load
 from peftune.data.targets import Targets
 from peftune.errors import Fault, RunFolderError
+from peftune.loop.publish import read_json
 from peftune.observe.json_lines import read_json_lines
 from peftune.report.words import Metrics
 from peftune.tasks import TASKS
 from peftune.tasks.task import Record, Task
+
+KEPT = {"summary.json": "metrics", "manifest.json": "data"}
+"""Records of a run folder, each with a key that all have."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,12 @@ class Finished:
     def records(self, split: str) -> list[Record]:
         """Predictions of a split with the last weights; none where the run kept none."""
         path = self.folder / "predictions" / f"{split}.jsonl"
-        return read_json_lines(path) if path.is_file() else []
+        try:
+            return read_json_lines(path) if path.is_file() else []
+        except ValueError as error:
+            raise RunFolderError(Fault(
+                kind="run_folder", file=str(path), message=f"cannot be read: {error}",
+                mend="put the file back, or delete it: then the page shows no examples of it")) from None
 
     def points(self, split: str, key: str) -> list[tuple[float, float]]:
         """(step, value) of a column of metrics.jsonl, of the rows that have it."""
@@ -72,14 +80,26 @@ def open_finished(folder: Path) -> Finished:
     """Read a run folder.
 
     Raises:
-        RunFolderError: the folder holds no finished run.
+        RunFolderError: the folder holds no finished run, or what it holds is damaged.
+        ConfigError: its config is.
     """
+    if not (folder / "summary.json").is_file():
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message="no finished run here: no summary.json",
+                                   mend="give the output_dir of a run that has ended"))
+    summary, manifest = (_record(folder / name, key) for name, key in KEPT.items())
+    load([str(folder / "config.yaml")])
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         config = (folder / "config.yaml").read_text(encoding="utf-8")
         rows = read_json_lines(folder / "metrics.jsonl")
     except (OSError, ValueError) as error:
-        raise RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"no finished run here: {error}",
-                                   mend="give the output_dir of a run that has ended")) from None
+        raise RunFolderError(Fault(kind="run_folder", file=str(folder / "metrics.jsonl"), mend="put back what the run "
+                                   "has written there", message=f"cannot be read: {error}")) from None
     return Finished(folder, summary, manifest, config, rows)
+
+
+def _record(path: Path, key: str) -> dict[str, Any]:
+    values = read_json(path)
+    if key not in values:
+        raise RunFolderError(Fault(kind="run_folder", file=str(path), message=f"lacks {key}: no run has written it",
+                                   mend="put back what the run has written there"))
+    return values

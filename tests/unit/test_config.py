@@ -109,6 +109,13 @@ def test_a_fault_inside_a_list_of_sources_is_said_once_and_where_it_is(source, s
     assert [fault.message for fault in faults_of(config(tmp_path), f"data.train=[{source}]")] == [said]
 
 
+def test_a_broken_rule_says_the_value_as_a_config_has_it(tmp_path):
+    (fault,) = faults_of(config(tmp_path), "data.train=[{path: a.jsonl, shuffle_buffer: 5}]")
+    assert fault.message.startswith("data.train = [{'path': 'a.jsonl', 'shuffle_buffer': 5}]: shuffle_buffer is for")
+    (fault,) = faults_of(config(tmp_path), "adapter.init_lora_weights=loftq")
+    assert fault.message.startswith("model.quantization = 'none': LoftQ")
+
+
 def test_an_override_that_yaml_cannot_read_is_read_when_it_is_quoted_as_the_mend_says(tmp_path):
     (fault,) = faults_of(config(tmp_path), "data.train=*.jsonl")
     assert fault.mend.endswith("data.train='...'\"")

@@ -85,6 +85,24 @@ def test_a_done_run_that_lacks_its_page_writes_it_at_the_next_start(classify, tr
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.parametrize(("name", "text", "said"), [
+    ("summary.json", "{", "summary.json: cannot be read"), ("summary.json", "[]", "summary.json: holds no record"),
+    ("manifest.json", "{}", "manifest.json: lacks data"), ("config.yaml", "task: [", "config.yaml:1: not valid YAML"),
+    ("metrics.jsonl", "{", "metrics.jsonl: cannot be read"),
+    ("predictions/validation.jsonl", "x", "validation.jsonl: cannot be read: line 1")])
+def test_a_damaged_file_of_a_run_is_named(name, text, said, finished, capsys):
+    (finished.folder / name).write_text(text)
+    assert guarded(main, ["report", str(finished.folder)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_scores_of_a_run_whose_manifest_is_damaged_are_refused(classify, train, capsys):
+    folder = train({**classify, "data": {**classify["data"], "validation": 0.3}})
+    (folder / "manifest.json").write_text("")
+    assert guarded(main, ["evaluate", str(folder), "--split", "validation"]) == 2
+    assert "manifest.json: cannot be read" in capsys.readouterr().err
+
+
 def test_a_model_no_better_than_the_untrained_one_or_than_a_guess_is_said_to_be_so(finished):
     score = {"validation": scored(0.6, 0.5, 0.7)}
     good = changed(finished, metrics=score, baseline={"validation": scored(0.1, 0, 0.2)}, majority={})
