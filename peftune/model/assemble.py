@@ -23,7 +23,7 @@ from peftune.model.loftq import start_from_rounding, whole_weights
 from peftune.model.precision import emulates_bfloat16, keep_trainable_in_float32, weight_dtype
 from peftune.model.published import published_weights
 from peftune.model.quantize import stored_kind, values_in
-from peftune.model.reach import freeze_unreached, leave_out, reach_notes
+from peftune.model.reach import freeze_unreached, leave_out, reach_notes, stacked_weights
 from peftune.model.save import CPU
 from peftune.model.vocabulary import NO_ROWS, NewRows, resize, token_rows
 
@@ -143,6 +143,8 @@ def weight_notes(loaded: Loaded, counts: Parameters, dtype: str) -> list[str]:
     """What trains, how the rest is kept, what is new, and whether `model.dtype` suits the device, for a person."""
     kind = stored_kind(loaded.model.config)
     kept = f", the others are kept in {kind}" if kind != "none" else ""
+    if kept and (stacked := stacked_weights(loaded.model)):
+        kept += f" but the experts' {', '.join(sorted(stacked))}, which bitsandbytes leaves as they are"
     notes = [f"{counts.trainable:,} of {counts.total:,} weights train{kept}", *reach_notes(loaded.model)]
     if dtype == "bfloat16" and emulates_bfloat16(loaded.model.device):
         notes.append("this GPU has no products in bfloat16 and computes them slowly: model.dtype=float32")

@@ -87,12 +87,12 @@ def reach_notes(model: PreTrainedModel) -> list[str]:
     passed = sorted(plain.intersection(in_other_hands(model.config)))
     notes += [f"no adapter can be beside {', '.join(passed)}"] if passed else []
     wrapped = {module.parameter_name for module in tuners if isinstance(module, ParamWrapper)}
-    stacked = _stacked(model) - wrapped
+    stacked = stacked_weights(model) - wrapped
     return notes + ([f"experts hold {', '.join(sorted(stacked))} in one tensor each, which adapter.target_parameters "
-                     "adapts and nothing quantises"] if stacked else [])
+                     "adapts"] if stacked else [])
 
 
-def _stacked(model: nn.Module) -> set[str]:
-    """Last parts of the names of weights that are many matrices in one, as those of experts are."""
+def stacked_weights(model: nn.Module) -> set[str]:
+    """Last parts of the names of experts' weights that are many matrices in one."""
     return {name.rpartition(".")[2] for name, parameter in model.named_parameters()
             if parameter.dim() == 3 and "expert" in name and not name.endswith(".weight")}

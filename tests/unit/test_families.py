@@ -272,3 +272,11 @@ def test_what_a_model_s_own_code_freezes_stays_frozen_where_all_weights_train(fa
     (bias,) = (name for name in load_file(f"{path}/model.safetensors") if "e_score_correction_bias" in name)
     old, new = (load_file(f"{where}/model.safetensors")[bias] for where in (path, folder / "final"))
     assert torch.equal(old, new) and summary(folder)["reload_deviation"] <= 1e-4
+
+
+def test_experts_that_bitsandbytes_leaves_as_they_are_are_said(family):
+    pytest.importorskip("bitsandbytes")
+    path = family(MixtralConfig, **GROUPED, **ROUTED)
+    model, loaded = assembled(path, "causal_lm", AdapterConfig(r=2), quantization="nf4")
+    note = weight_notes(loaded, count(model), "bfloat16")[0]
+    assert note.endswith("kept in nf4 but the experts' down_proj, gate_up_proj, which bitsandbytes leaves as they are")
