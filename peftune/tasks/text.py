@@ -99,6 +99,9 @@ def quiet_libraries() -> None:
     # transformers 5 renames gradient to activation checkpointing; peft 0.21 and transformers 5.17 know the old name
     # only. Delete this, and use the new name, once both know it
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has changed: each rank would print that in each step.
+    # Delete this with a DeepSpeed that knows the new ones
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def data_notes(data: Prepared, text: Text, config: DataConfig) -> list[str]:

@@ -66,6 +66,12 @@ def test_a_run_among_others_in_a_launch_is_the_run_that_a_user_launches_bit_for_
     same_from(bench.run_folder(among), bench.run_folder(alone), 0)
 
 
+@pytest.mark.parametrize("asked", [(Asked(Cell(strategy, "lora", "causal_lm", LAYOUT)),)
+                                   for strategy in ("ddp", "zero2", "zero3")], ids=lambda asked: asked[0].cell.strategy)
+def test_no_rank_repeats_a_library_s_warning_in_each_step(ran, asked):
+    assert ran[asked[0]].returncode == 0 and "FutureWarning" not in ran[asked[0]].stderr, ran[asked[0]].stderr
+
+
 def same_from(folder, other, steps):
     """The first run, which began after `steps` of the second, is the same."""
     mine, theirs = (metric_rows(run, "train") for run in (folder, other))
