@@ -122,6 +122,8 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         raise ModelError(Fault(kind="model", message=f"adapter.target_modules: {str(error).split('. ')[0]}",
                                mend=_target_names(model, config))) from None
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        if any(parameter.is_meta for parameter in model.parameters()) and isinstance(error, NotImplementedError):
+            raise  # FRoD looks at values: whether it fits can only be seen where there are some
         named = "target_modules" in vars(config)
         also = f", or adapter.target_modules ({_target_names(model, config)})" if named else ""
         raise ModelError(Fault(
