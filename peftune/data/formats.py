@@ -46,6 +46,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "system": ("system_prompt",),
 }
 
+
 @dataclass(slots=True)
 class Found:
     """What the reader decided: format of each file, and faults by row; and which columns it has seen."""

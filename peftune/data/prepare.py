@@ -125,7 +125,7 @@ def cache_root() -> Path:
     """Folder of prepared data: PEFTUNE_CACHE, or peftune/ under the user's cache folder."""
     own = os.environ.get("PEFTUNE_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(own) if own else Path(base) / "peftune"
+    return Path(own).expanduser() if own else Path(base) / "peftune"
 
 
 def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
