@@ -125,7 +125,8 @@ for task, folder in zip(saved[::2], saved[1::2]):
     auto = {"classify": AutoModelForSequenceClassification, "converse": AutoModelForCausalLM}[task]
     if (Path(folder) / "adapter_config.json").exists():
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-        model = PeftModel.from_pretrained(auto.from_pretrained(base, config=AutoConfig.from_pretrained(folder)), folder)
+        classes = {"config": AutoConfig.from_pretrained(folder)} if task == "classify" else {}
+        model = PeftModel.from_pretrained(auto.from_pretrained(base, **classes), folder)
     else:
         model = auto.from_pretrained(folder)
     inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
