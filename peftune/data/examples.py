@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,9 +50,8 @@ class Batch:
     """[B, T] int64 for token and pair targets, [examples] int64 for classes, [examples, K] float32 for values."""
     owners: Tensor
     """[B, T] int64: the sequence of each token of a token or pair batch."""
-    predicted: Predicted | None
-    """Of a token or pair batch, if its targets are next tokens. Found in host memory: a GPU asked for them would first
-    do all that it has been given."""
+    predicted: Callable[[], Predicted]
+    """The supervised tokens of a token or pair batch whose targets are next tokens."""
     lengths: tuple[int, ...]
     """Tokens of each sequence; one of a single token in an empty micro-batch."""
     positions: tuple[int, ...]

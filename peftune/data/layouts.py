@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from peftune.data.examples import Batch, Example, TargetKind
 from peftune.numerics.dealing import Grouping, equal_groups, packed_groups, padded_groups
 from peftune.numerics.few_shapes import filled_up
-from peftune.numerics.losses import IGNORE, Predicted, predicted_tokens
+from peftune.numerics.losses import IGNORE, predicted_tokens
 from peftune.numerics.transfer import to_device
 
 
@@ -118,7 +119,7 @@ def lay_out(
         columns = _part_of(columns, layout.division)
     token_targets, owners = columns.pop("targets"), columns.pop("owners")
     targets = to_device(token_targets if by_token else _example_targets(examples, kind, width), device)
-    predicted = _predicted(token_targets, owners, columns["input_ids"].shape[1], device) if by_token else None
+    predicted = cache(partial(predicted_tokens, token_targets, owners, columns["input_ids"].shape[1], device))
     inputs: dict[str, Any] = {name: to_device(array, device) for name, array in columns.items()}
     if layout.kind != "padded":
         inputs |= _borders(borders, layout, device, one_row)
@@ -215,9 +216,3 @@ def _example_targets(examples: Sequence[Example], kind: TargetKind, width: int) 
             return np.full((1, width), np.nan, dtype=np.float32)
         return np.asarray([example.targets for example in examples], dtype=np.float32)
     return np.asarray([example.targets[0] for example in examples] or [IGNORE], dtype=np.int64)
-
-
-def _predicted(targets: np.ndarray, owners: np.ndarray, tokens: int, device: torch.device) -> Predicted:
-    found = predicted_tokens(torch.from_numpy(targets), torch.from_numpy(owners), tokens)
-    return Predicted(*(to_device(part.numpy(), device) for part in (
-        found.rows_N, found.columns_N, found.ids_N, found.owners_N)))

@@ -106,7 +106,7 @@ def next_token_nats(model: nn.Module, inputs: dict[str, Any], predicted: Predict
 
 
 def nats_by_sequence(
-    model: nn.Module, inputs: dict[str, Any], predicted: Predicted | None, sequences: int
+    model: nn.Module, inputs: dict[str, Any], predicted: Predicted, sequences: int
 ) -> Tensor:
     """[sequences] float32: nats of each sequence, summed over its supervised tokens.
 
@@ -116,7 +116,6 @@ def nats_by_sequence(
         predicted: the supervised tokens.
         sequences: their number.
     """
-    assert predicted is not None, "a batch of tokens has them"
     return sums_by_sequence(next_token_nats(model, inputs, predicted), predicted.owners_N, sequences)
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from peftune.numerics.transfer import to_device
 
 IGNORE = -100
 """Target id of a position outside the loss; the value that torch's cross-entropy skips."""
@@ -37,7 +40,7 @@ class Predicted:
     """The sequence that both belong to."""
 
 
-def predicted_tokens(targets_BT: Tensor, owners_BT: Tensor, tokens: int) -> Predicted:
+def predicted_tokens(targets_BT: np.ndarray, owners_BT: np.ndarray, tokens: int, device: torch.device) -> Predicted:
     """Position t predicts t + 1 where both belong to one sequence and the latter is supervised.
 
     So the first token of a sequence is never predicted from the end of the one before it.
@@ -47,12 +50,12 @@ def predicted_tokens(targets_BT: Tensor, owners_BT: Tensor, tokens: int) -> Pred
             than what the model reads: where a row is cut, its last token predicts the first one of the next part.
         owners_BT: sequence that each token belongs to, int64, for the same tokens.
         tokens: that the model reads of each row.
+        device: of the result. It is found in host memory: a GPU asked for it would first do all that it has been given.
     """
     next_BT = targets_BT[:, 1:]
-    supervised_BT = (next_BT != IGNORE) & (owners_BT[:, 1:] == owners_BT[:, :-1])
-    rows_N, columns_N = supervised_BT.nonzero(as_tuple=True)
-    return Predicted(rows_N, columns_N - tokens, next_BT[rows_N, columns_N],
-                     owners_BT[rows_N, columns_N])
+    rows_N, columns_N = np.nonzero((next_BT != IGNORE) & (owners_BT[:, 1:] == owners_BT[:, :-1]))
+    return Predicted(to_device(rows_N, device), to_device(columns_N - tokens, device),
+                     to_device(next_BT[rows_N, columns_N], device), to_device(owners_BT[rows_N, columns_N], device))
 
 
 def sums_by_sequence(nats_N: Tensor, owners_N: Tensor, sequences: int) -> Tensor:
@@ -99,6 +102,7 @@ def span_nats(logits_BT2: Tensor, marks_BT: Tensor) -> Tensor:
     Returns:
         [B] float32; 0 for rows without a marked answer.
     """
+    marks_BT = marks_BT.to(torch.int8)  # what is worked out of them takes an eighth of the memory
     wide_BT2 = _wide(logits_BT2).masked_fill((marks_BT == IGNORE)[..., None], -torch.inf)
     sides_B = []
     for side, mark in enumerate((START, END)):

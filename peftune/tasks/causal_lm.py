@@ -85,7 +85,7 @@ def encode_prompt(fields: Mapping[str, Any], text: TextEncoder) -> list[Example]
 
 def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tensor:
     """[examples] float32: nats of each example, summed over its supervised tokens."""
-    return nats_by_sequence(model, batch.inputs, batch.predicted, len(batch.lengths))
+    return nats_by_sequence(model, batch.inputs, batch.predicted(), len(batch.lengths))
 
 
 def losses(nats: Tensor, batch: Batch, targets: Targets) -> Tensor:

@@ -86,7 +86,7 @@ def forward(model: nn.Module, batch: Batch, reference: Reference | None) -> Tens
 
 
 def _log_probabilities(batch: Batch, model: nn.Module) -> Tensor:
-    return -nats_by_sequence(model, batch.inputs, batch.predicted, len(batch.lengths)).view(-1, 2)
+    return -nats_by_sequence(model, batch.inputs, batch.predicted(), len(batch.lengths)).view(-1, 2)
 
 
 def losses(log_probabilities_B4: Tensor, batch: Batch, targets: Targets, *, beta: float) -> Tensor:

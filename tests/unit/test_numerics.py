@@ -29,7 +29,7 @@ from peftune.numerics.schedules import learning_rate_factor
 
 
 def next_token_nats(logits, targets, owners, sequences):
-    found = predicted_tokens(targets, owners, logits.shape[1])
+    found = predicted_tokens(targets.numpy(), owners.numpy(), logits.shape[1], torch.device("cpu"))
     return sums_by_sequence(token_cross_entropy(logits[found.rows_N, found.columns_N], found.ids_N), found.owners_N,
                             sequences)
 
