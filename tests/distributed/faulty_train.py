@@ -37,7 +37,7 @@ def kill_a_rank(self, model, loss):
     loss.backward()
 
 
-def save_the_first_shard(self, model):
+def save_the_first_shard(self, model, *, frozen):
     """As if the main process saved what it holds, and nobody what the others hold."""
     found = {}
     for name, parameter in self.unwrap(model).named_parameters():
