@@ -168,16 +168,18 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
+    with without_search_for_garbage():
+        from peftune.harness import refuse_idle
+
+    refuse_idle(vars(parsed))
     if parsed.tasks:
         return _evaluate_tasks(parsed)
     with without_search_for_garbage():
-        from peftune.harness import refuse_idle
         from peftune.loop.finish import prediction_lines
         from peftune.loop.publish import write_text
         from peftune.reopen import held_out, open_trained, opened, score
         from peftune.report.closing import show_metrics
 
-    refuse_idle(vars(parsed))
     refuse_unwritable(parsed.output, "--output")
     with opened(only_json=parsed.json) as (world, display):
         trained = open_trained(parsed.model, parsed.config, world, display)
@@ -197,10 +199,9 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 def _evaluate_tasks(parsed: argparse.Namespace) -> int:
     with without_search_for_garbage():
-        from peftune.harness import check_harness, evaluate_tasks, refuse_idle
+        from peftune.harness import check_harness, evaluate_tasks
         from peftune.reopen import find_trained, open_weights, opened
 
-    refuse_idle(vars(parsed))
     with opened(only_json=parsed.json) as (world, display):
         folder, config = find_trained(parsed.model, parsed.config, needs_data=False)
         check_harness(config.task, parsed.include_path, world.ranks)
@@ -265,11 +266,9 @@ def _report(parsed: argparse.Namespace) -> int:
     with without_search_for_garbage():
         from peftune.report.page import write_comparison, write_report
 
-    folders = [Path(run) for run in parsed.runs]
-    usual = folders[0] / "report.html" if len(folders) == 1 else Path("comparison.html")
-    to = Path(parsed.to) if parsed.to else usual
-    with writing_to(str(to), "--to"):
-        page, found = write_report(folders[0], to) if len(folders) == 1 else write_comparison(folders, to)
+    folders, to = [Path(run) for run in parsed.runs], Path(parsed.to) if parsed.to else None
+    page, found = (write_report(folders[0], to) if len(folders) == 1
+                   else write_comparison(folders, to or Path("comparison.html")))
     if parsed.json:
         _print_json(found)
     else:

@@ -157,13 +157,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be read: {error}") from None
+        raise damaged(path, f"cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise _damaged(path, "holds no record")
+        raise damaged(path, "holds no record")
     return values
 
 
-def _damaged(path: Path, message: str) -> RunFolderError:
+def damaged(path: Path, message: str) -> RunFolderError:
+    """The error to raise where a file of a run folder is not as the run has written it."""
     return RunFolderError(Fault(kind="run_folder", file=str(path), message=message,
                                 mend="put back what the run has written there"))
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from peftune.data.store import Split
 from peftune.errors import Fault, SelfCheckError
+from peftune.model.beneath import TRAINED
 from peftune.parallel.strategy import Strategy
 
 STEPS = 2
@@ -19,8 +20,6 @@ SUMMED_AT_ONCE = 2**22
 """Values of a checksum: torch widens them to eight bytes each before it adds them."""
 NEW_HEAD = ".modules_to_save."
 """Part of the names of whole layers that train beside an adapter."""
-ADAPTER = "default"
-"""PEFT's name of the adapter that trains, in the names of its weights."""
 LOOKED_AT = 100
 """Examples whose targets are looked at before training."""
 
@@ -154,7 +153,7 @@ def _checksum(tensor: Tensor) -> int:
 def _leaving_out(names: list[str]) -> str:
     """How the layers of such weights are left out. PEFT's names are base_model.model.LAYER.FACTOR.ADAPTER.weight."""
     words = [name.split(".") for name in names if NEW_HEAD not in name]
-    layers = {".".join(parts[2 : parts.index(ADAPTER) - 1][-2:]) for parts in words if ADAPTER in parts}
+    layers = {".".join(parts[2 : parts.index(TRAINED) - 1][-2:]) for parts in words if TRAINED in parts}
     if layers and len(words) == len(names):
         return f"adapter.exclude_modules=[{','.join(sorted(layers))}]"
     return ("the task does not read all weights of this model: train an adapter beside those that it reads "

@@ -12,7 +12,7 @@ import yaml
 from peftune.config.load import load
 from peftune.data.targets import Targets
 from peftune.errors import Fault, RunFolderError
-from peftune.loop.publish import read_json
+from peftune.loop.publish import damaged, read_json
 from peftune.observe.json_lines import read_json_lines
 from peftune.report.words import Metrics
 from peftune.tasks import TASKS
@@ -92,14 +92,12 @@ def open_finished(folder: Path) -> Finished:
         config = (folder / "config.yaml").read_text(encoding="utf-8")
         rows = read_json_lines(folder / "metrics.jsonl")
     except (OSError, ValueError) as error:
-        raise RunFolderError(Fault(kind="run_folder", file=str(folder / "metrics.jsonl"), mend="put back what the run "
-                                   "has written there", message=f"cannot be read: {error}")) from None
+        raise damaged(folder / "metrics.jsonl", f"cannot be read: {error}") from None
     return Finished(folder, summary, manifest, config, rows)
 
 
 def _record(path: Path, key: str) -> dict[str, Any]:
     values = read_json(path)
     if key not in values:
-        raise RunFolderError(Fault(kind="run_folder", file=str(path), message=f"lacks {key}: no run has written it",
-                                   mend="put back what the run has written there"))
+        raise damaged(path, f"lacks {key}: no run has written it")
     return values
