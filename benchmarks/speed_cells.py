@@ -7,7 +7,8 @@ frozen: LoRA of the last layers alone, over epochs for which the others are comp
 CPU with AMX, packed rows of few sizes and of any, with 60 million weights and with one. products: for a
 CPU without instructions for bfloat16, beside float32 and, on few tokens, beside torch's own products. gpu: models of
 the sizes of Qwen2.5 0.5B, 1.5B and Llama 3.1 8B; LoRA on bfloat16 and on nf4, all weights; rows that fill 4,096 tokens,
-and instructions as long as they are. gpu-tiny has the same kinds of cells, small enough for a test.
+and instructions as long as they are; the smallest with compiled parts, and with attention of one sequence after another
+too. gpu-tiny has the same kinds of cells, small enough for a test.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class Cell:
     """With torch's own products of bfloat16 even where they are slow (BENCH_NATIVE of timed_train.py)."""
     any_size: bool = False
     """Packed rows are as long as their examples, also where code for new sizes is made slowly (BENCH_ANY_SIZE)."""
+    one_by_one: bool = False
+    """Attention of one packed sequence after another, also where a kernel takes all at once (BENCH_ONE_BY_ONE)."""
+    parts: bool = False
+    """With model.compile=parts."""
 
     def __str__(self) -> str:
         method = f"LoRA r {self.rank}" if self.rank else "all weights"
@@ -57,7 +62,8 @@ class Cell:
                  *([f"last {self.last_layers} layers"] if self.last_layers else []),
                  *([f"{self.epochs} epochs"] if self.epochs > 1 else []), *([] if self.reuse else ["computed anew"]),
                  *([self.dtype] if self.dtype != "bfloat16" else []), *(["native products"] if self.native else []),
-                 *(["rows of any size"] if self.any_size else [])]
+                 *(["rows of any size"] if self.any_size else []), *(["one by one"] if self.one_by_one else []),
+                 *(["compiled parts"] if self.parts else [])]
         return ", ".join(words)
 
 
@@ -65,7 +71,9 @@ def _on_gpu(small: str, middle: str, large: str, tokens: int, rows: int) -> Sequ
     """The kinds of cells that one GPU of 80 GB is measured with: ragged rows, then rows that fill their length."""
     ragged = {"max_length": tokens // 4, "rows": 16 * rows, "batch_size": 32, "micro_batch_tokens": 2 * tokens}
     full = {"max_length": tokens, "rows": rows, "batch_size": 4, "micro_batch_tokens": tokens, "full_rows": True}
-    return (Cell(shape=small, **ragged), Cell(shape=small, rank=None, **ragged), Cell(shape=middle, **ragged),
+    first = Cell(shape=small, **ragged)
+    return (first, replace(first, one_by_one=True), replace(first, parts=True),
+            Cell(shape=small, rank=None, **ragged), Cell(shape=middle, **ragged),
             Cell(shape=middle, quantization="nf4", **ragged), Cell(shape=middle, rank=None, **full),
             Cell(shape=large, **full), Cell(shape=large, quantization="nf4", **full), Cell(shape=large, **ragged),
             Cell(shape=large, recompute=True, **{**full, "micro_batch_tokens": 2 * tokens}))

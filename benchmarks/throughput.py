@@ -38,7 +38,7 @@ from benchmarks.launches import launched, terms_raised
 from benchmarks.speed_cells import SUITES, Cell
 from benchmarks.subjects import SHAPES, instruction_rows, save_config, save_model, save_rows, token_rows, work_flops
 from benchmarks.turns import Kept, gather, kept_in, write
-from benchmarks.twins import allocators_of, overhead_of, products_of, reuse_of, sizes_of
+from benchmarks.twins import allocators_of, devices_of, overhead_of, products_of, reuse_of, sizes_of
 from peftune.observe.manifest import environment
 from peftune.parallel.host_memory import PRELOAD, preload
 
@@ -72,7 +72,7 @@ class Bench:
             "adapter": _adapter(cell),
             "model": {"name_or_path": self._models[cell.shape], "dtype": cell.dtype,
                       "gradient_checkpointing": cell.recompute, "quantization": cell.quantization,
-                      "reuse_frozen_layers": cell.reuse},
+                      "reuse_frozen_layers": cell.reuse, **({"compile": "parts"} if cell.parts else {})},
             "data": {"train": save_rows(self.folder / f"{name}.jsonl", rows[VALIDATION_ROWS:]),
                      "validation": save_rows(self.folder / "validation.jsonl", rows[:VALIDATION_ROWS]),
                      "max_length": cell.max_length},
@@ -87,7 +87,7 @@ class Bench:
         run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
                       bare=cell.bare, tcmalloc=cell.tcmalloc, native=cell.native,
-                      any_size=cell.any_size)
+                      any_size=cell.any_size, one_by_one=cell.one_by_one)
         if cell.last_layers:
             return record  # the formula is of models whose layers all train
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
@@ -114,7 +114,7 @@ def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, st
 
 def ours(
     config: Path, run: Path, *, processes: int, threads: int, bare: bool = False, tcmalloc: bool = False,
-    native: bool = False, any_size: bool = False,
+    native: bool = False, any_size: bool = False, one_by_one: bool = False,
 ) -> dict[str, Any]:
     """Launch the loop with a config; the record of its steps.
 
@@ -127,11 +127,13 @@ def ours(
         tcmalloc: preloaded; else glibc hands out memory.
         native: with torch's own products of bfloat16 even where they are slow.
         any_size: of packed rows, also where they would be filled up to few sizes.
+        one_by_one: attention of one packed sequence after another, also where a kernel takes all at once.
     """
     assert preload() or not tcmalloc, "tcmalloc is not installed: apt install libtcmalloc-minimal4"
     variables = {"BENCH_STARTED": str(time.time()), **({"BENCH_BARE": "1"} if bare else {}),
                  **({"BENCH_NATIVE": "1"} if native else {}),
                  **({"BENCH_ANY_SIZE": "1"} if any_size else {}),
+                 **({"BENCH_ONE_BY_ONE": "1"} if one_by_one else {}),
                  **(preload() if tcmalloc else {PRELOAD: ""})}
     try:
         done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"],
@@ -232,7 +234,7 @@ def outcome_of(suite: str, kept: Kept, setting: Mapping[str, Any]) -> dict[str, 
     measured = {name: cells[name] for name in records}
     compared, added = overhead_of(measured, summaries)
     ratios |= compared | allocators_of(measured, summaries) | reuse_of(measured, summaries)
-    ratios |= products_of(measured, summaries) | sizes_of(measured, summaries)
+    ratios |= products_of(measured, summaries) | sizes_of(measured, summaries) | devices_of(measured, summaries)
     return {**setting, "warm_up_steps": WARM_UP,
             "cells": {name: asdict(cell) for name, cell in cells.items() if name in {**records, **kept.failures}},
             "failures": kept.failures, "ratios": ratios, "added_milliseconds": added, "summaries": summaries,

@@ -9,7 +9,8 @@ step.
 
 BENCH_BARE=1 trains without the loop: forward, backward, clipping and optimizer of the same model on the same batches,
 laid out beforehand, and nothing else. What the loop takes on top of that is its overhead. BENCH_NATIVE=1 leaves
-products of bfloat16 to torch on every CPU, BENCH_ANY_SIZE=1 packed rows as long as their examples are.
+products of bfloat16 to torch on every CPU, BENCH_ANY_SIZE=1 packed rows as long as their examples are,
+BENCH_ONE_BY_ONE=1 attention to one packed sequence after another.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import peftune.build as composition
 import peftune.loop.finish as ending
 import peftune.loop.fit as loop
 import peftune.loop.judge as judging
+import peftune.loop.layout as layouts
 import peftune.loop.run as running
 import peftune.model.precision as precision
 import peftune.numerics.few_shapes as few_shapes
@@ -163,6 +165,8 @@ def main(arguments: list[str]) -> int:
     running.lay_out, loop.train_step = lay_out, step
     if os.environ.get("BENCH_NATIVE"):
         precision.lacks_bfloat16 = lambda: False
+    if os.environ.get("BENCH_ONE_BY_ONE"):
+        layouts.kernel_fault = lambda *_: "left out"
     if os.environ.get("BENCH_ANY_SIZE"):
         for room in (few_shapes, linear_loss):
             room.makes_code_slowly = lambda dtype: False

@@ -76,3 +76,15 @@ def sizes_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any
         ratios[f"{name}: speed over rows of any size"] = _over(found, other, RATE)
         ratios[f"{name}: memory in steps over rows of any size"] = _over(found, other, HELD)
     return ratios
+
+
+def devices_of(cells: Mapping[str, Cell], summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """How much faster each cell is than with attention of one sequence after another, and than without compiled parts,
+    and how much more memory it takes; on a GPU, of what it has allocated."""
+    ratios = {}
+    for words, other in (("attention one by one", {"one_by_one": True}), ("plain parts", {"parts": False})):
+        for name, found, twin in _twins(cells, summaries, **other):
+            ratios[f"{name}: speed over {words}"] = _over(found, twin, RATE)
+            held = "peak_allocated_bytes" if "peak_allocated_bytes" in found else HELD
+            ratios[f"{name}: memory in steps over {words}"] = _over(found, twin, held)
+    return ratios

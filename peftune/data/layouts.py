@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from peftune.data.examples import Batch, Example, TargetKind
 from peftune.numerics.dealing import Grouping, equal_groups, packed_groups, padded_groups
 from peftune.numerics.few_shapes import filled_up
 from peftune.numerics.losses import IGNORE, predicted_tokens
-from peftune.numerics.transfer import to_device
+from peftune.numerics.transfer import ends_of, to_device
 
 
 class Division(Protocol):
@@ -54,6 +53,8 @@ class Layout:
     """Who shares each row, where one device holds a part of it alone. For segments of token targets."""
     few_sizes: bool = False
     """Packed rows are filled up with tokens that no sequence and no loss sees, to one of few sizes (`filled_up`)."""
+    at_once: bool = False
+    """Segments' borders are told in device memory too, for a kernel that takes all sequences in one call."""
     equal_lengths: bool = False
     """Padded rows of a micro-batch are equally long, so that there is no padding: the model's results depend on it."""
 
@@ -201,13 +202,14 @@ def _joined(sequences: Sequence[_Sequence], layout: Layout, pad_id: int) -> dict
 def _borders(lengths: tuple[int, ...], layout: Layout, device: torch.device, one_row: bool) -> dict[str, Any]:
     """What tells the attention where sequences end. Made once a batch, not once a layer."""
     if layout.kind == "varlen" and one_row:
-        ends = to_device(np.asarray([0, *accumulate(lengths)], np.int32), device)
+        ends = ends_of(lengths, device)
         longest = max(lengths)
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     # a mask that is ready for use keeps transformers from building one of T x T
     ready = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)} if one_row else {}
     exchange = {} if layout.division is None else {"exchange": layout.division.exchange}
-    return {"segment_lengths": lengths, **ready, **exchange}
+    on_device = {"segment_ends": ends_of(lengths, device)} if layout.at_once else {}
+    return {"segment_lengths": lengths, **on_device, **ready, **exchange}
 
 
 def _example_targets(examples: Sequence[Example], kind: TargetKind, width: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from peftune.config.schema import ModelConfig
 from peftune.data.examples import Example
 from peftune.data.layouts import PADDED, Division, Layout, lay_out
 from peftune.errors import ConfigError, Fault
+from peftune.model.device_attention import kernel_fault
 from peftune.model.division import WHOLE, division_fault, longest_row_matters
 from peftune.model.load import first_position
 from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
@@ -66,20 +67,37 @@ def choose_layout(
     elif kind is None or (kind == "varlen" and division is not None):
         why = f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end"
     else:
-        layout = Layout(kind, first, few_sizes=few_sizes)
-        tried = longest if division is None else min(longest, TRIED_TOKENS)
-        lengths = max(2, tried // 2), tried, 2, 2
-        fault = once = proof.of_packing(layout, lengths)
-        if once is not None:
-            fault = proof.of_packing(layout, lengths)  # a model that reads across borders does so each time
-        if fault is None and division is not None:
-            layout = replace(layout, division=division)
-            fault = proof.of_division(layout, lengths)
-        if fault is None:
-            return layout, "" if once is None else f" (only in the first of two proofs {once})"
-        why = fault
+        layout, said = Layout(kind, first, few_sizes=few_sizes), ""
+        if kind == "segments" and world.device.type == "cuda":
+            packed, why = _proven(proof, replace(layout, at_once=True), division, proof.of_kernel(model_config))
+            if packed is not None:
+                return packed, why
+            said = f" (one sequence's attention after another: {why})"
+        packed, why = _proven(proof, layout, division)
+        if packed is not None:
+            return packed, why + said
     _refuse_if_asked_for(wanted, why, divided=division is not None)
     return _padded(config, proof, rotating, f" ({why})")
+
+
+def _proven(
+    proof: _Proof, layout: Layout, division: Division | None, fault: str | None = None
+) -> tuple[Layout | None, str]:
+    """The layout, divided where that is asked for, and what spoke against it once; or None, and what speaks against it.
+    `fault`: that is known already."""
+    if fault is not None:
+        return None, fault
+    tried = proof.longest if division is None else min(proof.longest, TRIED_TOKENS)
+    lengths = max(2, tried // 2), tried, 2, 2
+    fault = once = proof.of_packing(layout, lengths)
+    if once is not None:
+        fault = proof.of_packing(layout, lengths)  # a model that reads across borders does so each time
+    if fault is None and division is not None:
+        layout = replace(layout, division=division)
+        fault = proof.of_division(layout, lengths)
+    if fault is not None:
+        return None, fault
+    return layout, "" if once is None else f" (only in the first of two proofs {once})"
 
 
 def _refuse_if_asked_for(wanted: str, why: str, *, divided: bool) -> None:
@@ -112,6 +130,10 @@ class _Proof:
     longest: int
     """Tokens of the longest example."""
     pooled: bool
+
+    def of_kernel(self, model_config: PreTrainedConfig) -> str | None:
+        """See `kernel_fault`; the main process's word counts."""
+        return self.world.same(kernel_fault(model_config, self.world.device, self.dtype))
 
     def of_packing(self, layout: Layout, lengths: Sequence[int]) -> str | None:
         """See `packing_fault`; the main process's word counts."""

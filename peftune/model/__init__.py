@@ -10,8 +10,8 @@ NO_COMPILER = "TORCHDYNAMO_DISABLE"
 def _import_bitsandbytes() -> None:
     """Import bitsandbytes, as peft will, without torch's compiler.
 
-    At its import it has `torch.compile` wrap what stands in for its own kernels, which loads the compiler: a second for
-    each process. It has kernels for CPUs and CUDA; where they do not take a shape, the same code runs uncompiled.
+    At its import it has `torch.compile` wrap what stands in for its own kernels, which would then be compiled at their
+    first calls. It has kernels for CPUs and CUDA; where they do not take a shape, the same code runs uncompiled.
     """
     # it also recommends a package for faster 4-bit products on CPUs, to runs without any too
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

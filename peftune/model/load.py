@@ -13,7 +13,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+    is_kernels_available,
+)
 
 from peftune.config.schema import ModelConfig
 from peftune.errors import ConfigError, Fault, MachineError, ModelError
@@ -32,6 +37,10 @@ PROBLEM_TYPES = {
 ROBERTA_S_KIND = frozenset({"camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
                             "markuplm", "mpnet", "xmod"})
 """Families by `model_type` that count positions from the padding id, as RoBERTa does."""
+FLASH = {"flash_attention_2": (is_flash_attn_2_available, "flash-attn"),
+         "flash_attention_3": (is_flash_attn_3_available, "flash-attn-3"),
+         "flash_attention_4": (is_flash_attn_4_available, "flash-attn-4")}
+"""Attention that comes in a package of its own: whether it is here, and its name."""
 MOST_TOKENS = 1 << 30
 """What a model without a table of positions is taken to read."""
 INITIAL_SPREAD = 0.02
@@ -92,9 +101,10 @@ def require_attention(name: str) -> None:
     if name not in known and not is_kernel(name):
         raise ConfigError(Fault(kind="config", message=f"model.attention = {name!r} is none that transformers has",
                                 mend="model.attention=auto, or one of " + ", ".join(known[1:])))
-    if name == "flash_attention_2" and not is_flash_attn_2_available():
-        raise MachineError(Fault(kind="environment", message=f"model.attention = {name!r} needs flash-attn and a GPU "
-                                 "that it knows", mend="model.attention=auto, or pip install flash-attn"))
+    available, package = FLASH.get(name, (lambda: not is_kernel(name), "kernels"))
+    if not available() and not is_kernels_available():  # from where transformers takes what is missing
+        raise MachineError(Fault(kind="environment", message=f"model.attention = {name!r} needs {package} and a GPU "
+                                 "that it knows", mend=f"model.attention=auto, or pip install {package}"))
 
 
 def load_weights(

@@ -20,19 +20,19 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
+from peftune.model import device_attention
 from peftune.model.adapters import base_of
 from peftune.model.cpu_attention import attend, attends
 from peftune.model.division import Exchange, attend_whole
 from peftune.model.outputs import logits_of, places, takes_places
 from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
 from peftune.numerics.few_shapes import filled_up
-from peftune.numerics.transfer import to_device
+from peftune.numerics.transfer import ends_of, to_device
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
-VARLEN = frozenset({"flash_attention_2", "flash_attention_3"})
-"""Attention functions that take cumulative lengths themselves."""
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference between packed and separate logits, as a share of the largest logit: room for kernels that sum
 in another order. A wrong position or mask is far beyond it."""
@@ -42,7 +42,7 @@ def segment_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention within each sequence: transformers' SDPA, called once for each run of neighbouring sequences of equal
-    length, or `attend` where that is faster.
+    length, or `attend` where that is faster; or once for all, where their borders lie on the device.
 
     Without `segment_lengths` it is transformers' SDPA itself. No score between two sequences is ever computed.
 
@@ -50,8 +50,9 @@ def segment_attention(
         module: the attention layer.
         query, key, value: [1, H, T, D].
         attention_mask: of padded rows; not read where lengths are given.
-        kwargs: segment_lengths, tokens of each sequence; exchange, where ranks share the row and hold equal parts of
-            its tokens; sliding_window of this layer; what else SDPA takes.
+        kwargs: segment_lengths, tokens of each sequence; segment_ends, int32 [N + 1] on the device (`ends_of`);
+            exchange, where ranks share the row and hold equal parts of its tokens; sliding_window of this layer; what
+            else SDPA takes.
     """
     lengths: Sequence[int] | None = kwargs.pop("segment_lengths", None)
     exchange: Exchange | None = kwargs.pop("exchange", None)
@@ -71,6 +72,10 @@ def _by_segments(
 ) -> Tensor:
     """[1, H, T, D] -> [1, T, H, D]; zeros behind the last sequence."""
     dropout, window = kwargs.get("dropout", 0.0), kwargs.get("sliding_window")
+    ends = kwargs.pop("segment_ends", None)
+    if ends is not None and device_attention.takes(query, key, value, sum(lengths), dropout=dropout):
+        return device_attention.attend(query, key, value, ends, max(lengths), scale=kwargs.get("scaling"),
+                                       causal=_is_causal(module, kwargs), window=window)
     if attends(query, key, value, max(lengths), dropout=dropout, window=window):
         scale = kwargs.get("scaling") or query.shape[3] ** -0.5
         return attend(query, key, value, lengths, scale=scale, causal=_is_causal(module, kwargs))
@@ -144,13 +149,18 @@ def use_packing(
         # towers of images and sound keep theirs: no text passes through them, and some know no other
         text = [name for name, part in vars(base.config).items() if part is base.config.get_text_config()]
         base.set_attn_implementation(dict.fromkeys(("", *text), SEGMENTS))
-    elif attention not in VARLEN:
+    elif not takes_cumulative_lengths(attention):
         return None
     if pooled:
         body = base.base_model
         body.register_forward_pre_hook(partial(_pack_inputs, first_position, few_sizes), with_kwargs=True)
         body.register_forward_hook(_pad_outputs, with_kwargs=True)
-    return "varlen" if attention in VARLEN else "segments"
+    return "varlen" if takes_cumulative_lengths(attention) else "segments"
+
+
+def takes_cumulative_lengths(attention: str) -> bool:
+    """Whether transformers tells an attention function where packed sequences end: FlashAttention, of all origins."""
+    return is_flash_attention_requested(requested_attention_implementation=attention)
 
 
 def _adapts_by_row(adapter: PeftConfig) -> bool:
@@ -176,8 +186,8 @@ def _pack_inputs(
             packed[name] = pad(packed[name].flatten().index_select(0, at_T)[None], (0, missing))
     positions = np.concatenate([*map(np.arange, lengths), np.zeros(missing, np.int64)]) + first_position
     packed["position_ids"] = to_device(positions[None], device)
-    if body.config._attn_implementation in VARLEN:
-        ends = to_device(np.asarray([0, *accumulate(packed.pop("segment_lengths"))], np.int32), device)
+    if takes_cumulative_lengths(body.config._attn_implementation):
+        ends = ends_of(lengths, device)
         packed |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths),
                    "max_length_k": max(lengths), "attention_mask": None}
     else:
@@ -191,8 +201,6 @@ def _pad_outputs(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     The same modules run whatever the number of sequences: ranks that gather weights for them must agree on that.
     """
     lengths = kwargs.get("segment_lengths")
-    if lengths is None and kwargs.get("cu_seq_lens_q") is not None:
-        lengths = kwargs["cu_seq_lens_q"].diff().tolist()
     if lengths is None:
         return output
     output.last_hidden_state = in_rows(output.last_hidden_state[0], lengths)

@@ -169,7 +169,9 @@ def test_rows_over_the_limit_are_counted_dropped_or_refused_as_asked(classify, t
 
 @pytest.mark.parametrize(("override", "said"), [
     ("resume=/nowhere", "no such checkpoint folder"), ("output_dir={file}", "output_dir is a file"),
-    ("model.attention=foo", "none that transformers has"), ("model.attention=flash_attention_2", "needs flash-attn")])
+    ("model.attention=foo", "none that transformers has"), ("model.attention=flash_attention_2", "needs flash-attn "),
+    ("model.attention=flash_attention_3", "needs flash-attn-3 "),
+    ("model.attention=kernels-community/flash-attn2", "needs kernels ")])
 def test_check_says_what_training_would_refuse_before_it_loads(override, said, classify, tmp_path, capsys):
     config = write_config(classify, tmp_path / "c")
     assert main(["check", str(config), override.format(file=config), "--json"]) == 2

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
+from peftune.build import build
+from peftune.config.load import load
+from peftune.model.device_attention import kernel_fault
 from tests import tiny
 from tests.conftest import metric_rows, summary, write_config
 
@@ -62,6 +66,30 @@ def test_packed_rows_and_padded_ones_have_equal_losses(chats, tmp_path):
         settings = {**chats, "data": {**chats["data"], "layout": layout}}
         found.append(losses(trained(settings, tmp_path / layout)))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+                    reason="flash kernels need compute capability 8.0")
+@pytest.mark.parametrize("windows", [None, 5])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+def test_one_call_of_the_flash_kernel_attends_to_each_packed_sequence_alone(size, windows):
+    config = Qwen2Config(hidden_size=8 * size, num_attention_heads=8, num_key_value_heads=2, sliding_window=windows)
+    assert kernel_fault(config, torch.device("cuda"), torch.bfloat16) is None
+
+
+def test_a_run_in_bfloat16_attends_to_all_sequences_in_one_call_as_to_one_after_another(chats, tmp_path):
+    settings = {**chats, "output_dir": str(tmp_path / "run"), "model": {**chats["model"], "dtype": "bfloat16"},
+                "data": {**chats["data"], "layout": "packed"}}
+    config = load([str(write_config(settings, tmp_path / "config"))])
+    with build(config) as built:
+        run = built.run
+        batch = next(iter(run.work(0).micro_batches))
+        assert run.layout.at_once == (torch.cuda.get_device_capability() >= (8, 0))
+        with run.autocast(), torch.no_grad():
+            together = run.losses(run.model, batch)
+            batch.inputs.pop("segment_ends", None)
+            alone = run.losses(run.model, batch)
+    torch.testing.assert_close(together, alone, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

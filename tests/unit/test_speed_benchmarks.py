@@ -122,6 +122,17 @@ def test_rows_of_few_sizes_are_compared_by_speed_and_memory_with_rows_of_any():
         f"{Cell()}: speed over rows of any size": 1.2, f"{Cell()}: memory in steps over rows of any size": 1.1})
 
 
+def test_one_call_for_all_sequences_and_compiled_parts_are_compared_with_cells_without_them():
+    cells = {str(cell): cell for cell in (Cell(), Cell(one_by_one=True), Cell(parts=True))}
+    summaries = {name: {"tokens_per_second_of_middle_step": {"median": rate}, "peak_allocated_bytes": {"median": held}}
+                 for name, rate, held in zip(cells, (120.0, 100.0, 150.0), (30, 33, 36), strict=True)}
+    assert twins.devices_of(cells, summaries) == pytest.approx({
+        f"{Cell()}: speed over attention one by one": 1.2,
+        f"{Cell()}: memory in steps over attention one by one": 30 / 33,
+        f"{Cell(parts=True)}: speed over plain parts": 1.25,
+        f"{Cell(parts=True)}: memory in steps over plain parts": 1.2})
+
+
 def test_our_micro_batches_hold_as_many_tokens_as_a_peer_s_do_with_their_padding():
     rows = [{"input_ids": [1] * length} for length in (3, 10, 6, 6, 2, 5, 9)]
     assert micro_batch_tokens(rows, 2, 4) == round((20 + 12 + 10) / 3)
