@@ -64,6 +64,13 @@ def _is_no_count(asked: Asked, field: str, least: int) -> bool:
     return value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least)
 
 
+def _names_no_tokens(asked: Asked) -> bool:
+    """Whether aLoRA is asked for, by something that is no list of ids."""
+    ids = asked.values.get("alora_invocation_tokens")
+    listed = isinstance(ids, list | tuple) and len(ids) > 0
+    return ids is not None and not (listed and all(type(one) is int for one in ids))
+
+
 def _lacks_prompt(asked: Asked) -> bool:
     return asked.method in LENGTH_IS_GIVEN and asked.adapter.init_from is None and not (
         asked.values.get("num_virtual_tokens"))
@@ -90,6 +97,11 @@ LIMITS: tuple[Refusal[Asked], ...] = (
     Refusal(
         "r", lambda a: a.has("r") and _is_no_count(a, "r", 0 if a.config_class is OFTConfig else 1),
         "a rank is a whole number, and 1 at least", "adapter.r=16",
+    ),
+    Refusal(
+        "alora_invocation_tokens", _names_no_tokens,
+        "the tokens behind which the adapter works are a list of their ids, one at least",
+        "their ids as the model's tokenizer has them, such as [151644, 77091]",
     ),
     Refusal(
         "num_virtual_tokens", lambda a: _lacks_prompt(a) or _is_no_count(a, "num_virtual_tokens", 1),

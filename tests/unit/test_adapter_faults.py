@@ -22,6 +22,9 @@ from tests.unit.test_methods import METHODS
     ({"r": 0}, "adapter.r: a rank is a whole number"),
     ({"r": "8"}, "adapter.r: a rank is a whole number"),
     ({"r": True}, "adapter.r: a rank is a whole number"),
+    ({"alora_invocation_tokens": []}, "a list of their ids"),
+    ({"alora_invocation_tokens": "foo"}, "a list of their ids"),
+    ({"alora_invocation_tokens": ["foo"]}, "a list of their ids"),
     ({"method": "prompt_tuning"}, "the length of the prompt"),
     ({"method": "prefix_tuning", "num_virtual_tokens": "8"}, "the length of the prompt"),
 ])
