@@ -26,8 +26,7 @@ import yaml
 from benchmarks.launches import Run, launched_together
 from benchmarks.plan import LORA, MEASURED, MIB, Bench, Cell, write
 from peftune.observe.manifest import environment
-from peftune.parallel.host_memory import PRELOAD, preload
-from peftune.plan.choose import LIMIT
+from peftune.parallel.host_memory import LIMIT, PRELOAD, preload
 from tests import tiny
 
 STEPS, BATCH = 8, 32

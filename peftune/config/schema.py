@@ -239,7 +239,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     asynchronous: Literal["auto"] | bool = "auto"
     """Copy what is to be saved, and write it while training goes on. auto: where a rank holds more than 64 MiB of it
-    and the host has twice that free. The last checkpoint is always waited for."""
+    and the host has twice that free (on CPUs beside a step). The last checkpoint is always waited for."""
 
 
 class LogConfig(Section):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from peftune.loop.publish import (
 )
 from peftune.loop.self_check import check_weights
 from peftune.loop.state import TrainState
+from peftune.parallel.host_memory import free_bytes, given_back_bytes
 from peftune.parallel.names import processes_here
 from peftune.parallel.pieces import Piece, write_pieces
 from peftune.parallel.strategy import Strategy
@@ -155,8 +155,10 @@ class Saver:
         if self._asynchronous != "auto":
             return self._asynchronous
         size = sum(piece.values.numel() * piece.values.element_size() for piece in pieces)
-        available = psutil.virtual_memory().available // processes_here()  # each of them copies as much
-        small, tight = size < BACKGROUND_BYTES, 2 * size > available
+        free = free_bytes(processes_here())  # each of them copies as much
+        if self._strategy.world.device.type == "cpu":
+            free -= given_back_bytes()  # the next steps take it again, beside the copy
+        small, tight = size < BACKGROUND_BYTES, 2 * size > free
         return self._strategy.world.any(not small) and not self._strategy.world.any(tight)
 
     def _publish(self, folder: Path, state: TrainState, random_states: Sequence[dict[str, Tensor]]) -> None:

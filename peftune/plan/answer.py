@@ -1,14 +1,12 @@
-"""`peftune plan`: does this config fit on these devices, how long does it take, and what is the cheapest that fits."""
+"""`peftune plan`: does this config fit on these devices, and how long does it take."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from peftune.config.rules import strategy_faults
 from peftune.config.schema import DataConfig, RunConfig
 from peftune.data.prepare import open_prepared, prepare
 from peftune.data.spool import SPLITS, needed_sources
@@ -18,10 +16,10 @@ from peftune.model.adapters import virtual_tokens
 from peftune.model.load import adjust_config, longest_input
 from peftune.model.resolve import load_model_config, resolve
 from peftune.model.vocabulary import NO_ROWS, NewRows
-from peftune.plan.choose import SHARE, UNTRACEABLE, MemoryChoice, choose_memory, subject_of
+from peftune.plan.choose import SHARE, UNTRACEABLE, MemoryChoice, choose_memory, footprint_at, subject_of
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division
-from peftune.plan.footprint import CAUSES, Footprint, Tracer
+from peftune.plan.footprint import Footprint, Tracer
 from peftune.plan.models import Subject
 from peftune.plan.work import Lengths, lengths_of, lengths_without_data
 from peftune.tasks import TASKS
@@ -35,8 +33,6 @@ WITHOUT_DATA: Mapping[str, Targets] = {
     "preference": Targets("preference", kind="pair"),
 }
 """What is predicted, where no data says it: the fewest classes."""
-SAME_RESULT = ("train.tokens_per_micro_batch", "model.gradient_checkpointing", "--strategy")
-"""Changes after which a run learns the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +56,6 @@ class Answer:
     """Of all devices together, by the device's stated rate."""
     seconds: float | None
     """Of the run's steps; None where the data is not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mend:
-    """A change that makes it fit."""
-
-    words: tuple[str, ...]
-    """As on the command line."""
-    answer: Answer
-
-    @property
-    def same_result(self) -> bool:
-        """Whether the run would learn the same from the same."""
-        return all(word.startswith(SAME_RESULT) for word in self.words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,16 +134,17 @@ class Planner:
             lengths = lengths.cut(case.config.data.max_length * (2 if self.known.targets.kind == "pair" else 1))
         room = self._room(device)
         try:
-            choice = choose_memory(self._tracer(case.config), lengths, room_bytes=room, division=case.division,
-                                   device=device)
+            tracer = self._tracer(case.config)
+            choice = choose_memory(tracer, lengths, room_bytes=_room_of_auto(device), division=case.division,
+                                   device=replace(device, slack=max(device.slack, device.most_slack)))
+            found = footprint_at(tracer, lengths, choice.micro_batch_tokens, recompute=choice.gradient_checkpointing,
+                                 division=case.division, device=device)
         except PeftuneError:
             raise  # the adapter does not fit
         except UNTRACEABLE as error:
             raise ModelError(Fault(
                 kind="model", message=f"this model cannot be planned: {(str(error).splitlines() or [''])[0][:300]}",
                 mend="peftune train CONFIG train.max_steps=2 measures it")) from error
-        found = choice.predicted
-        assert found is not None
         rate = device.reached * device.flops[case.config.model.dtype] * found.tokens / found.flops * case.division.hands
         total = lengths.steps * case.config.train.batch_size * lengths.mean
         return Answer(case, choice, found, found.peak_bytes <= room, rate, total / rate if total else None)
@@ -187,79 +170,11 @@ class Planner:
             self._tracers[key] = Tracer(Subject(
                 config=config, source=source, model_config=model_config, targets=known.targets, rows=known.rows,
                 task=TASKS[config.task](config.train, config.evaluation)))
-        return self._tracers[key]
+        return self._tracers[key].under(config)
 
 
-def mends(case: Case, planner: Planner) -> list[Mend]:
-    """Changes that make it fit: each alone, or, where none does, the first ones together.
-
-    Those that keep the result come first, of them the fastest.
-    """
-    found = []
-    tried: list[tuple[tuple[str, ...], Case]] = []
-    for words, changed in _changes(case):
-        tried.append((words, changed))
-        if planner.may_fit(changed) and (planned := planner.answer(changed)).fits:
-            found.append(Mend(words, planned))
-    together: tuple[str, ...] = ()
-    both = case
-    for words, _ in [] if found else tried:
-        after = dict(_changes(both)).get(words)
-        if after is None:
-            continue
-        both, together = after, (*together, *words)
-        if planner.may_fit(both) and (planned := planner.answer(both)).fits:
-            return [Mend(together, planned)]
-    return sorted(found, key=lambda mend: (not mend.same_result, -mend.answer.tokens_per_second))
-
-
-def _changes(case: Case) -> Iterator[tuple[tuple[str, ...], Case]]:
-    """One change at a time, the ones that cost least first; none that the config's rules refuse."""
-    config, model, train = case.config, case.config.model, case.config.train
-    if train.tokens_per_micro_batch != "auto":
-        yield _with(case, "train", "tokens_per_micro_batch", "auto")
-    if model.gradient_checkpointing is False:
-        yield _with(case, "model", "gradient_checkpointing", True)
-    if case.division.ranks > 1:
-        for strategy in ("zero2", "fsdp2", "zero3", "zero3-offload"):
-            if strategy != case.division.strategy and not strategy_faults(config, strategy):
-                yield ((f"--strategy {strategy}",),
-                       Case(config, case.device, replace(case.division, strategy=strategy)))
-    if config.adapter is not None and model.quantization == "none":
-        yield _with(case, "model", "quantization", "nf4")
-    if config.adapter is None:
-        lora = type(config).model_validate({**config.model_dump(), "adapter": {"method": "lora"}})
-        yield ("adapter.method=lora",), Case(lora, case.device, case.division)
-    if config.data.max_length >= 2 and config.data.too_long == "truncate":
-        yield _with(case, "data", "max_length", config.data.max_length // 2)
-
-
-def _with(case: Case, section: str, key: str, value: Any) -> tuple[tuple[str, ...], Case]:
-    part = vars(case.config)[section].model_copy(update={key: value})
-    word = f"{section}.{key}={str(value).lower()}"
-    return (word,), Case(case.config.model_copy(update={section: part}), case.device, case.division)
-
-
-def as_json(found: Answer, ways: list[Mend], note: str) -> dict[str, Any]:
-    """The object of `--json`: bytes are per device."""
-    return {
-        "fits": found.fits, "peak_bytes": found.found.peak_bytes, "peak_instant": found.found.peak_instant,
-        "by_cause": _rounded(found.found.instants[found.found.peak_instant]),
-        "instants": {name: _rounded(causes) for name, causes in found.found.instants.items()},
-        "parameters": {"total": found.found.parameters.total, "trainable": found.found.parameters.trainable},
-        "device": {"name": found.case.device.name, "memory_bytes": found.case.device.memory_bytes,
-                   "count": found.case.division.ranks},
-        "strategy": found.case.division.strategy,
-        "settings": {"tokens_per_micro_batch": found.choice.micro_batch_tokens,
-                     "gradient_checkpointing": found.choice.gradient_checkpointing},
-        "lengths": note,
-        "time": {"tokens_per_second": found.tokens_per_second, "seconds": found.seconds,
-                 "assumed_share_of_rate": found.case.device.reached},
-        "mends": [{"change": list(way.words), "same_result": way.same_result, "peak_bytes": way.answer.found.peak_bytes,
-                   "tokens_per_second": way.answer.tokens_per_second, "seconds": way.answer.seconds}
-                  for way in ways],
-    }
-
-
-def _rounded(causes: Mapping[str, float]) -> dict[str, int]:
-    return {cause: round(causes[cause]) for cause in CAUSES if causes.get(cause, 0.0) >= 1}
+def _room_of_auto(device: Device) -> int:
+    """What a run fills by itself: on GPUs a share of what its context leaves free (see `room_bytes`)."""
+    if device.on_cpu:
+        return int(SHARE * device.memory_bytes)
+    return int(SHARE * (device.memory_bytes - device.framework_bytes)) + device.framework_bytes

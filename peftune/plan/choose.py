@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,14 +14,14 @@ from peftune.config.rules import keeps_activations
 from peftune.config.schema import ModelConfig, RunConfig
 from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
-from peftune.errors import Fault, MachineError, in_a_line
+from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
 from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import DTYPES
 from peftune.model.vocabulary import new_rows
 from peftune.numerics.few_shapes import makes_code_slowly, takes_few_sizes
 from peftune.numerics.products import lacks_bfloat16
-from peftune.parallel.host_memory import MOST_SLACK, allocator
+from peftune.parallel.host_memory import MOST_SLACK, allocator, free_bytes
 from peftune.parallel.names import BY_MODULE, preset_of, processes_here
 from peftune.parallel.strategy import Strategy
 from peftune.plan.devices import GPU_SLACK, Device
@@ -46,8 +45,6 @@ COMPILER = 96 * 2**20
 """What model.compile=parts adds, in bytes: torch.compile's libraries stay in the process."""
 WIDENED = 32 * 2**20
 """What float32's are more, in bytes, where bfloat16 is multiplied in float32: factors as they are widened."""
-LIMIT = "PEFTUNE_MEMORY_BYTES"
-"""Environment variable: bytes of host memory that one process may take in all, for shared machines."""
 REFINEMENTS = 6
 AIM = 0.98
 """Share of the room that a micro-batch is to fill: what aims at all of it mostly exceeds it."""
@@ -210,21 +207,9 @@ def room_bytes(device: torch.device, config: ModelConfig) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, and free
         return int(SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
-    free = psutil.virtual_memory().available // processes_here()
-    limit = _limit_bytes()
-    most = free if limit is None else min(free, limit - psutil.Process().memory_info().rss)
+    most = free_bytes(processes_here())
     widens = config.dtype == "bfloat16" and lacks_bfloat16()
     beside = BESIDE_TENSORS["float32"] + WIDENED if widens else BESIDE_TENSORS[config.dtype]
     beside += MORE_CODE if makes_code_slowly(DTYPES[config.dtype]) else 0
     beside += COMPILER if config.compile == "parts" else 0
     return int(SHARE * most) - beside
-
-
-def _limit_bytes() -> int | None:
-    given = os.environ.get(LIMIT)
-    if given is None:
-        return None
-    if not given.isdecimal():
-        raise MachineError(Fault(kind="environment", message=f"{LIMIT}={given}: no number of bytes",
-                                 mend=f"write it out, as {LIMIT}=8000000000"))
-    return int(given)

@@ -6,12 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from peftune.errors import ConfigError, Fault
 from peftune.model.precision import DTYPES, choose_products
-from peftune.parallel.host_memory import USUAL_SLACK, allocator, preload
+from peftune.parallel.host_memory import MOST_SLACK, USUAL_SLACK, allocator, limit_bytes, preload, unused_bytes
 
 GIB = 2**30
 TERA = 1e12
@@ -32,6 +31,8 @@ class Device:
     """Share of what comes and goes in a step that the allocator holds on top of it."""
     reached: float
     """Share of `flops` that training is taken to reach."""
+    most_slack: float = 0.0
+    """What `auto` settings leave for the allocator instead of `slack`, if that is more."""
 
     @property
     def on_cpu(self) -> bool:
@@ -63,26 +64,33 @@ GPUS: Mapping[str, Device] = {device.name: device for device in (
 NAMES = (*GPUS, "cpu")
 
 
-def device_named(name: str, dtype: str) -> Device:
-    """A GPU of the table, or this machine's processor, timed for a moment.
+def device_named(name: str, dtype: str, devices: int) -> Device:
+    """A GPU of the table, or this machine's processor, timed for a moment, with the memory that each of so many
+    processes on it may take.
 
     Raises:
         ConfigError: no such device.
     """
     if name == "cpu":
-        slack = USUAL_SLACK["tcmalloc" if preload() else allocator()]  # as `peftune train` would start it
-        return Device("cpu", psutil.virtual_memory().available, {dtype: cpu_rate(dtype)}, CPU_FRAMEWORK_BYTES, slack,
-                      CPU_REACHED)
+        kind = "tcmalloc" if preload() else allocator()  # as `peftune train` would start it
+        return Device("cpu", _host_bytes(devices), {dtype: cpu_rate(dtype)}, CPU_FRAMEWORK_BYTES, USUAL_SLACK[kind],
+                      CPU_REACHED, MOST_SLACK[kind])
     if name not in GPUS:
         raise ConfigError(Fault(kind="config", message=f"--device {name}: not in the table",
                                 mend=f"one of {', '.join(NAMES)}"))
     return GPUS[name]
 
 
-def device_here(dtype: str) -> Device:
+def _host_bytes(processes: int) -> int:
+    """Of this machine's memory, for each process; a plan's causes are all that PEFTUNE_MEMORY_BYTES bounds."""
+    unused, limit = unused_bytes(processes), limit_bytes()
+    return unused if limit is None else min(unused, limit)
+
+
+def device_here(dtype: str, devices: int) -> Device:
     """This machine's GPU, as it is in the table or by its memory alone; else its processor."""
     if not torch.cuda.is_available():
-        return device_named("cpu", dtype)
+        return device_named("cpu", dtype, devices)
     here = torch.cuda.get_device_properties(0)
     near = min(GPUS.values(), key=lambda device: abs(device.memory_bytes - here.total_memory))
     return replace(near, name=f"{here.name} (timed as {near.name})", memory_bytes=here.total_memory)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from peftune.config.schema import RunConfig
 from peftune.model.assemble import Parameters
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division, divided
@@ -91,6 +93,12 @@ class Tracer:
         self._known = _traces_of(repr((
             subject.source, subject.model_config.to_json_string(use_diff=False), subject.targets, subject.rows,
             subject.config.model_dump_json(include={"task", "model", "adapter", "train"}, exclude=UNTRACED))))
+
+    def under(self, config: RunConfig) -> Tracer:
+        """The same traces, for a config that differs in `UNTRACED` settings alone."""
+        other = copy.copy(self)
+        other.subject = replace(self.subject, config=config)
+        return other
 
     def states_bytes(self, division: Division) -> float:
         """What a rank's weights take, without a trace: no plan is smaller."""
@@ -193,7 +201,8 @@ def footprint(line: Line, division: Division, device: Device) -> Footprint:
 
     parts = [there(part, computing=True, training=True) for part in line.step.values()]
     found: dict[str, Bytes] = {"step": max(parts, key=lambda part: sum(part.values()))}
-    found.update((name, there(part, computing=True)) for name, part in line.others.items())
+    optimizer = {"optimizer": held["optimizer"]}  # scored in the middle of a run, where its state lies there
+    found.update((name, there({**part, **optimizer}, computing=True)) for name, part in line.others.items())
     found.update((name, there(part, computing=False)) for name, part in _still(held, division).items())
     if division.weights_too and device.on_cpu:
         found["load"] = {"weights": held["weights"], "adapters": held["adapters"]}

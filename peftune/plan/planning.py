@@ -9,9 +9,10 @@ from peftune.config.load import load
 from peftune.config.rules import refuse_broken
 from peftune.errors import EXIT_DOES_NOT_FIT, EXIT_DONE, ConfigError, Fault
 from peftune.parallel.launcher import strategy_for
-from peftune.plan.answer import Answer, Case, Mend, Planner, as_json, mends
+from peftune.plan.answer import Answer, Case, Planner
 from peftune.plan.devices import device_here, device_named
 from peftune.plan.divide import Division
+from peftune.plan.mends import Mend, as_json, mends
 from peftune.plan.show import rendered
 from peftune.tasks.text import quiet_libraries
 
@@ -53,7 +54,7 @@ def answered(
     refuse_broken(config, strategy, sharing)
     quiet_libraries()
     kind = config.model.dtype
-    case = Case(config, device_here(kind) if device is None else device_named(device, kind),
+    case = Case(config, device_here(kind, devices) if device is None else device_named(device, kind, devices),
                 Division(strategy, devices, sharing))
     planner = Planner(config)
     found = planner.answer(case)

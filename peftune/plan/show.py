@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peftune.plan.answer import Answer, Mend
+from peftune.plan.answer import Answer
 from peftune.plan.footprint import CAUSES
+from peftune.plan.mends import Mend
 
 GIB = 2**30
 WIDTH = 80

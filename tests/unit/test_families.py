@@ -38,7 +38,7 @@ from peftune.data_check import check
 from peftune.errors import ConfigError, ModelError, SelfCheckError
 from peftune.model.assemble import count, weight_notes
 from peftune.model.load_names import head_names
-from peftune.plan.choose import LIMIT
+from peftune.parallel.host_memory import LIMIT
 from tests.conftest import mostly_slow, summary, write_config
 from tests.unit.test_model import assembled
 from tests.unit.test_plan import watched_steps

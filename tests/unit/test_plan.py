@@ -17,9 +17,10 @@ from peftune.config.schema import RunConfig
 from peftune.errors import guarded
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
+from peftune.parallel.host_memory import LIMIT
 from peftune.plan.answer import WITHOUT_DATA, known_of
-from peftune.plan.choose import LIMIT, choose_memory, footprint_at, largest_that_fits, step_bytes
-from peftune.plan.devices import GPUS, Device
+from peftune.plan.choose import choose_memory, footprint_at, largest_that_fits, step_bytes
+from peftune.plan.devices import GPUS, Device, device_named
 from peftune.plan.divide import Division
 from peftune.plan.footprint import CAUSES, Tracer
 from peftune.plan.layers import traced_layers
@@ -134,6 +135,15 @@ def test_weights_are_counted_as_their_publishers_count_them(name, weights):
     found = footprint_at(Tracer(subject), lengths, 64, recompute=True, division=Division(), device=TENSORS)
     assert found.parameters.total == found.parameters.trainable == weights
     assert found.instants["step"]["optimizer"] == pytest.approx(8 * weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero2", "fsdp2"])
+def test_the_optimizer_keeps_its_state_while_the_model_is_scored(strategy):
+    subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=4), adapter=None)
+    lengths = lengths_without_data(64, 1, 1, scored=True)
+    division = Division(strategy, 1 if strategy == "single" else 2)
+    found = footprint_at(Tracer(subject), lengths, 64, recompute=False, division=division, device=TENSORS).instants
+    assert found["evaluation"]["optimizer"] == found["generation"]["optimizer"] == found["step"]["optimizer"] > 0
 
 
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
@@ -255,6 +265,14 @@ def test_quantised_weights_take_what_bitsandbytes_stores():
 def test_every_gpu_of_the_table_holds_less_than_its_name_says():
     for name, device in GPUS.items():
         assert 0.9 < device.memory_bytes / 2**30 / int(name.split("-")[-1].removesuffix("gb")) < 1.0
+
+
+def test_a_plan_for_this_machine_heeds_its_limit_and_shares_its_memory(monkeypatch):
+    monkeypatch.delenv(LIMIT, raising=False)
+    one, two = (device_named("cpu", "float32", count).memory_bytes for count in (1, 2))
+    assert two == pytest.approx(one / 2, rel=0.1)
+    monkeypatch.setenv(LIMIT, "700000000")
+    assert device_named("cpu", "float32", 1).memory_bytes == 700_000_000
 
 
 @pytest.mark.parametrize("written", ["train.jsonl", "*.jsonl", ""])
