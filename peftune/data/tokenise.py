@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from peftune.config.schema import DataConfig
+from peftune.containers import cores
 from peftune.data.examples import Example
 from peftune.data.findings import SHOWN_PLACES, Doubt, Place
 from peftune.data.rows import Faults, Row
@@ -120,7 +120,7 @@ def tokenise(
         meanwhile: what this process does while others tokenise; before it tokenises itself, where rows are few.
         progress: told of each part that another process has done, from a thread: what is done, parts, and all parts.
     """
-    processes = min(MOST_PROCESSES, _cores())
+    processes = min(MOST_PROCESSES, cores())
     if processes < 2 or sum(work.spool.rows for work in works) < PARALLEL_FROM_ROWS:
         meanwhile()
         return {work.name: _part(work, 0, 0, None) for work in works}
@@ -140,10 +140,6 @@ def tokenise(
             for part in parts:
                 outcomes[name].add(part.result())
     return outcomes
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux only
 
 
 def _part(work: Work, number: int, begin: int, end: int | None) -> Outcome:

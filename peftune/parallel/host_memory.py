@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from peftune.containers import left_by_containers
 from peftune.errors import Fault, MachineError
-from peftune.parallel.containers import left_by_containers
 
 LIMIT = "PEFTUNE_MEMORY_BYTES"
 """Environment variable: bytes of host memory that one process may take in all, for shared machines."""

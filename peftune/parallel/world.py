@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from peftune.containers import cores
 from peftune.errors import Fault, MachineError, PeftuneError
 from peftune.numerics.few_shapes import keep_few_products
 from peftune.parallel.names import ASKED, processes_here
@@ -205,13 +206,14 @@ def _share_cores(processes: int) -> None:
     """Give each process on this machine its part of the cores.
 
     accelerate and torchrun set one thread a process unless they are told otherwise, which halves the speed of a
-    CPU run on two cores; on GPUs too, the optimizer of offloaded weights computes there. Any other number is somebody's
-    wish and stays.
+    CPU run on two cores; on GPUs too, the optimizer of offloaded weights computes there. torch itself would take all of
+    a machine's cores where a container may use some. Any other number is somebody's wish and stays.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux only
-        torch.set_num_threads(max(1, (cores or 1) // processes))
+        torch.set_num_threads(max(1, cores() // processes))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def _wrong_world(message: str) -> MachineError:
