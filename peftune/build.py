@@ -235,6 +235,7 @@ def _open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
     tidy(folder)
+    write_text(folder / "config.yaml", dump(config))  # first: it says that this is a run's folder
     write_json(folder / "manifest.json", {
         **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,
         "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template,
@@ -249,7 +250,6 @@ def _open_folder(
                                                                  :None if finding.kind in LEAKS else SHOWN_PLACES]]}
                               for finding in data.findings]},
     })
-    write_text(folder / "config.yaml", dump(config))
 
 
 def _assembled_run(

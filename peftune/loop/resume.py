@@ -14,7 +14,7 @@ import yaml
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, verify
 from peftune.loop.lock import LOCK, refuse_unmakeable
-from peftune.loop.publish import published, recover, write_text
+from peftune.loop.publish import draft_of, published, recover, write_text
 from peftune.loop.state import TrainState
 
 STEP = "step.txt"
@@ -111,7 +111,7 @@ def refuse_unusable(folder: Path, resume: str) -> None:
 def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:
     """A checkpoint of this run or another, into a new folder, or into its own if it is the newest there."""
     own = [path.resolve() for path in all_checkpoints(folder)]
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and own[-1:] != [checkpoint.resolve()]:
+    if _content(folder) and own[-1:] != [checkpoint.resolve()]:
         raise _error(folder, "holds files that continuing from this checkpoint would write over",
                      "choose another output_dir, or resume=auto for the newest checkpoint here")
     verify(checkpoint)
@@ -126,9 +126,15 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], da
 
 def _refuse_other_files(folder: Path) -> None:
     """Files of a folder that is no run's."""
-    others = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
+    others = sorted(_content(folder))
     if others and not (folder / "config.yaml").is_file():
         raise _error(folder, f"holds other files ({', '.join(others[:5])}) and no run", "choose another output_dir")
+
+
+def _content(folder: Path) -> set[str]:
+    """Names in a folder, without what a run leaves there that was stopped before it had begun."""
+    begun = {LOCK, draft_of(folder / "config.yaml").name}
+    return {path.name for path in folder.iterdir()} - begun if folder.is_dir() else set()
 
 
 def _refuse_other_folder(folder: Path) -> None:
