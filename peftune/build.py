@@ -208,7 +208,7 @@ def _run(
     world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, world, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     state = world.on_main(functools.partial(keep_best, state, start.checkpoint, folder, display.warn))
-    journal = _journal(config, folder, world, display, keep_rows=state.rows)
+    journal = _journal(config, folder, world, display, keep_rows=start.rows_kept(folder, state))
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
                           layout if division or layout.equal_lengths else PADDED, warn=display.warn_once)
