@@ -25,6 +25,7 @@ from peftune.build_model import (
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
+from peftune.data import cache
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
 from peftune.data.findings import LEAKS
@@ -162,7 +163,7 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
         text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data, config.adapter)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity(),
                                  progress=display.progress)
-        data = open_prepared(prepared_on_each_machine(world, work))
+        data = open_prepared(prepared_on_each_machine(world, work, cache.is_whole))
         if text.encoder.task.converses and config.data.too_long != "split":
             check_end_of_text(data.splits["train"], text.tokenizer.eos_token_id)
         notes += data_notes(data, text, config.data)
