@@ -29,6 +29,8 @@ class Start:
     summary: dict[str, Any] | None = None
     """Of a run that is done already."""
     notes: tuple[str, ...] = ()
+    new: bool = False
+    """No run is in the folder."""
 
     def rows_kept(self, folder: Path, state: TrainState) -> int:
         """Rows of the run folder's metrics.jsonl that the state speaks of: none if the checkpoint is another run's."""
@@ -54,7 +56,7 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     if elsewhere is not None and not _went_on(folder, resume):
         return _named_checkpoint(elsewhere, folder, config, data)
     if not (folder / "config.yaml").is_file():
-        return Start()
+        return Start(new=True)
     if resume == "never":
         raise _error(folder, "holds a run already, and resume=never", "choose another output_dir, or resume=auto")
     _same_run(folder / "config.yaml", config)
@@ -99,6 +101,39 @@ def _without_own(folder: Path, elsewhere: Path | None, config: dict[str, Any], d
         raise _error(folder, f"holds a run that went on from {began}, and was stopped before a checkpoint of its own",
                      f"resume={began}, or another output_dir")
     return Start()
+
+
+def refuse_begun(folder: Path, start: Start) -> None:
+    """Raise RunFolderError if a run has begun in a folder that `find_start` found new. For who holds its lock now: that
+    run has ended, or was stopped, while this one loaded its model."""
+    if start.new and (folder / "config.yaml").is_file():
+        raise _error(folder, "another run has begun there meanwhile", "start the same command again, which continues "
+                     "that one if it is the same, or choose another output_dir")
+
+
+def same_model(folder: Path, checkpoint: Path | None, content: dict[str, str]) -> dict[str, str]:
+    """Compare what the model is read from, chat template and all, with what the run began with; return it.
+
+    Args:
+        folder: of the run.
+        checkpoint: that the run continues from; None if it begins.
+        content: hashes by file name.
+
+    Raises:
+        RunFolderError: something has changed: the run would be neither the old one nor a new one.
+    """
+    began = folder if checkpoint is None else checkpoint.resolve().parent.parent
+    manifest = began / "manifest.json"
+    if manifest.is_file():
+        try:
+            other = json.loads(manifest.read_text(encoding="utf-8"))["model"].get("content", {})
+            changed = sorted(name for name in other if content.get(name) != other[name])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _error(manifest, f"cannot be read: {error}", "choose another output_dir") from None
+        if changed:
+            raise _error(began, f"holds a run of another model. Changed since: {', '.join(changed)}",
+                         "choose another output_dir, or put back what the run began with")
+    return content
 
 
 def write_step(folder: Path, step: int) -> None:
@@ -155,7 +190,7 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], da
     if _content(folder) and own[-1:] != [checkpoint.resolve()]:
         raise _error(folder, "holds files that continuing from this checkpoint would write over",
                      "choose another output_dir, or resume=auto for the newest checkpoint here")
-    return _from_elsewhere(checkpoint, config, data)
+    return replace(_from_elsewhere(checkpoint, config, data), new=not (folder / "config.yaml").is_file())
 
 
 def _from_elsewhere(checkpoint: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:

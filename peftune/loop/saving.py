@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from peftune.errors import EXIT_PREEMPTED, Fault, Preempted, Unwritable
 from peftune.loop.checkpoint import folder_of
-from peftune.loop.publish import clear_drafts, refuse_vanished, warning_of_refusal, write_json, writing
+from peftune.loop.publish import clear_drafts, flush, refuse_vanished, warning_of_refusal, write_json, writing
 from peftune.loop.resume import resume_of
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
@@ -54,6 +54,7 @@ def _write_rows(run: Run) -> None:
     refuse_vanished(run.folder)
     with writing(run.folder / "metrics.jsonl"):
         run.journal.flush()
+        flush(run.folder / "metrics.jsonl")
 
 
 def leave(run: Run, state: TrainState) -> NoReturn:

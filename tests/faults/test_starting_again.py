@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from peftune import build
+from peftune.data.chat import PLAIN
 from peftune.errors import guarded
 from peftune.loop.checkpoint import folder_of, is_whole
 from peftune.train import main
@@ -124,3 +126,66 @@ def test_best_weights_of_steps_that_are_done_again_are_not_taken_for_those_that_
     train(settings)
     assert "the best weights so far, of step 3, are not in" in capsys.readouterr().out
     assert summary(folder)["best_step"] == 6 and (folder / "best" / "step.txt").read_text() == "6\n"
+
+
+def edit_template(folder: Path) -> None:
+    (folder / "chat.jinja").write_text((folder / "chat.jinja").read_text().replace("### ", "## "))
+
+
+def edit_weights(folder: Path) -> None:
+    path = folder / "decoder" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+def edit_tokenizer(folder: Path) -> None:
+    path = folder / "decoder" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+
+
+@pytest.mark.parametrize(("edit", "name"), [
+    (edit_template, "chat template"), (edit_weights, "model.safetensors"), (edit_tokenizer, "tokenizer.json")])
+def test_a_run_does_not_go_on_with_another_template_tokenizer_or_base_model(
+        edit, name, converse, decoder, tmp_path, capsys):
+    shutil.copytree(decoder, tmp_path / "decoder")
+    (tmp_path / "chat.jinja").write_text(PLAIN)
+    converse["model"] = {**converse["model"], "name_or_path": str(tmp_path / "decoder")}
+    converse["data"] = {**converse["data"], "chat_template": str(tmp_path / "chat.jinja")}
+    config = write_config(converse, tmp_path / "c")
+    assert stopped_after(0, config) == 75
+    kept = {path: path.read_bytes() for path in (tmp_path / "chat.jinja", *(tmp_path / "decoder").iterdir())}
+    edit(tmp_path)
+    capsys.readouterr()
+    assert guarded(main, [str(config)]) == 2
+    said = capsys.readouterr().err
+    assert f"holds a run of another model. Changed since: {name}\n  mend: choose another output_dir" in said
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert stopped_after(0, config) == 75
+
+
+def test_a_run_that_began_and_ended_while_another_loaded_its_model_is_not_written_over(
+        classify, train, tmp_path, monkeypatch, capsys):
+    plain, folder = build.model_for_training, Path(classify["output_dir"])
+
+    def meanwhile(*given):
+        monkeypatch.setattr(build, "model_for_training", plain)
+        train(classify)
+        return plain(*given)
+
+    monkeypatch.setattr(build, "model_for_training", meanwhile)
+    assert guarded(main, [str(write_config({**classify, "seed": 1}, tmp_path / "c"))]) == 2
+    assert f"{folder}: another run has begun there meanwhile" in capsys.readouterr().err
+    assert summary(folder)["steps"] == 6 and yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
+
+
+def test_rows_that_the_log_has_lost_are_missed(classify, train, capsys):
+    folder = train(classify)
+    (folder / "summary.json").unlink()
+    path = folder / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(rows[:2]))
+    capsys.readouterr()
+    train(classify)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"has lost {len(rows) - 3} of the {len(rows) - 1} rows so far" in said  # the last one is written again
