@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftune.build_model import (
+    content_of,
     fusion_notes,
     method_of,
     model_facts,
@@ -25,6 +26,7 @@ from peftune.build_model import (
 from peftune.config.load import dump
 from peftune.config.rules import refuse_broken
 from peftune.config.schema import RunConfig
+from peftune.data import cache
 from peftune.data.batches import BatchPlan
 from peftune.data.examples import Batch
 from peftune.data.findings import LEAKS
@@ -38,7 +40,7 @@ from peftune.loop.lock import FolderLock
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text, writing
 from peftune.loop.remember import remember
-from peftune.loop.resume import Start, find_start, keep_best
+from peftune.loop.resume import Start, find_start, keep_best, refuse_begun, same_model
 from peftune.loop.road import road_notes
 from peftune.loop.run import Every, Run
 from peftune.loop.saver import Saver
@@ -162,7 +164,7 @@ def _data(config: RunConfig, world: World, display: Display) -> tuple[Text, Prep
         text = open_text(TASKS[config.task](config.train, config.evaluation), config.model, config.data, config.adapter)
         work = functools.partial(prepare, config.data, text.encoder, seed=config.seed, identity=text.identity(),
                                  progress=display.progress)
-        data = open_prepared(prepared_on_each_machine(world, work))
+        data = open_prepared(prepared_on_each_machine(world, work, cache.is_whole))
         if text.encoder.task.converses and config.data.too_long != "split":
             check_end_of_text(data.splits["train"], text.tokenizer.eos_token_id)
         notes += data_notes(data, text, config.data)
@@ -198,17 +200,18 @@ def _run(
         notes += weight_notes(loaded, counts, config.model.dtype) + fusion_notes(config.model, model) + roads
         anew = ", activations recomputed" if memory.gradient_checkpointing else ""
         notes += [f"{memory.micro_batch_tokens:,} tokens a micro-batch, {layout.name}{why}{anew}", memory_note(memory)]
+    folder = Path(config.output_dir)
+    facts = {**model_facts(config, loaded, counts, layout), **memory_facts(memory),
+             "sequence_ranks": division.ranks if division else 1,
+             "content": world.on_main(lambda: same_model(folder, start.checkpoint, content_of(config, text)))}
     torch.manual_seed(config.seed + world.rank)
     state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, strategy)
     if start.checkpoint is not None:
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
-    folder = Path(config.output_dir)
-    facts = {**model_facts(config, loaded, counts, layout), **memory_facts(memory),
-             "sequence_ranks": division.ranks if division else 1}
-    world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, world, strategy, data, text, facts)))
+    world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, start, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     state = world.on_main(functools.partial(keep_best, state, start.checkpoint, folder, display.warn))
-    journal = _journal(config, folder, world, display, keep_rows=state.rows)
+    journal = _journal(config, folder, world, display, keep_rows=start.rows_kept(folder, state))
     evaluator = Evaluator(task, targets, text.tokenizer, world, autocast(config.model, world.device),
                           config.evaluation.max_new_tokens, reference, display.progress, strategy.lockstep, stop,
                           layout if division or layout.equal_lengths else PADDED, warn=display.warn_once)
@@ -224,19 +227,24 @@ def _run(
 
 def _journal(config: RunConfig, folder: Path, world: World, display: Display, *, keep_rows: int) -> Journal:
     trackers = start_trackers(config.log.trackers, folder, config.model_dump(mode="json")) if world.is_main else ()
-    return Journal(folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display,
-                   keep_rows=keep_rows, trackers=trackers)
+    journal = Journal(folder / "metrics.jsonl", device=world.device, is_main=world.is_main, display=display,
+                      keep_rows=keep_rows, trackers=trackers)
+    if world.is_main and journal.rows < keep_rows:
+        journal.warn(f"{folder / 'metrics.jsonl'} has lost {keep_rows - journal.rows} of the {keep_rows} rows so far")
+    return journal
 
 
 def _open_folder(
-    config: RunConfig, folder: Path, lock: FolderLock, world: World, strategy: Strategy, data: Prepared, text: Text,
+    config: RunConfig, folder: Path, lock: FolderLock, start: Start, strategy: Strategy, data: Prepared, text: Text,
     facts: dict[str, Any],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
+    refuse_begun(folder, start)
     tidy(folder)
+    write_text(folder / "config.yaml", dump(config))  # first: it says that this is a run's folder
     write_json(folder / "manifest.json", {
-        **environment(world.device), "strategy": strategy.name, "world_size": world.ranks,
+        **environment(strategy.world.device), "strategy": strategy.name, "world_size": strategy.world.ranks,
         "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template,
                   **{key: value for key, value in facts.items() if key != "memory"}},
         "memory": facts["memory"],
@@ -249,7 +257,6 @@ def _open_folder(
                                                                  :None if finding.kind in LEAKS else SHOWN_PLACES]]}
                               for finding in data.findings]},
     })
-    write_text(folder / "config.yaml", dump(config))
 
 
 def _assembled_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from peftune.loop.publish import write_text
 from peftune.model.adapters import base_of
 from peftune.model.assemble import Parameters, assemble
 from peftune.model.card import model_card
+from peftune.model.content import fingerprints
 from peftune.model.download import Tell
 from peftune.model.eva import reads_data
 from peftune.model.folder import needs_config
@@ -68,6 +70,15 @@ def model_for_training(
             passes = fused_passes(strategy.world.device, DTYPES[config.model.dtype])
             make_lean(model, by_module=by_module, passes=passes)
     return model, loaded
+
+
+def content_of(config: RunConfig, text: Text) -> dict[str, str]:
+    """SHA-256 of what the model is read from, by file name, and of the chat template, wherever that comes from."""
+    beneath = [config.adapter.stack_on] if config.adapter is not None and config.adapter.stack_on else []
+    found = fingerprints(text.source, config.model.revision, beneath)
+    if text.template != "none":
+        found["chat template"] = hashlib.sha256(str(text.tokenizer.chat_template).encode()).hexdigest()
+    return found
 
 
 def recomputes(config: RunConfig, model: Any) -> bool:

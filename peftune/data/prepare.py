@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peftune.config.schema import DataConfig
+from peftune.data import cache
 from peftune.data.findings import Finding, Place
 from peftune.data.formats import Found
 from peftune.data.rows import Faults
@@ -25,13 +22,10 @@ from peftune.data.store import Split
 from peftune.data.survey import Survey
 from peftune.data.targets import Targets
 from peftune.data.tokenise import Counts, Outcome, RowEncoder, Work, longest, tokenise
-from peftune.errors import DataError, Fault, MachineError
+from peftune.errors import DataError, Fault
 
 LOOKED_AT = 200
 """Rows of a split whose tokens are turned back into text."""
-DRAFT = ".draft-"
-ABANDONED_S = 24 * 3600
-"""A draft in the cache into which nothing was written for so long is nobody's."""
 MAY_DIFFER = {"layout", "on_bad_row"}
 """Keys of the data section that change no example."""
 
@@ -86,10 +80,10 @@ def prepare(
     decides = {"data": config.model_dump(mode="json", exclude=MAY_DIFFER), "seed": seed, "identity": dict(identity),
                "content": fingerprints, "targets": targets and asdict(targets), "only": list(only)}
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache_root() / key
-    if not (folder / "meta.json").exists():
+    folder = cache.root() / key
+    if not cache.is_whole(folder):
         stops = config.on_bad_row == "error" and not inspect
-        _publish(folder, lambda draft: _fill(
+        cache.publish(folder, lambda draft: _fill(
             draft, config, encoder, seed, targets, only, fingerprints, stops, progress))
     if config.on_bad_row == "error" and not inspect:
         faults = _meta(folder)["faults"]
@@ -119,46 +113,6 @@ def open_prepared(folder: Path) -> Prepared:
 def _meta(folder: Path) -> dict[str, Any]:
     meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return meta
-
-
-def cache_root() -> Path:
-    """Folder of prepared data: PEFTUNE_CACHE, or peftune/ under the user's cache folder."""
-    own = os.environ.get("PEFTUNE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(own).expanduser() if own else Path(base) / "peftune"
-
-
-def _publish(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a draft beside `folder` and rename it: readers see all of it or nothing."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _clear_old_drafts(folder.parent)
-        draft = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder.parent))
-    except OSError as error:
-        raise MachineError(
-            Fault(kind="environment", file=str(folder.parent), message=f"the data cache: {error.strerror}",
-                  mend="set PEFTUNE_CACHE to a folder that can be written")
-        ) from None
-    try:
-        fill(draft)
-        draft.rename(folder)
-    except OSError as error:
-        if not (folder / "meta.json").exists():  # else another process has published the same data first
-            raise MachineError(
-                Fault(kind="environment", file=str(folder.parent), message=f"the data cache: {error.strerror}",
-                      mend="free disk space, or set PEFTUNE_CACHE to another folder")
-            ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _clear_old_drafts(root: Path) -> None:
-    """Delete what processes left behind that were killed long ago: a living one writes again and again."""
-    for draft in root.glob(f"{DRAFT}*"):
-        with contextlib.suppress(OSError):  # another process may publish it, or delete it too
-            newest = max(path.stat().st_mtime for path in (draft, *draft.rglob("*")))
-            if time.time() - newest > ABANDONED_S:
-                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _fill(

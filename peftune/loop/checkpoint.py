@@ -33,8 +33,19 @@ def folder_of(run_folder: Path, step: int) -> Path:
 
 def all_checkpoints(run_folder: Path) -> list[Path]:
     """Published checkpoints, oldest first. Folders of other names, such as copies of them, are somebody's own."""
-    steps = ((folder.name.removeprefix("step-"), folder) for folder in (run_folder / "checkpoints").glob("step-*"))
-    return [folder for _, folder in sorted((int(step), folder) for step, folder in steps if step.isdecimal())]
+    found = (run_folder / "checkpoints").glob("step-*")
+    return sorted((folder for folder in found if folder.name.removeprefix("step-").isdecimal()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def outdated(run_folder: Path, step: int, keep: int) -> list[Path]:
+    """Checkpoints that the one of `step` replaces, where the newest `keep` stay. Those of later steps count for
+    nothing: the run has gone on from one before them, since they are damaged."""
+    newest = folder_of(run_folder, step)
+    return [folder for folder in all_checkpoints(run_folder) if _step_of(folder) <= _step_of(newest)][:-keep]
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> TrainState:

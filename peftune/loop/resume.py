@@ -14,7 +14,7 @@ import yaml
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, verify
 from peftune.loop.lock import LOCK, refuse_unmakeable
-from peftune.loop.publish import published, recover, write_text
+from peftune.loop.publish import draft_of, published, recover, write_text
 from peftune.loop.state import TrainState
 
 STEP = "step.txt"
@@ -29,6 +29,13 @@ class Start:
     summary: dict[str, Any] | None = None
     """Of a run that is done already."""
     notes: tuple[str, ...] = ()
+    new: bool = False
+    """No run is in the folder."""
+
+    def rows_kept(self, folder: Path, state: TrainState) -> int:
+        """Rows of the run folder's metrics.jsonl that the state speaks of: none if the checkpoint is another run's."""
+        own = self.checkpoint is not None and self.checkpoint.resolve().parent.parent == folder.resolve()
+        return state.rows if own else 0
 
 
 def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]) -> Start:
@@ -45,10 +52,11 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     """
     config = yaml.safe_load(config_yaml)
     refuse_unusable(folder, resume)
-    if resume not in ("auto", "never"):
-        return _named_checkpoint(Path(resume), folder, config, data)
+    elsewhere = None if resume in ("auto", "never") else Path(resume)
+    if elsewhere is not None and not _went_on(folder, resume):
+        return _named_checkpoint(elsewhere, folder, config, data)
     if not (folder / "config.yaml").is_file():
-        return Start()
+        return Start(new=True)
     if resume == "never":
         raise _error(folder, "holds a run already, and resume=never", "choose another output_dir, or resume=auto")
     _same_run(folder / "config.yaml", config)
@@ -64,7 +72,68 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
     newest, wrong = newest_whole(folder)
     if newest is None and all_checkpoints(folder):
         raise _error(folder, "every checkpoint is damaged: " + "; ".join(wrong), "choose another output_dir")
+    if newest is None:
+        return _without_own(folder, elsewhere, config, data)
     return Start(newest, notes=tuple(wrong))
+
+
+def _went_on(folder: Path, resume: str) -> bool:
+    """Whether the run in a folder has itself gone on from this checkpoint: given again, the command continues it."""
+    return resume_of(folder) not in (None, "auto", "never") and Path(str(resume_of(folder))) == Path(resume)
+
+
+def resume_of(folder: Path) -> Any:
+    """`resume` of the run in a folder; None where there is none."""
+    saved = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None  # said where the config is compared
+    return values.get("resume") if isinstance(values, dict) else None
+
+
+def _without_own(folder: Path, elsewhere: Path | None, config: dict[str, Any], data: dict[str, Any]) -> Start:
+    """Of a run that was stopped before its first checkpoint."""
+    if elsewhere is not None:
+        return _from_elsewhere(elsewhere, config, data)
+    began = resume_of(folder)
+    if began not in ("auto", "never"):
+        raise _error(folder, f"holds a run that went on from {began}, and was stopped before a checkpoint of its own",
+                     f"resume={began}, or another output_dir")
+    return Start()
+
+
+def refuse_begun(folder: Path, start: Start) -> None:
+    """Raise RunFolderError if a run has begun in a folder that `find_start` found new. For who holds its lock now: that
+    run has ended, or was stopped, while this one loaded its model."""
+    if start.new and (folder / "config.yaml").is_file():
+        raise _error(folder, "another run has begun there meanwhile", "start the same command again, which continues "
+                     "that one if it is the same, or choose another output_dir")
+
+
+def same_model(folder: Path, checkpoint: Path | None, content: dict[str, str]) -> dict[str, str]:
+    """Compare what the model is read from, chat template and all, with what the run began with; return it.
+
+    Args:
+        folder: of the run.
+        checkpoint: that the run continues from; None if it begins.
+        content: hashes by file name.
+
+    Raises:
+        RunFolderError: something has changed: the run would be neither the old one nor a new one.
+    """
+    began = folder if checkpoint is None else checkpoint.resolve().parent.parent
+    manifest = began / "manifest.json"
+    if manifest.is_file():
+        try:
+            other = json.loads(manifest.read_text(encoding="utf-8"))["model"].get("content", {})
+            changed = sorted(name for name in other if content.get(name) != other[name])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _error(manifest, f"cannot be read: {error}", "choose another output_dir") from None
+        if changed:
+            raise _error(began, f"holds a run of another model. Changed since: {', '.join(changed)}",
+                         "choose another output_dir, or put back what the run began with")
+    return content
 
 
 def write_step(folder: Path, step: int) -> None:
@@ -84,15 +153,20 @@ def keep_best(state: TrainState, checkpoint: Path | None, folder: Path, warn: Ca
     Returns:
         The state, without a best step if its weights are not at hand: the next evaluation chooses anew.
     """
-    if checkpoint is None or state.best_step is None or (folder / "best").is_dir():
+    if checkpoint is None or state.best_step is None or _is_of_step(folder / "best", state.best_step):
         return state
     old = checkpoint.resolve().parent.parent / "best"
-    if (old / STEP).is_file() and (old / STEP).read_bytes() == f"{state.best_step}\n".encode():
+    if _is_of_step(old, state.best_step):
         with published(folder / "best") as draft:
             shutil.copytree(old, draft, dirs_exist_ok=True)
         return state
     warn(f"the best weights so far, of step {state.best_step}, are not in {old}: evaluations choose the best anew")
     return replace(state, best_value=None, best_step=None, evaluations_since_best=0)
+
+
+def _is_of_step(best: Path, step: int) -> bool:
+    """Whether a folder holds the weights of this step. A stop can leave those of a later one that is done again."""
+    return (best / STEP).is_file() and (best / STEP).read_bytes() == f"{step}\n".encode()
 
 
 def refuse_unusable(folder: Path, resume: str) -> None:
@@ -102,6 +176,8 @@ def refuse_unusable(folder: Path, resume: str) -> None:
     if resume in ("auto", "never"):
         _refuse_other_files(folder)
         return
+    if _went_on(folder, resume) and ((folder / "summary.json").is_file() or all_checkpoints(folder)):
+        return  # that one is not needed any more
     if not Path(resume).is_dir():
         raise _error(Path(resume), "resume: no such checkpoint folder",
                      "resume=auto, or runs/x/checkpoints/step-000100")
@@ -111,9 +187,13 @@ def refuse_unusable(folder: Path, resume: str) -> None:
 def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:
     """A checkpoint of this run or another, into a new folder, or into its own if it is the newest there."""
     own = [path.resolve() for path in all_checkpoints(folder)]
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK} and own[-1:] != [checkpoint.resolve()]:
+    if _content(folder) and own[-1:] != [checkpoint.resolve()]:
         raise _error(folder, "holds files that continuing from this checkpoint would write over",
                      "choose another output_dir, or resume=auto for the newest checkpoint here")
+    return replace(_from_elsewhere(checkpoint, config, data), new=not (folder / "config.yaml").is_file())
+
+
+def _from_elsewhere(checkpoint: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:
     verify(checkpoint)
     _same_run(checkpoint / "config.yaml", config)
     manifest = checkpoint.resolve().parent.parent / "manifest.json"
@@ -126,9 +206,15 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], da
 
 def _refuse_other_files(folder: Path) -> None:
     """Files of a folder that is no run's."""
-    others = sorted({path.name for path in folder.iterdir()} - {LOCK}) if folder.is_dir() else []
+    others = sorted(_content(folder))
     if others and not (folder / "config.yaml").is_file():
         raise _error(folder, f"holds other files ({', '.join(others[:5])}) and no run", "choose another output_dir")
+
+
+def _content(folder: Path) -> set[str]:
+    """Names in a folder, without what a run leaves there that was stopped before it had begun."""
+    begun = {LOCK, draft_of(folder / "config.yaml").name}
+    return {path.name for path in folder.iterdir()} - begun if folder.is_dir() else set()
 
 
 def _refuse_other_folder(folder: Path) -> None:

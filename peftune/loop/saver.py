@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftune.errors import Fault, RunFolderError, Unwritable
-from peftune.loop.checkpoint import MANIFEST, SAFE, all_checkpoints, folder_of, is_whole, sha256, verify
+from peftune.loop.checkpoint import MANIFEST, SAFE, folder_of, is_whole, outdated, sha256, verify
 from peftune.loop.publish import (
     draft_of,
     flush,
@@ -177,7 +177,7 @@ class Saver:
             except RunFolderError as error:
                 remove(folder)
                 raise Unwritable(error.faults) from None
-            for old in all_checkpoints(self._run_folder)[:-self._keep]:
+            for old in outdated(self._run_folder, state.step, self._keep):
                 remove(old)
 
 

@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from peftune.errors import EXIT_PREEMPTED, Fault, Preempted, Unwritable
 from peftune.loop.checkpoint import folder_of
-from peftune.loop.publish import clear_drafts, refuse_vanished, warning_of_refusal, write_json, writing
+from peftune.loop.publish import clear_drafts, flush, refuse_vanished, warning_of_refusal, write_json, writing
+from peftune.loop.resume import resume_of
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState
 from peftune.parallel.names import preset_of, processes_words
@@ -53,6 +54,7 @@ def _write_rows(run: Run) -> None:
     refuse_vanished(run.folder)
     with writing(run.folder / "metrics.jsonl"):
         run.journal.flush()
+        flush(run.folder / "metrics.jsonl")
 
 
 def leave(run: Run, state: TrainState) -> NoReturn:
@@ -66,19 +68,21 @@ def leave(run: Run, state: TrainState) -> NoReturn:
     why = next(filter(None, world.gather([run.stop.reason()])), "told to stop")
     save(run, state, last=True)
     checkpoint, line = folder_of(run.folder, state.step), line_that_goes_on(run)
+    other = "" if resume_of(run.folder) == "never" else ", or the command that you used"
     if world.is_main:
         with warning_of_refusal(run.folder / STOPPED, run.journal.warn):  # the checkpoint may have filled the disk
             write_json(run.folder / STOPPED, {
                 "exit": "preempted", "exit_code": EXIT_PREEMPTED, "why": why, "step": state.step, "steps": run.steps,
                 "checkpoint": str(checkpoint.relative_to(run.folder)), "go_on": line})
     raise Preempted(Fault(kind="preempted", message=f"{why}: {state.step} of {run.steps} steps are done and saved in "
-                          f"{checkpoint}; exit {EXIT_PREEMPTED}\n  to go on: {line}, or the command that you used"))
+                          f"{checkpoint}; exit {EXIT_PREEMPTED}\n  to go on: {line}{other}"))
 
 
 def line_that_goes_on(run: Run) -> str:
     """The command that continues this run on this machine, on the same layout."""
     world = run.strategy.world
     words = ["peftune", "train", str(run.folder / "config.yaml")]
+    words += ["resume=auto"] if resume_of(run.folder) == "never" else []
     if world.ranks > 1:
         words += ["--strategy", preset_of(run.strategy.name)]
         words += processes_words(world.ranks, run.facts["sequence_ranks"])

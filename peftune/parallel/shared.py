@@ -34,15 +34,17 @@ def check_output_is_shared(world: World, file: Path) -> None:
     world.on_each_machine(look)
 
 
-def prepared_on_each_machine(world: World, prepare: Callable[[], Path]) -> Path:
+def prepared_on_each_machine(world: World, prepare: Callable[[], Path], is_whole: Callable[[Path], bool]) -> Path:
     """The folder of prepared data: prepared once where the machines share a cache, else once on each.
+
+    `is_whole`: whether a machine sees a folder with all that was prepared.
 
     Raises:
         MachineError: the machines have different data.
         PeftuneError: whatever `prepare` raises, on any of them.
     """
     path = world.on_main(prepare)
-    path = world.on_each_machine(lambda: path if (path / "meta.json").exists() else prepare())
+    path = world.on_each_machine(lambda: path if world.is_main or is_whole(path) else prepare())
     found = dict(reversed(world.gather([(path.name, socket.gethostname())])))  # the content's hash, a machine with it
     if len(found) > 1:
         raise MachineError(Fault(

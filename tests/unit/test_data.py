@@ -3,8 +3,6 @@
 import gzip
 import itertools
 import json
-import os
-import time
 from dataclasses import asdict
 
 import numpy as np
@@ -20,7 +18,7 @@ from peftune.data.batches import BatchPlan, evaluation_batches
 from peftune.data.canonical import prompt_fields
 from peftune.data.examples import Example
 from peftune.data.formats import Found, canonical_rows
-from peftune.data.prepare import ABANDONED_S, _publish, cache_root, row_faults
+from peftune.data.prepare import row_faults
 from peftune.data.rows import Faults, Row
 from peftune.data.sources import read
 from peftune.data.splits import held_out, split_key
@@ -414,26 +412,6 @@ def test_evaluation_batches_are_the_same_whatever_the_ranks(lengths, ranks):
     dealt = [batch for rank in range(ranks) for batch in evaluation_batches(lengths, rank=rank, ranks=ranks,
                                                                             budget_tokens=100)]
     assert sorted(dealt) == sorted(evaluation_batches(lengths, rank=0, ranks=1, budget_tokens=100))
-
-
-def test_a_cache_in_the_home_folder_is_named_as_a_shell_would(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PEFTUNE_CACHE", "~/rows")
-    assert cache_root() == tmp_path / "rows"
-
-
-def test_drafts_that_killed_processes_left_in_the_cache_are_deleted_once_they_are_old(tmp_path, monkeypatch):
-    monkeypatch.setenv("PEFTUNE_CACHE", str(tmp_path))
-    old, at_work = (tmp_path / f".draft-{name}" for name in ("old", "new"))
-    long_ago = time.time() - 2 * ABANDONED_S
-    for draft in (old, at_work):
-        draft.mkdir()
-        (draft / "train-00000.arrow").write_bytes(b"rows")
-        os.utime(draft / "train-00000.arrow", (long_ago, long_ago))
-        os.utime(draft, (long_ago, long_ago))
-    (at_work / "train-00001.arrow").write_bytes(b"rows")
-    _publish(tmp_path / "key", lambda draft: (draft / "meta.json").write_text("{}"))
-    assert not old.exists() and at_work.exists() and (tmp_path / "key" / "meta.json").exists()
 
 
 def test_a_record_is_parsed_when_it_is_asked_for(tmp_path, monkeypatch):
