@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from peftune.config.schema import GENERATIVE, ModelConfig, RunConfig
 from peftune.data.layouts import lay_out
-from peftune.errors import ConfigError, ExportError, Fault, MachineError, PeftuneError, RunFolderError
+from peftune.errors import (
+    ConfigError,
+    ExportError,
+    Fault,
+    MachineError,
+    PeftuneError,
+    RunFolderError,
+    refuse_odd_name,
+)
 from peftune.loop.publish import published, read_json, write_json, write_text
 from peftune.model.adapters import base_of, has_adapter
 from peftune.model.compare import Rows, deviation, largest_logit, made_rows, rounding_tolerance
@@ -79,6 +87,7 @@ def export(wanted: Wanted, world: World, display: Display) -> dict[str, Any]:
     if world.ranks > 1:
         raise MachineError(Fault(kind="environment", message=f"export runs in one process, not in {world.ranks}",
                                  mend="peftune export ..., without a launcher"))
+    refuse_odd_name(wanted.to, "--to")
     if Path(wanted.to).exists() or Path(wanted.to).is_symlink():
         raise RunFolderError(Fault(kind="run_folder", file=wanted.to, mend="give a new folder in --to",
                                    message="is there already; nothing is written over"))

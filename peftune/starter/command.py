@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from peftune.errors import EXIT_DONE, ConfigError, DataError, Fault, PeftuneError, RunFolderError, writing_to
+from peftune.errors import (
+    EXIT_DONE,
+    ConfigError,
+    DataError,
+    Fault,
+    PeftuneError,
+    RunFolderError,
+    refuse_odd_name,
+    writing_to,
+)
 from peftune.imports import without_search_for_garbage
 
 if TYPE_CHECKING:
@@ -50,6 +59,7 @@ def _init(parsed: argparse.Namespace) -> int:
     from peftune.starter.guess import Guess
     from peftune.starter.starting import on_a_line, starting_config
 
+    _refuse_odd_names(vars(parsed))
     others = {name: file for name, file in vars(parsed).items() if name.startswith("from_") and file}
     if len(others) + (parsed.data is not None) != 1:
         raise ConfigError(Fault(kind="config", message="one thing to begin with is needed",
@@ -77,6 +87,13 @@ def _init(parsed: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _refuse_odd_names(options: Mapping[str, Any]) -> None:
+    for option, given in options.items():
+        for word in given if isinstance(given, list) else [given]:
+            if isinstance(word, str) and option != "data":  # that is looked at where rows are read
+                refuse_odd_name(word, f"--{option.replace('_', '-')}")
+
+
 def _stem(data: str) -> str:
     """What to call a config: the file, or the folder of a glob, or the data set."""
     plain = [part for part in Path(data.partition(":")[0]).parts if not set(part) & set("*?[")]
@@ -85,14 +102,14 @@ def _stem(data: str) -> str:
 
 def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
     from peftune.starter.foreign import DIALECTS, translate
-    from peftune.starter.starting import nested_yaml
+    from peftune.starter.starting import nested_yaml, on_a_line
 
     _refuse_existing(name)
     if devices < 1:
         raise ConfigError(Fault(kind="config", message=f"--devices {devices}", mend="use 1 or more"))
     found = translate(file, DIALECTS[dialect], devices)
     left = [f"not taken over: {key}: {shorten(str(value), 80)}  ({why})" for key, value, why in found.left]
-    _write(name, "".join(f"# {line}\n" for line in [
+    _write(name, "".join(f"# {on_a_line(line)}\n" for line in [
         f"Made by `peftune init --from-{dialect} {file}`, for {devices} device{'s' * (devices != 1)}.", *left,
     ]) + nested_yaml(found.ours))
     print("\n".join([*left, f"{name}: {len(found.ours)} settings\nnext: peftune check {shlex.quote(name)}"]))
