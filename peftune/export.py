@@ -34,6 +34,7 @@ from peftune.model.precision import weight_dtype
 from peftune.model.quantize import is_quantised, quantised_by
 from peftune.model.save import load_trained
 from peftune.model.whole import TYPES, copy_adapter, own_dtype, save_tokenizer, save_whole
+from peftune.numerics.counted import counted
 from peftune.observe.display import Display
 from peftune.observe.manifest import environment
 from peftune.parallel.world import World
@@ -148,7 +149,7 @@ def _fill(
         checks.append(Check("folder = trained model", deviation(of_folder, logits),
                             tolerance if wanted.tolerance is None else wanted.tolerance))
         gguf = None if converter is None else _gguf(converter, draft, dtype, rows, of_folder, auto_class, checks)
-        notes.append(f"logits of {len(rows.inputs)} rows ({rows.origin})")
+        notes.append(f"logits of {counted(len(rows.inputs), 'row')} ({rows.origin})")
     record = {
         "published": True, "kind": kind, "source": wanted.source, "weights": folder, "task": config.task,
         "loads_with": head_for(auto_class, own_config(

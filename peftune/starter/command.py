@@ -22,6 +22,7 @@ from peftune.errors import (
     writing_to,
 )
 from peftune.imports import without_search_for_garbage
+from peftune.numerics.counted import counted
 
 if TYPE_CHECKING:
     from peftune.starter.guess import Guess
@@ -78,8 +79,7 @@ def _init(parsed: argparse.Namespace) -> int:
         name, found, about=f"Made by `peftune init {parsed.data}`.", output_dir=f"runs/{Path(name).stem}",
         model=parsed.model, data={"train": rows, "validation": _number(parsed.validation), "test": parsed.test}))
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
-    number = len(found.classes)
-    classes = f", {number} class{'es' * (number != 1)}" if number else ""
+    classes = f", {counted(len(found.classes), 'class')}" if found.classes else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
     notes = "".join(f"{on_a_line(note)}\n" for note in found.notes)
     word = shlex.quote(name)
@@ -110,9 +110,9 @@ def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
     found = translate(file, DIALECTS[dialect], devices)
     left = [f"not taken over: {key}: {shorten(str(value), 80)}  ({why})" for key, value, why in found.left]
     _write(name, "".join(f"# {on_a_line(line)}\n" for line in [
-        f"Made by `peftune init --from-{dialect} {file}`, for {devices} device{'s' * (devices != 1)}.", *left,
+        f"Made by `peftune init --from-{dialect} {file}`, for {counted(devices, 'device')}.", *left,
     ]) + nested_yaml(found.ours))
-    print("\n".join([*left, f"{name}: {len(found.ours)} settings\nnext: peftune check {shlex.quote(name)}"]))
+    print("\n".join([*left, f"{name}: {counted(len(found.ours), 'setting')}\nnext: peftune check {shlex.quote(name)}"]))
     return EXIT_DONE
 
 

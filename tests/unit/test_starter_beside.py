@@ -29,7 +29,8 @@ def write(name, rows):
 
 
 @pytest.mark.parametrize("rows", [
-    [{**WANTED, "label": True}, {**UNWANTED, "label": False}], [{**WANTED, "label": "True"}, {**UNWANTED, "label": "0"}],
+    [{**WANTED, "label": True}, {**UNWANTED, "label": False}],
+    [{**WANTED, "label": "True"}, {**UNWANTED, "label": "0"}],
     [{"messages": SAID, "kto_tag": True}, {"messages": SAID, "kto_tag": False}],
     [{"instruction": "a", "output": "b", "KTO_tag": 1}, {"instruction": "c", "output": "d", "KTO_tag": 0}],
 ])
