@@ -156,7 +156,7 @@ def right_spelling(path: str) -> str:
     moved = [key for key in known if key.rpartition(".")[2] == leaf]
     if moved:
         return f"write {' or '.join(moved)}"
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    near = [] if in_list else difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     near_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.6)
     near = near or [key for key in known if near_leaf and key.rpartition(".")[2] == near_leaf[0]]
     if near:
