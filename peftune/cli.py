@@ -25,6 +25,7 @@ from peftune.errors import (
     writing_to,
 )
 from peftune.imports import without_search_for_garbage
+from peftune.numerics.counted import counted
 from peftune.parallel.names import STRATEGIES
 from peftune.plan.command import add_plan
 from peftune.starter.command import add_init
@@ -234,7 +235,7 @@ def _predict(parsed: argparse.Namespace) -> int:
         if world.is_main:
             with writing_to(parsed.output, "--output"):
                 write_text(Path(parsed.output), written(records))
-            display.say(f"{len(records):,} predictions in {parsed.output}")
+            display.say(f"{counted(len(records), 'prediction')} in {parsed.output}")
     return EXIT_DONE
 
 

@@ -25,6 +25,7 @@ from peftune.model.division import refuse_undividable
 from peftune.model.hollow import hollow_model
 from peftune.model.load import require_attention
 from peftune.model.quantize import quantization_of, require_bitsandbytes
+from peftune.numerics.counted import counted
 from peftune.numerics.losses import IGNORE
 from peftune.observe.display import Display, Piece
 from peftune.observe.trackers import check_trackers
@@ -200,8 +201,8 @@ def show_examples(checked: Checked, display: Display, count: int) -> None:
     split = checked.data.splits["train"]
     for position in range(min(count, len(split))):
         example = split[position]
-        display.say(f"-- {example.record['source']}: {len(example.input_ids):,} tokens, "
-                    f"{example.num_targets:,} target{'s' if example.num_targets != 1 else ''}")
+        display.say(f"-- {example.record['source']}: {counted(len(example.input_ids), 'token')}, "
+                    f"{counted(example.num_targets, 'target')}")
         display.pieces(pieces_of(example, checked.data, checked.text))
 
 

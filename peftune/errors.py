@@ -159,6 +159,19 @@ def refuse_unwritable(name: str | None, option: str) -> None:
                              mend=f"give another {option}"))
 
 
+def refuse_odd_name(name: str | None, what: str) -> None:
+    """Raise MachineError for a name that is no UTF-8: no config, page or tokenizer can hold it.
+
+    Args:
+        name: given by the user; None is none.
+        what: it names, for the message.
+    """
+    plain = (name or "").encode("utf-8", "backslashreplace").decode("utf-8")
+    if name is not None and plain != name:
+        raise MachineError(Fault(kind="environment", file=plain, message=f"the name is not UTF-8 ({what})",
+                                 mend="rename it, or give another"))
+
+
 def beyond(faults: int, shown: int) -> str:
     """How many faults there are beside those that are shown; of rows, no more are known than are kept."""
     return f"{'at least ' if faults >= KEPT_FAULTS else ''}{faults - shown:,}"

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from peftune.config.schema import GENERATIVE, ModelConfig, RunConfig
 from peftune.data.layouts import lay_out
-from peftune.errors import ConfigError, ExportError, Fault, MachineError, PeftuneError, RunFolderError
+from peftune.errors import (
+    ConfigError,
+    ExportError,
+    Fault,
+    MachineError,
+    PeftuneError,
+    RunFolderError,
+    refuse_odd_name,
+)
 from peftune.loop.publish import published, read_json, write_json, write_text
 from peftune.model.adapters import base_of, has_adapter
 from peftune.model.compare import Rows, deviation, largest_logit, made_rows, rounding_tolerance
@@ -26,6 +34,7 @@ from peftune.model.precision import weight_dtype
 from peftune.model.quantize import is_quantised, quantised_by
 from peftune.model.save import load_trained
 from peftune.model.whole import TYPES, copy_adapter, own_dtype, save_tokenizer, save_whole
+from peftune.numerics.counted import counted
 from peftune.observe.display import Display
 from peftune.observe.manifest import environment
 from peftune.parallel.world import World
@@ -79,6 +88,7 @@ def export(wanted: Wanted, world: World, display: Display) -> dict[str, Any]:
     if world.ranks > 1:
         raise MachineError(Fault(kind="environment", message=f"export runs in one process, not in {world.ranks}",
                                  mend="peftune export ..., without a launcher"))
+    refuse_odd_name(wanted.to, "--to")
     if Path(wanted.to).exists() or Path(wanted.to).is_symlink():
         raise RunFolderError(Fault(kind="run_folder", file=wanted.to, mend="give a new folder in --to",
                                    message="is there already; nothing is written over"))
@@ -139,7 +149,7 @@ def _fill(
         checks.append(Check("folder = trained model", deviation(of_folder, logits),
                             tolerance if wanted.tolerance is None else wanted.tolerance))
         gguf = None if converter is None else _gguf(converter, draft, dtype, rows, of_folder, auto_class, checks)
-        notes.append(f"logits of {len(rows.inputs)} rows ({rows.origin})")
+        notes.append(f"logits of {counted(len(rows.inputs), 'row')} ({rows.origin})")
     record = {
         "published": True, "kind": kind, "source": wanted.source, "weights": folder, "task": config.task,
         "loads_with": head_for(auto_class, own_config(

@@ -60,6 +60,14 @@ DATA_RULES: tuple[Refusal[RunConfig], ...] = (
         "only labels of whole texts are of several kinds", "data.problem_type=auto, or task=sequence_classification",
     ),
     Refusal(
+        "data.subtokens", lambda c: c.data.subtokens != "first" and c.task != "token_classification",
+        "only tags of words are learned by sub-tokens", "data.subtokens=first, or task=token_classification",
+    ),
+    Refusal(
+        "data.doc_stride", lambda c: c.data.doc_stride is not None and c.task != "question_answering",
+        "only the contexts of questions are read in windows", "data.doc_stride=null, or task=question_answering",
+    ),
+    Refusal(
         "data.chat_template", lambda c: c.data.chat_template is not None and c.task not in GENERATIVE,
         "only conversations are rendered by a chat template", "data.chat_template=null, or task=causal_lm",
     ),

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from peftune.config.schema import RunConfig
+from peftune.config.schema import RunConfig, Source
 
 _BATCH = (
     "train.batch_size=N, the examples of one optimizer step over all devices "
@@ -148,18 +148,18 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def right_spelling(path: str) -> str:
     """What to write instead of the unknown key `path`."""
-    known = list(key_paths())
-    leaf = path.rpartition(".")[2]
-    if leaf in FAMILIAR:
+    section, _, leaf = path.rpartition(".")
+    in_list = section.endswith("]")  # one of several sources of data
+    known = [f"{section}.{name}" for name in Source.model_fields] if in_list else list(key_paths())
+    if leaf in FAMILIAR and not in_list:
         return f"write {FAMILIAR[leaf]}"
     moved = [key for key in known if key.rpartition(".")[2] == leaf]
     if moved:
         return f"write {' or '.join(moved)}"
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    near = [] if in_list else difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     near_leaf = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.6)
     near = near or [key for key in known if near_leaf and key.rpartition(".")[2] == near_leaf[0]]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    section = path.rpartition(".")[0]
     siblings = [key for key in known if key.rpartition(".")[0] == section] or known
     return f"the keys here are {', '.join(siblings)}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from peftune.data.findings import SHOWN_PLACES, Finding, Place
 from peftune.data.rows import Row
+from peftune.numerics.counted import counted
 
 RAREST, FEWEST_EXAMPLES = 50, 4
 """The commonest class may have so many times the rows of another; a class needs so many rows."""
@@ -63,7 +64,7 @@ class ClassCounts:
             yield self._finding("imbalance", split, rare, f"under 1/{RAREST} of the commonest's {most:,} rows",
                                 "gather rows of the rare classes, or judge by macro_f1, which weighs classes alike")
         if few:
-            yield self._finding("few_examples", split, few, f"fewer than {_many(FEWEST_EXAMPLES, self._unit)}",
+            yield self._finding("few_examples", split, few, f"fewer than {counted(FEWEST_EXAMPLES, self._unit)}",
                                 "add examples, or merge them into other classes")
 
     def _spelling(self, split: str) -> Iterator[Finding]:
@@ -81,7 +82,7 @@ class ClassCounts:
             places = tuple(Place(file, line, f"the class {name!r:.60} is {why}")
                            for name, why in odd.items() for file, line in self._known[name].first)
             told = [f"{name!r:.60} is {why}" for name, why in odd.items()]
-            yield Finding("label_spelling", split, f"{_many(len(odd), 'class')} of {split} may be another one: "
+            yield Finding("label_spelling", split, f"{counted(len(odd), 'class')} of {split} may be another one: "
                           f"{'; '.join(_some(told))}", "write each class in one way",
                           sum(self._known[name].rows for name in odd), places[:SHOWN_PLACES])
 
@@ -89,11 +90,11 @@ class ClassCounts:
         named = [f"{name!r:.60} has {known.examples:,}" for name, known in classes.items()]
         places = tuple(Place(*known.first[0], f"{name!r:.60} has {self._count(name)}; this is the first")
                        for name, known in list(classes.items())[:SHOWN_PLACES])
-        return Finding(kind, split, f"{_many(len(named), 'class')} of {split} with {why}: {', '.join(_some(named))}",
+        return Finding(kind, split, f"{counted(len(named), 'class')} of {split} with {why}: {', '.join(_some(named))}",
                        mend, sum(known.rows for known in classes.values()), places)
 
     def _count(self, name: str) -> str:
-        return _many(self._known[name].examples, self._unit)
+        return counted(self._known[name].examples, self._unit)
 
 
 def _spelled(name: str) -> str:
@@ -104,9 +105,3 @@ def _spelled(name: str) -> str:
 def _some(told: list[str]) -> list[str]:
     more = [f"and {len(told) - SHOWN_CLASSES:,} more"] if len(told) > SHOWN_CLASSES else []
     return told[:SHOWN_CLASSES] + more
-
-
-def _many(count: int, unit: str) -> str:
-    """1 row, 2 rows, 3 classes, 4 entities."""
-    plural = {"class": "classes", "entity": "entities"}.get(unit, f"{unit}s")
-    return f"{count:,} {unit if count == 1 else plural}"

@@ -100,6 +100,8 @@ def read(source: Source, faults: Faults) -> Iterator[RawRow]:
 def read_records(path: str) -> list[RawRow]:
     """All records of one file. Raises DataError: missing, empty or broken."""
     refuse_odd_name(path)
+    if Path(path).is_dir():
+        raise DataError(file_fault(path, None, "is a folder", "name one of the files in it"))
     if not Path(path).is_file():
         raise DataError(file_fault(path, None, "no such file", _mend_missing(Path(path))))
     faults = Faults()

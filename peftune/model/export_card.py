@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from peftune.model.card import KINDS, is_local, usage
+from peftune.numerics.counted import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ def _export(record: Mapping[str, Any]) -> Iterator[str]:
     what = {"adapter": "The adapter as it was trained; it needs its base model.",
             "merged": f"The adapter, merged into {record['merged_into']}, as {record['dtype']}.",
             "model": f"The whole model, as {record['dtype']}."}[record["kind"]]
-    yield (f"{what} On {record['rows']['count']} rows ({record['rows']['from']}) its logits differ from the trained "
-           f"model's by at most {record['deviation']:.3g} (tolerance {record['tolerance']:.3g}); `export.json` has the "
+    rows = f"{counted(record['rows']['count'], 'row')} ({record['rows']['from']})"
+    yield (f"{what} On {rows} its logits differ from the trained model's "
+           f" by at most {record['deviation']:.3g} (tolerance {record['tolerance']:.3g}); `export.json` has the "
            "checks and versions.")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 380, 200
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 20
+LEFT, RIGHT, TOP, BOTTOM = 64, 10, 10, 20
 COLOURS = 8
 """Classes c0 to c7 of the page's style; a ninth curve has the first one's colour."""
 TICKS = 5

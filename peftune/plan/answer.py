@@ -16,6 +16,7 @@ from peftune.model.adapters import virtual_tokens
 from peftune.model.load import adjust_config, longest_input
 from peftune.model.resolve import load_model_config, resolve
 from peftune.model.vocabulary import NO_ROWS, NewRows
+from peftune.numerics.counted import counted
 from peftune.plan.choose import SHARE, UNTRACEABLE, MemoryChoice, choose_memory, footprint_at, subject_of
 from peftune.plan.devices import Device
 from peftune.plan.divide import Division
@@ -94,7 +95,7 @@ def known_of(config: RunConfig) -> Known:
                      f"every example as long as data.max_length, all of it supervised ({why})")
     lengths = lengths_of(config, data)
     return Known(data.targets, lengths, subject_of(config, text, data.targets).rows, text.tokenizer.pad_token_id,
-                 f"{len(lengths.tokens):,} examples, the longest of {lengths.longest:,} tokens")
+                 f"{counted(len(lengths.tokens), 'example')}, the longest of {counted(lengths.longest, 'token')}")
 
 
 def _lies_here(data: DataConfig) -> bool:

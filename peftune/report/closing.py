@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftune.numerics.counted import counted
 from peftune.observe.display import Display
 from peftune.report.words import Metrics, interval_of, metric_names, value_of
 
@@ -14,7 +15,7 @@ def show_summary(display: Display, folder: str, summary: Metrics, *, done_before
                  value_of(majority, name)] for name in metric_names(metrics)]
         display.table(split, ["", "trained", "95 % interval", "untrained", "majority"], rows)
         _warn_of_unscored(display, split, metrics)
-    display.say(f"{summary['steps']} steps, {summary['seconds']:.0f} s of training, "
+    display.say(f"{counted(summary['steps'], 'step')}, {summary['seconds']:.0f} s of training, "
                 f"{summary['tokens_per_second']:,.0f} tokens/s, peak {summary['peak_memory_bytes'] / 2**30:.1f} GiB, "
                 f"{summary['exit'].replace('_', ' ')}")
     if summary["best_step"] not in (None, summary["steps"]):

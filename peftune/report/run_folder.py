@@ -11,7 +11,7 @@ import yaml
 
 from peftune.config.load import load
 from peftune.data.targets import Targets
-from peftune.errors import Fault, RunFolderError
+from peftune.errors import Fault, RunFolderError, refuse_odd_name
 from peftune.loop.publish import damaged, read_json
 from peftune.observe.json_lines import read_json_lines
 from peftune.report.words import Metrics
@@ -82,7 +82,9 @@ def open_finished(folder: Path) -> Finished:
     Raises:
         RunFolderError: the folder holds no finished run, or what it holds is damaged.
         ConfigError: its config is.
+        MachineError: the folder's name is no UTF-8.
     """
+    refuse_odd_name(str(folder), "the run folder")
     if not (folder / "summary.json").is_file():
         raise RunFolderError(Fault(kind="run_folder", file=str(folder), message="no finished run here: no summary.json",
                                    mend="give the output_dir of a run that has ended"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from peftune.loop.self_check import STEPS
+from peftune.numerics.counted import counted
 from peftune.observe.chart import Curve, line_chart
 from peftune.parallel.names import preset_of, processes_words
 from peftune.report.outcomes import Table
@@ -124,8 +125,9 @@ def facts(run: Finished) -> list[tuple[str, str]]:
     share = summary["trainable_parameters"] / max(1, summary["total_parameters"])
     return [
         ("weights", f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,} trained ({share:.2%})"),
-        ("training", f"{summary['steps']:,} steps, {summary['examples']:,} examples, {summary['tokens']:,} tokens in "
-                     f"{summary['seconds']:,.1f} s: {summary['tokens_per_second']:,.0f} tokens/s"),
+        ("training", f"{counted(summary['steps'], 'step')}, {counted(summary['examples'], 'example')}, "
+                     f"{counted(summary['tokens'], 'token')} in {summary['seconds']:,.1f} s: "
+                     f"{summary['tokens_per_second']:,.0f} tokens/s"),
         ("peak memory", f"{gib(summary['peak_memory_bytes'])} measured, in the main process{_planned(summary)}"),
         ("layout", f"{manifest['model']['layout']}, {manifest['model']['micro_batch_tokens']:,} tokens a micro-batch"
                    + (", activations recomputed" if manifest["model"]["gradient_checkpointing"] else "")),
@@ -149,7 +151,7 @@ def subtitle(run: Finished) -> str:
     settings, summary = run.settings, run.summary
     method = "all weights" if settings["adapter"] is None else str(settings["adapter"]["method"])
     return (f"{settings['model']['name_or_path']}, {method}, {summary['strategy']} on {summary['world_size']} x "
-            f"{run.manifest['device']}; {summary['steps']:,} steps, {summary['exit'].replace('_', ' ')}")
+            f"{run.manifest['device']}; {counted(summary['steps'], 'step')}, {summary['exit'].replace('_', ' ')}")
 
 
 def command(run: Finished) -> str:

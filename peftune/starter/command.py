@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from peftune.errors import EXIT_DONE, ConfigError, DataError, Fault, PeftuneError, RunFolderError, writing_to
+from peftune.errors import (
+    EXIT_DONE,
+    ConfigError,
+    DataError,
+    Fault,
+    PeftuneError,
+    RunFolderError,
+    refuse_odd_name,
+    writing_to,
+)
 from peftune.imports import without_search_for_garbage
+from peftune.numerics.counted import counted
 
 if TYPE_CHECKING:
     from peftune.starter.guess import Guess
@@ -50,6 +60,7 @@ def _init(parsed: argparse.Namespace) -> int:
     from peftune.starter.guess import Guess
     from peftune.starter.starting import on_a_line, starting_config
 
+    _refuse_odd_names(vars(parsed))
     others = {name: file for name, file in vars(parsed).items() if name.startswith("from_") and file}
     if len(others) + (parsed.data is not None) != 1:
         raise ConfigError(Fault(kind="config", message="one thing to begin with is needed",
@@ -68,13 +79,19 @@ def _init(parsed: argparse.Namespace) -> int:
         name, found, about=f"Made by `peftune init {parsed.data}`.", output_dir=f"runs/{Path(name).stem}",
         model=parsed.model, data={"train": rows, "validation": _number(parsed.validation), "test": parsed.test}))
     columns = "".join(f", {expected} from the column {given}" for expected, given in found.columns.items())
-    number = len(found.classes)
-    classes = f", {number} class{'es' * (number != 1)}" if number else ""
+    classes = f", {counted(len(found.classes), 'class')}" if found.classes else ""
     classes += f", {found.problem}" if found.problem != "auto" else ""
     notes = "".join(f"{on_a_line(note)}\n" for note in found.notes)
     word = shlex.quote(name)
     print(f"{name}: {found.task}{columns}{classes}\n{notes}next: peftune check {word}, then peftune train {word}")
     return EXIT_DONE
+
+
+def _refuse_odd_names(options: Mapping[str, Any]) -> None:
+    for option, given in options.items():
+        for word in given if isinstance(given, list) else [given]:
+            if isinstance(word, str) and option != "data":  # that is looked at where rows are read
+                refuse_odd_name(word, f"--{option.replace('_', '-')}")
 
 
 def _stem(data: str) -> str:
@@ -85,17 +102,17 @@ def _stem(data: str) -> str:
 
 def _from_other(dialect: str, file: str, name: str, devices: int) -> int:
     from peftune.starter.foreign import DIALECTS, translate
-    from peftune.starter.starting import nested_yaml
+    from peftune.starter.starting import nested_yaml, on_a_line
 
     _refuse_existing(name)
     if devices < 1:
         raise ConfigError(Fault(kind="config", message=f"--devices {devices}", mend="use 1 or more"))
     found = translate(file, DIALECTS[dialect], devices)
     left = [f"not taken over: {key}: {shorten(str(value), 80)}  ({why})" for key, value, why in found.left]
-    _write(name, "".join(f"# {line}\n" for line in [
-        f"Made by `peftune init --from-{dialect} {file}`, for {devices} device{'s' * (devices != 1)}.", *left,
+    _write(name, "".join(f"# {on_a_line(line)}\n" for line in [
+        f"Made by `peftune init --from-{dialect} {file}`, for {counted(devices, 'device')}.", *left,
     ]) + nested_yaml(found.ours))
-    print("\n".join([*left, f"{name}: {len(found.ours)} settings\nnext: peftune check {shlex.quote(name)}"]))
+    print("\n".join([*left, f"{name}: {counted(len(found.ours), 'setting')}\nnext: peftune check {shlex.quote(name)}"]))
     return EXIT_DONE
 
 

@@ -13,6 +13,7 @@ from peftune.data.canonical import CANONICAL, class_names
 from peftune.data.formats import COLUMNS, OTHER_NAMES
 from peftune.data.targets import RowFault
 from peftune.errors import DataError, Fault
+from peftune.starter.beside import AS_LISTS, Values, are_flags, as_instructions, notes_beside
 
 TASK_OF = {format: task for task, formats in FORMATS.items() for format in formats}
 NEAR_MOST = 0.9
@@ -29,10 +30,8 @@ SOUGHT: Mapping[str, tuple[str, ...]] = {
 MOST_CLASSES, ROWS_A_CLASS, LONGEST_CLASS = 20, 5, 60
 """A column of classes has few values, or at least so many rows for each, none longer than that."""
 MOST_REASONS = 3
-_AS_LISTS = 'where a row has several classes, write them as one list in JSON Lines: {"label": ["toxic"]}'
 PAIRS = (("premise", "hypothesis"), ("question", "sentence"), ("query", "document"), ("query", "passage"))
 """Names of the two texts of a pair; others end in 1 and 2, or a and b."""
-Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +67,15 @@ def guess(file: str, rows: Sequence[Values], task: str | None, columns: Mapping[
                                   mend=f"the columns are {', '.join(names)}"))
     formats = [name for name in COLUMNS if task is None or name in FORMATS[task]]
     format, renames, good = _fitting(file, rows, formats, columns)
+    if format == "prompt_completion" and (read := as_instructions(names, renames, columns)):
+        format, renames = "alpaca", read
     texts = _texts_beside(rows, {**renames, **columns}) if format == "classification" else []
     if format == "classification" and (pair := _pair(renames.get("text", "text"), texts, columns)):
         renames = {**renames, **pair}
     renames = {**renames, **columns}
     labels, problem = _labels(good, format, renames)
-    notes = (*_unread(rows, format, renames, texts), *_of_several(rows, format, renames),
+    notes = (*_unread(rows, format, renames, texts),
+             *notes_beside(file, rows, format, renames, _beside(rows, format, renames), task),
              *_left_out(rows, format, renames))
     return Guess(TASK_OF[format], format, renames, labels, problem, notes)
 
@@ -154,7 +156,7 @@ def _by_content(
     if text is None or not labels:
         return
     if len(labels) > 1:
-        several = f"; {_AS_LISTS}" if sum(_are_flags(columns[name]) for name in labels) > 1 else ""
+        several = f"; {AS_LISTS}" if sum(are_flags(columns[name]) for name in labels) > 1 else ""
         raise DataError(Fault(
             kind="data", file=file, message=f"several columns could be the classes: {', '.join(labels)}",
             mend=f"say which: --columns text={text} label={labels[0]}{several}"))
@@ -259,21 +261,6 @@ def _unread(
 def _beside(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> list[str]:
     read = {renames.get(name, name) for name in ("id", *COLUMNS[format], *ALSO_READ.get(format, ()))}
     return [name for name in dict.fromkeys(name for row in rows for name in row) if name not in read]
-
-
-def _of_several(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> Iterator[str]:
-    """Columns of 0 and 1 beside such a label may be classes of which a row has several."""
-    label = renames.get("label", "label")
-    if format != "classification" or label.lower() == "label":
-        return
-    flags = [name for name in (label, *_beside(rows, format, renames))
-             if _are_flags([row[name] for row in rows if row.get(name) not in (None, "")])]
-    if label in flags and len(flags) > 1:
-        yield f"{', '.join(flags)} hold 0 and 1: {_AS_LISTS}"
-
-
-def _are_flags(values: Sequence[Any]) -> bool:
-    return bool(values) and all(str(value).lower() in ("0", "1", "true", "false") for value in values)
 
 
 def _labels(rows: Sequence[Values], format: str, renames: Mapping[str, str]) -> tuple[tuple[str, ...], str]:

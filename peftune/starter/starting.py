@@ -80,7 +80,7 @@ def starting_config(
     extra: dict[str, Any] = {"columns": found.columns} if found.columns else {}
     extra |= {"problem_type": found.problem} if found.problem != "auto" else {}
     return TEMPLATE.format(
-        name=shlex.quote(name), about=about, task=found.task, output_dir=in_yaml(output_dir),
+        name=on_a_line(shlex.quote(name)), about=on_a_line(about), task=found.task, output_dir=in_yaml(output_dir),
         model=in_yaml(model or start.model), dtype=start.dtype, **{key: in_yaml(value) for key, value in data.items()},
         columns="".join(f"  {key}: {in_yaml(value)}\n" for key, value in extra.items()),
         notes="".join(f"  # {on_a_line(note)}\n" for note in found.notes),

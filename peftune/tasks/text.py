@@ -20,6 +20,7 @@ from peftune.model.adapters import virtual_tokens
 from peftune.model.heads import require_head
 from peftune.model.load import longest_input
 from peftune.model.resolve import load_model_config, load_tokenizer, resolve
+from peftune.numerics.counted import counted
 from peftune.tasks.task import BoundEncoder, Task, TextEncoder
 
 CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca", "preference"})
@@ -109,12 +110,12 @@ def data_notes(data: Prepared, text: Text, config: DataConfig) -> list[str]:
     notes = [" + ".join(f"{counts.kept:,} {name}" for name, counts in data.counts.items()) + " rows"]
     notes.append("format " + ", ".join(sorted(set(data.formats.values()))))
     if data.targets.names:
-        notes.append(f"{len(data.targets.names)} classes ({data.targets.problem})")
+        notes.append(f"{counted(len(data.targets.names), 'class')} ({data.targets.problem})")
     if text.template != "none" and CHAT_FORMATS & set(data.formats.values()):
         notes.append(f"chat template: {text.template}")
     for name, counts in data.counts.items():
         if counts.examples != counts.kept:
-            notes.append(f"{counts.examples:,} {name} examples")
+            notes.append(counted(counts.examples, f"{name} example"))
     if text.hub_is_silent:
         notes.append("the hub does not answer: the model is the cached one")
     if text.encoder.text.max_length < config.max_length:

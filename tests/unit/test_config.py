@@ -1,5 +1,6 @@
 """The config: what is said of a wrong one, and that a right one is frozen and complete."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
         ["task=sequence_classification", "data.labels=[a, a]"],
         ["task=causal_lm", "data.problem_type=regression"],
         ["task=sequence_classification", "data.chat_template=none.jinja"],
+        ["task=causal_lm", "data.subtokens=all"], ["task=causal_lm", "data.doc_stride=64"],
     ]
     said = [fault for overrides in breaking for fault in faults_of(config(tmp_path), *overrides)]
     assert any(rule.why in fault.message and fault.mend == rule.mend for fault in said)
@@ -228,6 +230,15 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
 def test_classes_without_a_name_of_their_own_are_refused_where_they_stand(labels, tmp_path):
     (fault,) = faults_of(config(tmp_path), "task=sequence_classification", f"data.labels={labels}")
     assert fault.message.startswith("data.labels = ") and "a name of its own" in fault.message
+
+
+@pytest.mark.parametrize(("key", "mend"), [
+    ("paht", r"did you mean data\.train\[0\]\.path\?"),
+    ("name", r"the keys here are data\.train\[0\]\.path, .*\.max_rows$"),
+])
+def test_a_wrong_key_of_a_source_is_answered_with_those_of_sources(key, mend, tmp_path):
+    faults = faults_of(config(tmp_path), f"data.train=[{{path: a.jsonl, {key}: 1}}]")
+    assert len(faults) == 1 and re.match(mend, faults[0].mend), faults[0].mend
 
 
 def test_every_column_that_a_format_needs_may_be_renamed():

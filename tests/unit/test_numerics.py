@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from peftune.numerics import scores, squad
+from peftune.numerics.counted import counted
 from peftune.numerics.dealing import deal, equal_groups, padded_groups, rank_groups
 from peftune.numerics.intervals import interval, resampled_positions, resampled_sums
 from peftune.numerics.losses import (
@@ -225,3 +226,11 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one_for_many_examples():
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
     again = interval(resampled_positions(lambda at: float(values[at].mean()), 4000))
     assert again == pytest.approx((low, high), abs=0.02)
+
+
+@pytest.mark.parametrize(("count", "unit", "said"), [
+    (1, "step", "1 step"), (0, "row", "0 rows"), (2_000, "class", "2,000 classes"),
+    (2, "train example", "2 train examples"),
+])
+def test_one_of_something_is_said_without_an_s(count, unit, said):
+    assert counted(count, unit) == said

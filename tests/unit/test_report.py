@@ -11,7 +11,7 @@ import pytest
 from peftune.cli import main
 from peftune.errors import RunFolderError, guarded
 from peftune.numerics.intervals import adjusted_for_many, two_sided_p
-from peftune.observe.chart import Curve, line_chart, thinned
+from peftune.observe.chart import LEFT, Curve, line_chart, thinned
 from peftune.report.comparison import compare, joined
 from peftune.report.outcomes import outcome
 from peftune.report.page import write_report
@@ -246,3 +246,9 @@ def test_a_page_that_cannot_be_written_is_one_message(finished, tmp_path, capsys
     for runs in ([finished.folder], [finished.folder, finished.folder]):
         assert guarded(main, ["report", *map(str, runs), "--to", str(tmp_path)]) == 2
         assert f"{tmp_path}: cannot be written" in capsys.readouterr().err
+
+
+def test_the_longest_label_of_an_axis_has_room_beside_the_chart():
+    page = line_chart([Curve("peak", [(1, 0.84940), (2, 0.84953)])])
+    labels = re.findall(r'text-anchor="end">([^<]*)</text>', page.partition("<polyline")[0])[:-1]
+    assert "0.84945" in labels and max(map(len, labels)) * 7 <= LEFT  # digits of 11 px are about 6.4 wide
