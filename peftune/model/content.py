@@ -15,8 +15,9 @@ READ = ("*.safetensors", "pytorch_model*.bin", CONFIG, "adapter_config.json", "t
         "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
         "sentencepiece.bpe.model", "*.py")
 """Files that a model and its tokenizer are made of."""
-BLOCK_BYTES, MOST_BLOCKS = 2**20, 1024
-"""A file of more than these is looked at in so many places, spread evenly, where training would change some of all."""
+BLOCK_BYTES, MOST_BLOCKS = 2**18, 64
+"""A file of more than these (16 MiB) is looked at in so many places, spread evenly: training changes weights all over
+it, and each start of a run pays for the look."""
 
 
 def fingerprints(source: str, revision: str | None, others: Iterable[str] = ()) -> dict[str, str]:

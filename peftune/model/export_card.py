@@ -110,6 +110,6 @@ def _export(record: Mapping[str, Any]) -> Iterator[str]:
             "merged": f"The adapter, merged into {record['merged_into']}, as {record['dtype']}.",
             "model": f"The whole model, as {record['dtype']}."}[record["kind"]]
     rows = f"{counted(record['rows']['count'], 'row')} ({record['rows']['from']})"
-    yield (f"{what} On {rows} its logits differ from the trained model's "
-           f" by at most {record['deviation']:.3g} (tolerance {record['tolerance']:.3g}); `export.json` has the "
+    yield (f"{what} On {rows} its logits differ from the trained model's by "
+           f"at most {record['deviation']:.3g} (tolerance {record['tolerance']:.3g}); `export.json` has the "
            "checks and versions.")
