@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -48,8 +49,24 @@ def hollow_model(
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         result, _ = assemble(model, adapter, source, copy.deepcopy(model_config), auto_class, task=task,
                              new_head=new_head, seed=0, rows=rows, load=load)
+    _take_types_of_bases(result, trained_too=model.pure_bf16)
     _lie_on_cpu(result)
     return result
+
+
+def _take_types_of_bases(model: nn.Module, *, trained_too: bool) -> None:
+    """Give adapters their base layer's type, as PEFT does to those with values; trained ones may have been widened."""
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = next(module.get_base_layer().parameters(), None)
+        if base is None or not base.is_floating_point():
+            continue
+        for name in (*module.adapter_layer_names, *module.other_param_names):
+            held = vars(module)["_modules"].get(name)
+            for parameter in held.parameters() if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) else ():
+                if parameter.is_floating_point() and (trained_too or not parameter.requires_grad):
+                    parameter.data = parameter.data.to(base.dtype)
 
 
 def _lie_on_cpu(model: nn.Module) -> None:
