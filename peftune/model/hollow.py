@@ -16,7 +16,7 @@ from peftune.model.assemble import assemble
 from peftune.model.heads import head_for
 from peftune.model.hollow_tensor import HollowTensor
 from peftune.model.load import Loaded
-from peftune.model.quantize import quantise_hollow, quantised_tensors
+from peftune.model.quantize import quantise_hollow, quantised_tensors, quantization_of
 from peftune.model.vocabulary import NO_ROWS, NewRows
 
 SAME_SHAPES = ("loftq", "eva", "gaussian", "orthogonal")
@@ -29,7 +29,11 @@ def hollow_model(
 ) -> PreTrainedModel | PeftModel:
     """The model that `assemble` would give from this config, without its checkpoint. Takes no random numbers.
 
-    Attention that needs a GPU is SDPA here, which keeps the same tensors for backward.
+    Attention that needs a GPU is SDPA here, which keeps the same tensors for backward. A checkpoint that is quantised
+    already is taken to be as this project quantises.
+
+    Raises:
+        PeftuneError: it cannot be trained so (see `quantization_of`), or the adapter does not fit it.
     """
     def load(
         config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
@@ -38,8 +42,8 @@ def hollow_model(
         attention = "eager" if config.attention == "eager" else None
         made = head_for(auto_class, model_config).from_config(model_config, dtype=dtype, attn_implementation=attention,
                                       trust_remote_code=config.trust_remote_code)
-        quantise_hollow(made, config.quantization, auto_class, model_config, dtype=dtype,
-                        trust_remote_code=config.trust_remote_code)
+        kind = quantization_of(config, model_config, adapted=adapter is not None, divided=False)
+        quantise_hollow(made, kind, auto_class, model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
         return Loaded(made, ())
 
     if adapter is not None and adapter.start in SAME_SHAPES:
