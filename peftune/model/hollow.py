@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +16,7 @@ from peftune.model.assemble import assemble
 from peftune.model.heads import head_for
 from peftune.model.hollow_tensor import HollowTensor
 from peftune.model.load import Loaded
-from peftune.model.quantize import quantise_hollow, quantised_tensors
+from peftune.model.quantize import quantise_hollow, quantised_tensors, quantization_of
 from peftune.model.vocabulary import NO_ROWS, NewRows
 
 SAME_SHAPES = ("loftq", "eva", "gaussian", "orthogonal")
@@ -28,7 +29,11 @@ def hollow_model(
 ) -> PreTrainedModel | PeftModel:
     """The model that `assemble` would give from this config, without its checkpoint. Takes no random numbers.
 
-    Attention that needs a GPU is SDPA here, which keeps the same tensors for backward.
+    Attention that needs a GPU is SDPA here, which keeps the same tensors for backward. A checkpoint that is quantised
+    already is taken to be as this project quantises.
+
+    Raises:
+        PeftuneError: it cannot be trained so (see `quantization_of`), or the adapter does not fit it.
     """
     def load(
         config: ModelConfig, source: str, model_config: PreTrainedConfig, auto_class: Any, *, dtype: torch.dtype,
@@ -37,8 +42,8 @@ def hollow_model(
         attention = "eager" if config.attention == "eager" else None
         made = head_for(auto_class, model_config).from_config(model_config, dtype=dtype, attn_implementation=attention,
                                       trust_remote_code=config.trust_remote_code)
-        quantise_hollow(made, config.quantization, auto_class, model_config, dtype=dtype,
-                        trust_remote_code=config.trust_remote_code)
+        kind = quantization_of(config, model_config, adapted=adapter is not None, divided=False)
+        quantise_hollow(made, kind, auto_class, model_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
         return Loaded(made, ())
 
     if adapter is not None and adapter.start in SAME_SHAPES:
@@ -48,8 +53,24 @@ def hollow_model(
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         result, _ = assemble(model, adapter, source, copy.deepcopy(model_config), auto_class, task=task,
                              new_head=new_head, seed=0, rows=rows, load=load)
+    _take_types_of_bases(result, trained_too=model.pure_bf16)
     _lie_on_cpu(result)
     return result
+
+
+def _take_types_of_bases(model: nn.Module, *, trained_too: bool) -> None:
+    """Give adapters their base layer's type, as PEFT does to those with values; trained ones may have been widened."""
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = next(module.get_base_layer().parameters(), None)
+        if base is None or not base.is_floating_point():
+            continue
+        for name in (*module.adapter_layer_names, *module.other_param_names):
+            held = vars(module)["_modules"].get(name)
+            for parameter in held.parameters() if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) else ():
+                if parameter.is_floating_point() and (trained_too or not parameter.requires_grad):
+                    parameter.data = parameter.data.to(base.dtype)
 
 
 def _lie_on_cpu(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ activations, and chooses by batch which columns it spares, so that what lies bes
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -151,7 +152,10 @@ def quantise_hollow(
 
     from peftune.model.int8 import Int8Linear
 
-    found = loading_options(kind, auto_class, stored, dtype=dtype, device=torch.device("meta"),
+    plain = copy.deepcopy(stored)  # as if the checkpoint were not quantised already
+    if stored_kind(plain) != "none":
+        del plain.quantization_config
+    found = loading_options(kind, auto_class, plain, dtype=dtype, device=torch.device("meta"),
                             trust_remote_code=trust_remote_code)["quantization_config"]
     replace_with_bnb_linear(model, found.llm_int8_skip_modules, found)
     for module in model.modules():

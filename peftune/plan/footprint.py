@@ -122,10 +122,8 @@ class Tracer:
         """What a rank's largest pieces of work take."""
         highest = self._highest(work.candidates, road)
         others: dict[str, Bytes] = {}
-        if (rows := work.evaluated) is not None:
-            others["evaluation"] = on_the_line(*self._traced(
-                "evaluation", lambda count: trace_evaluation(self._models, count, rows, road), rows,
-                road.loss_rows, road.sharing), self._share)
+        if work.evaluated:
+            others["evaluation"] = max((self._evaluation(rows, road) for rows in work.evaluated), key=_together)
         if (generated := work.generated) is not None:
             others["generation"] = on_the_line(*self._traced(
                 "generation", lambda count: trace_generation(self._models, count, *generated), generated), self._share)
@@ -133,6 +131,11 @@ class Tracer:
         timed = self._step(longest, road)
         return Line(highest.peaks, others, timed.flops, timed.parameters, longest.tokens, self.layers,
                     self._outside())
+
+    def _evaluation(self, rows: Rows, road: Road) -> Bytes:
+        first, second = self._traced("evaluation", lambda count: trace_evaluation(self._models, count, rows, road),
+                                     rows, road.loss_rows, road.sharing)
+        return on_the_line(first, second, self._share)
 
     def _highest(self, candidates: Sequence[Candidate], road: Road) -> TracedStep:
         """The step of the micro-batch that needs most.
@@ -183,8 +186,12 @@ def _traces_of(shape: str) -> dict[Any, Any]:
     return {}
 
 
+def _together(part: Bytes) -> float:
+    return sum(part.values())
+
+
 def _peak_of(step: TracedStep) -> float:
-    return max(sum(part.values()) for part in step.peaks.values())
+    return max(map(_together, step.peaks.values()))
 
 
 def footprint(line: Line, division: Division, device: Device) -> Footprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,10 +115,11 @@ def _thinkable(case: Case) -> Iterator[tuple[str, Case]]:
             yield f"{STRATEGY} {strategy}", replace(case, division=replace(case.division, strategy=strategy))
     if model.dtype == "float32":
         yield _with(case, "model", "dtype", "bfloat16")
-    if config.adapter is not None and model.quantization == "none":
+    bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
+    if config.adapter is not None and model.quantization == "none" and bitsandbytes:
         yield _with(case, "model", "quantization", "nf4")
     if config.adapter is None:
-        if train.optimizer == "adamw":
+        if train.optimizer == "adamw" and bitsandbytes:
             yield _with(case, "train", "optimizer", "adamw_8bit")
         lora = RunConfig.model_validate({**config.model_dump(), "adapter": {"method": "lora"}})
         yield "adapter.method=lora", replace(case, config=lora)

@@ -47,7 +47,10 @@ def answered(
         PeftuneError: whatever the user can mend.
     """
     config = load(list(words))
-    if devices < 1 or sharing < 1 or devices % sharing:
+    if devices < 1:
+        raise ConfigError(Fault(kind="config", message=f"--devices {devices}: a run takes one or more",
+                                mend="--devices 1, or leave it out"))
+    if sharing < 1 or devices % sharing:
         raise ConfigError(Fault(kind="config", message=f"{devices} devices form no groups of {sharing}",
                                 mend="--devices that --sequence-parallel divides"))
     strategy = strategy_for(strategy or "auto", devices)

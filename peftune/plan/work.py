@@ -11,13 +11,23 @@ import numpy as np
 from peftune.config.schema import RunConfig
 from peftune.data.batches import BatchPlan
 from peftune.data.prepare import Prepared
+from peftune.data.store import Part
 from peftune.loop import evaluate, generate
+from peftune.loop.finish import SCORED_SPLITS, TRAIN_PART_ROWS
 from peftune.numerics.dealing import packed_groups, padded_groups, rank_groups
 from peftune.numerics.losses import IGNORE
 from peftune.plan.trace import Rows
 
 LOOKED_AT_STEPS = 256
 """Steps whose micro-batches are looked at; those of longer runs are drawn from the same rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The examples of a split to be scored: padded tokens of each, and how many of them are supervised."""
+
+    tokens: Sequence[int]
+    supervised: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +40,18 @@ class Lengths:
     """Of the whole run; 0 where it is not known without the data."""
     order: BatchPlan | None
     """Which examples a step sees; None where all are taken to be as long as the longest."""
-    evaluated: Sequence[int]
-    """Tokens of the examples to be scored; empty where there are none."""
+    evaluated: Sequence[Scored]
+    """Splits that are scored, and the part of the training rows; empty where there are none."""
     count: Callable[[int], int] | None = None
     """Position of an example -> its supervised tokens, where `supervised` is not their number: pairs count as one."""
 
     def cut(self, limit: int) -> Lengths:
         """The same examples, truncated to `limit` tokens."""
-        tokens, supervised, evaluated = ([min(size, limit) for size in sizes]
-                                         for sizes in (self.tokens, self.supervised, self.evaluated))
-        return replace(self, tokens=tokens, supervised=supervised, evaluated=evaluated)
+        def shorter(sizes: Sequence[int]) -> Sequence[int]:
+            return [min(size, limit) for size in sizes]
+
+        return replace(self, tokens=shorter(self.tokens), supervised=shorter(self.supervised), evaluated=[
+            Scored(shorter(split.tokens), shorter(split.supervised)) for split in self.evaluated])
 
     def targets(self, position: int) -> int:
         """Supervised tokens of an example, or what else there is to predict."""
@@ -81,15 +93,17 @@ class Work:
 
     candidates: tuple[Candidate, ...]
     """Micro-batches that no other one exceeds in tokens, supervised ones and padding's mask; most tokens first."""
-    evaluated: Rows | None
+    evaluated: tuple[Rows, ...]
+    """Of the batches of an evaluation that with most tokens, and that with most supervised ones."""
     generated: tuple[int, int] | None
     """Rows and tokens, the new ones among them."""
 
 
 def lengths_without_data(max_length: int, batch_size: int, steps: int, *, scored: bool) -> Lengths:
     """Every example is as long as it may be, and all of it is supervised."""
-    return Lengths(tokens=[max_length] * batch_size, supervised=[max_length] * batch_size, steps=steps, order=None,
-                   evaluated=[max_length] * batch_size if scored else ())
+    sizes = [max_length] * batch_size
+    return Lengths(tokens=sizes, supervised=sizes, steps=steps, order=None,
+                   evaluated=[Scored(sizes, sizes)] if scored else [])
 
 
 def packs(config: RunConfig) -> bool:
@@ -105,10 +119,23 @@ def lengths_of(config: RunConfig, data: Prepared) -> Lengths:
     order = BatchPlan(tokens, split.source, data.weights, train.batch_size, config.seed)
     counted = None if data.targets.kind != "pair" else functools.cache(lambda position: sum(
         int(target != IGNORE) for target in split[position].targets))
-    scored = [data.splits[name].padded_lengths for name in ("validation", "test") if name in data.splits]
     return Lengths(tokens=tokens.tolist(), supervised=np.minimum(split.num_targets, tokens).tolist(), order=order,
                    steps=order.steps(train.num_epochs, train.max_steps),
-                   evaluated=np.concatenate(scored).tolist() if scored else (), count=counted)
+                   evaluated=_scored(data), count=counted)
+
+
+def _scored(data: Prepared) -> list[Scored]:
+    """As the end of a run scores them: each split, then some of the training rows."""
+    splits = [data.splits[name] for name in SCORED_SPLITS if name in data.splits]
+    if not splits:
+        return []
+    train = data.splits["train"]
+    part = Part(train, min(TRAIN_PART_ROWS, max(map(len, splits))))
+    sizes = [(split.padded_lengths, split.num_targets) for split in splits]
+    sizes.append((part.padded_lengths, train.num_targets[part.positions]))
+    pairs = data.targets.kind == "pair"  # count as one
+    return [Scored(tokens.tolist(), (tokens if pairs else np.minimum(targets, tokens)).tolist())
+            for tokens, targets in sizes]
 
 
 def work_of(
@@ -162,17 +189,18 @@ def _steps(lengths: Lengths, batch_size: int) -> list[list[int]]:
     return [lengths.order.step(step).tolist() for step in range(min(lengths.steps, LOOKED_AT_STEPS))]
 
 
-def _evaluated(lengths: Lengths) -> Rows | None:
-    if not lengths.evaluated:
-        return None
-    groups = padded_groups(lengths.evaluated, evaluate.BUDGET_TOKENS)
-    group = max(groups, key=lambda members: len(members) * lengths.evaluated[members[0]])
-    found = tuple(lengths.evaluated[i] for i in group)
-    return Rows(found, found)
+def _evaluated(lengths: Lengths) -> tuple[Rows, ...]:
+    batches = [Rows(tuple(split.tokens[i] for i in group), tuple(split.supervised[i] for i in group))
+               for split in lengths.evaluated for group in padded_groups(split.tokens, evaluate.BUDGET_TOKENS)]
+    if not batches:
+        return ()
+    largest = max(batches, key=lambda rows: len(rows.lengths) * max(rows.lengths))
+    return largest, max(batches, key=lambda rows: sum(rows.supervised))
 
 
 def _generated(lengths: Lengths, new_tokens: int) -> tuple[int, int] | None:
     if not lengths.evaluated or not new_tokens:
         return None
-    longest = max(lengths.evaluated) + new_tokens
-    return min(len(lengths.evaluated), max(1, generate.BUDGET_TOKENS // longest)), longest
+    longest = max(max(split.tokens) for split in lengths.evaluated) + new_tokens
+    return min(max(len(split.tokens) for split in lengths.evaluated),
+               max(1, generate.BUDGET_TOKENS // longest)), longest

@@ -65,6 +65,7 @@ def watched_steps(monkeypatch) -> Iterator[list[int]]:
 @pytest.mark.parametrize(("settings", "changes"), mostly_slow([
     ("converse", ["data.layout=padded"]), ("converse", ["data.layout=packed", "train.tokens_per_micro_batch=5000"]),
     ("converse", ["adapter=null"]), ("converse", ["model.gradient_checkpointing=true", "model.dtype=bfloat16"]),
+    ("converse", ["model.pure_bf16=true", "model.dtype=bfloat16"]),
     ("converse", ["model.quantization=nf4"]), ("converse", ["model.quantization=int8"]),
     ("converse", ["train.optimizer=adamw_8bit", "adapter=null"]), ("converse", ["adapter.init_lora_weights=pissa"]),
     ("classify", ["data.layout=padded"]), ("classify", ["data.layout=packed", "adapter=null"]),
@@ -103,7 +104,7 @@ def test_a_model_of_many_layers_lies_on_the_line_through_two_small_ones(family, 
     rows = Rows((200, 90), (200, 20) if task != "sequence_classification" else (1, 1), later=True)
     road = Road(recompute, packed=False, loss_rows=50)
     whole = trace_step(Models(subject), layers, rows, road)
-    line = Tracer(subject).line(Work((Candidate(rows, 400),), None, None), road)
+    line = Tracer(subject).line(Work((Candidate(rows, 400),), (), None), road)
     assert max(counts) < layers
     assert max(sum(part.values()) for part in line.step.values()) == max(
         sum(part.values()) for name, part in whole.peaks.items())
@@ -118,7 +119,7 @@ def test_an_adapter_of_single_layers_is_traced_on_all_of_them(chosen):
     subject = subject_of(AutoConfig.for_model("llama", **SMALL, num_hidden_layers=6), adapter={"r": 2, **chosen})
     rows, road = Rows((200, 90), (200, 20), later=True), Road(False, packed=False, loss_rows=50)
     whole = trace_step(Models(subject), 6, rows, road)
-    line = Tracer(subject).line(Work((Candidate(rows, 400),), None, None), road)
+    line = Tracer(subject).line(Work((Candidate(rows, 400),), (), None), road)
     assert max(sum(part.values()) for part in line.step.values()) == max(
         sum(part.values()) for part in whole.peaks.values())
     assert line.parameters == whole.parameters
