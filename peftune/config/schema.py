@@ -198,11 +198,11 @@ class TrainConfig(Section):
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises from zero."""
     optimizer: Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """Optimizer over the trainable weights."""
+    """Optimizer over the trainable weights. sgd has a momentum of 0.9."""
     lora_plus_ratio: float | None = Field(default=None, ge=1)
     """LoRA+ (arXiv:2402.12354): how many times faster than A the matrices B learn. null is 1; the paper takes 16."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; never applied to biases and norms."""
+    """Decoupled weight decay (sgd: part of the gradient); spares biases, norms and all else of one dimension."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Bound on the global gradient norm; null clips nothing."""
     max_skipped_steps: NonNegativeInt = 3

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
@@ -71,8 +72,12 @@ def merge(model: PeftModel, name: str) -> PreTrainedModel:
     Raises:
         ModelError: the method, or this use of it, cannot merge.
     """
-    tied = _untie(model)
     method = model.active_peft_config.peft_type.value.lower()
+    homeless = _biases_without_a_place(model)
+    if homeless:
+        raise _refused(name, method, f"lora_bias = true gives {homeless[0]}, one of {len(homeless)}, a bias, and the "
+                       "layer beneath has none that it could be added to")
+    tied = _untie(model)
     try:
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
@@ -86,6 +91,13 @@ def merge(model: PeftModel, name: str) -> PreTrainedModel:
 def _refused(name: str, method: str, why: str) -> ModelError:
     return ModelError(Fault(kind="model", file=name, mend=AS_IT_IS,
                             message=f"adapter.method = {method} cannot be merged: {why}"))
+
+
+def _biases_without_a_place(model: PeftModel) -> list[str]:
+    """Layers whose adapter has a bias of its own while they have none."""
+    return [name for name, module in model.get_base_model().named_modules()
+            if isinstance(module, LoraLayer) and any(module.lora_bias.values())
+            and "bias" not in dict(module.get_base_layer().named_parameters(recurse=False))]
 
 
 def _untie(model: PeftModel) -> bool:

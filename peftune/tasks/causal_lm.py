@@ -38,7 +38,8 @@ def encode(row: Row, targets: Targets, text: TextEncoder) -> list[Example]:
     last token of the one before it, so that every token is predicted exactly once.
     """
     ids, supervised = supervised_tokens(row.fields, text, last_only=text.data.train_on == "last_turn")
-    prompt_length, reference = _last_answer(ids, supervised, text)
+    prompted = "messages" in row.fields or bool(row.fields.get("prompt"))
+    prompt_length, reference = _last_answer(ids, supervised, text) if prompted else (0, None)
     if text.data.train_on == "all":
         supervised = [True] * len(ids)
     record = {"id": row.id, "reference": reference, "source": f"{row.file}:{row.line}",
@@ -73,7 +74,7 @@ def _last_answer(ids: Sequence[int], supervised: Sequence[bool], text: TextEncod
     begin = end
     while begin > 0 and supervised[begin - 1]:
         begin -= 1
-    if all(supervised[1:]) or begin == 0 or begin >= text.max_length:
+    if begin == 0 or begin >= text.max_length:
         return 0, None
     return begin, text.tokenizer.decode(ids[begin:end], skip_special_tokens=True).strip()
 

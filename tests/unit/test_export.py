@@ -160,6 +160,16 @@ def test_a_wrong_scale_is_caught_and_nothing_is_published(run, monkeypatch, caps
     assert told["published"] is False and "logits differ by" in told["faults"][0]["message"]
 
 
+def test_biases_of_its_own_over_layers_that_have_none_are_refused_with_a_mend(run, capsys):
+    folder = run("converse", adapter={"method": "lora", "r": 4, "target_modules": ["q_proj"], "lora_bias": True})
+    capsys.readouterr()
+    assert code("export", folder, "--to", folder.parent / "wrong", "--merge") == 2
+    said = capsys.readouterr().err
+    assert "cannot be merged" in said and "q_proj" in said and "without --merge" in said and "Traceback" not in said
+    assert nothing_left(folder.parent / "wrong")
+    exported(folder, to="beside")
+
+
 @pytest.mark.parametrize("fields", [
     {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},

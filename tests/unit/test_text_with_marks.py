@@ -1,6 +1,7 @@
 """Texts that hold end-of-text and begin-of-text tokens of their own: joined documents, chats rendered before."""
 
 import pytest
+from transformers import AutoTokenizer
 
 from peftune.config.schema import DataConfig
 from peftune.data.rows import Row
@@ -61,3 +62,14 @@ def test_a_prompt_to_predict_from_begins_as_it_was_trained(decoder):
     [example] = encode(Row({"prompt": "<s>[INST] Hi [/INST]", "completion": " Hello!"}, "f", 1, "0"), NEXT_TOKEN, text)
     trained = list(example.input_ids)[: example.record["prompt_length"]]
     assert list(prompt_tokens({"prompt": "<s>[INST] Hi [/INST]"}, text).input_ids) == trained
+
+
+@pytest.mark.parametrize("prompt", ["x", "the printer"], ids=["one token", "more"])
+def test_a_prompt_is_continued_however_short_and_a_text_is_not(decoder, prompt):
+    text = TextEncoder(AutoTokenizer.from_pretrained(decoder), 1000, DataConfig(train="f"))
+    [answered] = encode(Row({"prompt": prompt, "completion": " is fine now"}, "f", 1, "0"), NEXT_TOKEN, text)
+    assert answered.record["prompt_length"] == len(text.tokenizer(prompt)["input_ids"])
+    assert answered.record["reference"] == "is fine now"
+    for fields in ({"text": prompt + " is fine now"}, {"prompt": "", "completion": "is fine now"}):
+        [whole] = encode(Row(fields, "f", 1, "0"), NEXT_TOKEN, text)
+        assert whole.record["prompt_length"] == 0 and whole.record["reference"] is None
