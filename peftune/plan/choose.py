@@ -142,13 +142,14 @@ def footprint_at(
 ) -> Footprint:
     """What a rank holds with `tokens` a micro-batch."""
     config = tracer.subject.config
-    work = work_of(lengths, tokens, batch_size=config.train.batch_size, ranks=division.hands, packed=packs(config),
-                   new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
     rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
                         divided=division.weights_too)
     few_sizes = takes_few_sizes(DTYPES[config.model.dtype], on_cpu=device.on_cpu, divided=division.sharing > 1)
-    return footprint(tracer.line(work, Road(
-        recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE, few_sizes)), division, device)
+    road = Road(recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE, few_sizes)
+    work = work_of(lengths, tokens, batch_size=config.train.batch_size, ranks=division.hands,
+                   packed=tracer.packs(road),
+                   new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
+    return footprint(tracer.line(work, road), division, device)
 
 
 def largest_that_fits(size_of: Callable[[int], int], low: int, top: int, room: int) -> int | None:

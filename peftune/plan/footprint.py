@@ -100,6 +100,14 @@ class Tracer:
         other.subject = replace(self.subject, config=config)
         return other
 
+    def packs(self, road: Road) -> bool:
+        """Whether micro-batches lie end to end: they are to, and the model's attention and adapter can be told where
+        examples end. Whether it keeps them apart is proven by a run alone."""
+        def kind_of(count: int) -> str:
+            return self._models.opened(count, road).layout.kind
+
+        return road.packed and "padded" not in self._traced("layout", kind_of, road.by_module, road.few_sizes)
+
     def states_bytes(self, division: Division) -> float:
         """What a rank's weights take, without a trace: no plan is smaller."""
         held = on_the_line(*self._states(), self._share)

@@ -42,6 +42,8 @@ class Lengths:
     """Which examples a step sees; None where all are taken to be as long as the longest."""
     evaluated: Sequence[Scored]
     """Splits that are scored, and the part of the training rows; empty where there are none."""
+    padded: Sequence[int] = ()
+    """Tokens of each with those that pad the shorter of a pair, where `tokens` has none; else empty."""
     count: Callable[[int], int] | None = None
     """Position of an example -> its supervised tokens, where `supervised` is not their number: pairs count as one."""
 
@@ -50,8 +52,9 @@ class Lengths:
         def shorter(sizes: Sequence[int]) -> Sequence[int]:
             return [min(size, limit) for size in sizes]
 
-        return replace(self, tokens=shorter(self.tokens), supervised=shorter(self.supervised), evaluated=[
-            Scored(shorter(split.tokens), shorter(split.supervised)) for split in self.evaluated])
+        return replace(
+            self, tokens=shorter(self.tokens), supervised=shorter(self.supervised), padded=shorter(self.padded),
+            evaluated=[Scored(shorter(split.tokens), shorter(split.supervised)) for split in self.evaluated])
 
     def targets(self, position: int) -> int:
         """Supervised tokens of an example, or what else there is to predict."""
@@ -119,9 +122,10 @@ def lengths_of(config: RunConfig, data: Prepared) -> Lengths:
     order = BatchPlan(tokens, split.source, data.weights, train.batch_size, config.seed)
     counted = None if data.targets.kind != "pair" else functools.cache(lambda position: sum(
         int(target != IGNORE) for target in split[position].targets))
+    padded = split.padded_lengths.tolist() if counted is not None and packs(config) else ()
     return Lengths(tokens=tokens.tolist(), supervised=np.minimum(split.num_targets, tokens).tolist(), order=order,
                    steps=order.steps(train.num_epochs, train.max_steps),
-                   evaluated=_scored(data), count=counted)
+                   evaluated=_scored(data), padded=padded, count=counted)
 
 
 def _scored(data: Prepared) -> list[Scored]:
@@ -151,6 +155,8 @@ def work_of(
         packed: whether micro-batches are packed.
         new_tokens: generated for each scored example; 0 generates nothing.
     """
+    if lengths.padded and not packed:
+        lengths = replace(lengths, tokens=lengths.padded)
     grouping = packed_groups if packed else padded_groups
     found: dict[Size, list[int]] = {}
     for positions in _steps(lengths, batch_size):

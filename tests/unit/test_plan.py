@@ -68,6 +68,7 @@ def watched_steps(monkeypatch) -> Iterator[list[int]]:
     ("converse", ["model.pure_bf16=true", "model.dtype=bfloat16"]),
     ("converse", ["model.quantization=nf4"]), ("converse", ["model.quantization=int8"]),
     ("converse", ["train.optimizer=adamw_8bit", "adapter=null"]), ("converse", ["adapter.init_lora_weights=pissa"]),
+    ("converse", ["model.attention=eager"]), ("prefer", ["model.attention=eager"]),
     ("classify", ["data.layout=padded"]), ("classify", ["data.layout=packed", "adapter=null"]),
     ("tag", []), ("answer", ["data.layout=padded"]), ("prefer", ["data.layout=padded"]), ("prefer", ["adapter=null"]),
 ], ("converse", ["data.layout=padded"]), ("converse", ["adapter=null"]), ("tag", [])), ids=str)
