@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from peftune.config.rules import RULES, strategy_faults
 from peftune.config.schema import RunConfig
 from peftune.config.sequence_rules import sequence_faults
 from peftune.plan.answer import Answer, Case, Planner
-from peftune.plan.footprint import CAUSES
 
 SAME_RESULT = ("train.tokens_per_micro_batch", "model.gradient_checkpointing", "--strategy")
 """Changes after which a run learns the same."""
@@ -132,28 +131,3 @@ def _thinkable(case: Case) -> Iterator[tuple[str, Case]]:
 def _with(case: Case, section: str, key: str, value: Any) -> tuple[str, Case]:
     part = vars(case.config)[section].model_copy(update={key: value})
     return f"{section}.{key}={str(value).lower()}", replace(case, config=case.config.model_copy(update={section: part}))
-
-
-def as_json(found: Answer, ways: list[Mend], note: str) -> dict[str, Any]:
-    """The object of `--json`: bytes are per device."""
-    return {
-        "fits": found.fits, "peak_bytes": found.found.peak_bytes, "peak_instant": found.found.peak_instant,
-        "by_cause": _rounded(found.found.instants[found.found.peak_instant]),
-        "instants": {name: _rounded(causes) for name, causes in found.found.instants.items()},
-        "parameters": {"total": found.found.parameters.total, "trainable": found.found.parameters.trainable},
-        "device": {"name": found.case.device.name, "memory_bytes": found.case.device.memory_bytes,
-                   "count": found.case.division.ranks},
-        "strategy": found.case.division.strategy,
-        "settings": {"tokens_per_micro_batch": found.choice.micro_batch_tokens,
-                     "gradient_checkpointing": found.choice.gradient_checkpointing},
-        "lengths": note,
-        "time": {"tokens_per_second": found.tokens_per_second, "seconds": found.seconds,
-                 "assumed_share_of_rate": found.case.device.reached},
-        "mends": [{"change": list(way.words), "same_result": way.same_result, "peak_bytes": way.answer.found.peak_bytes,
-                   "tokens_per_second": way.answer.tokens_per_second, "seconds": way.answer.seconds}
-                  for way in ways],
-    }
-
-
-def _rounded(causes: Mapping[str, float]) -> dict[str, int]:
-    return {cause: round(causes[cause]) for cause in CAUSES if causes.get(cause, 0.0) >= 1}

@@ -12,8 +12,8 @@ from peftune.parallel.launcher import strategy_for
 from peftune.plan.answer import Answer, Case, Planner
 from peftune.plan.devices import device_here, device_named
 from peftune.plan.divide import Division
-from peftune.plan.mends import Mend, as_json, mends
-from peftune.plan.show import rendered
+from peftune.plan.mends import Mend, mends
+from peftune.plan.show import as_json, rendered
 from peftune.tasks.text import quiet_libraries
 
 

@@ -1,8 +1,9 @@
-"""A plan for a person: a table of causes by instant, and a bar of what fills the device, at 80 columns."""
+"""A plan for a person: a table of causes by instant, and a bar of what fills the device, at 80 columns; and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from peftune.plan.answer import Answer
 from peftune.plan.footprint import CAUSES
@@ -30,6 +31,31 @@ def rendered(found: Answer, ways: list[Mend], note: str) -> str:
     ]
     return "\n".join([*(_folded(line) for line in head), "", *_table(plan.instants), "", _bar(found), "",
                       *_verdict(found, ways)])
+
+
+def as_json(found: Answer, ways: list[Mend], note: str) -> dict[str, Any]:
+    """The object of `--json`: bytes are per device."""
+    return {
+        "fits": found.fits, "peak_bytes": found.found.peak_bytes, "peak_instant": found.found.peak_instant,
+        "by_cause": _rounded(found.found.instants[found.found.peak_instant]),
+        "instants": {name: _rounded(causes) for name, causes in found.found.instants.items()},
+        "parameters": {"total": found.found.parameters.total, "trainable": found.found.parameters.trainable},
+        "device": {"name": found.case.device.name, "memory_bytes": found.case.device.memory_bytes,
+                   "count": found.case.division.ranks},
+        "strategy": found.case.division.strategy,
+        "settings": {"tokens_per_micro_batch": found.choice.micro_batch_tokens,
+                     "gradient_checkpointing": found.choice.gradient_checkpointing},
+        "lengths": note,
+        "time": {"tokens_per_second": found.tokens_per_second, "seconds": found.seconds,
+                 "assumed_share_of_rate": found.case.device.reached},
+        "mends": [{"change": list(way.words), "same_result": way.same_result, "peak_bytes": way.answer.found.peak_bytes,
+                   "tokens_per_second": way.answer.tokens_per_second, "seconds": way.answer.seconds}
+                  for way in ways],
+    }
+
+
+def _rounded(causes: Mapping[str, float]) -> dict[str, int]:
+    return {cause: round(causes[cause]) for cause in CAUSES if causes.get(cause, 0.0) >= 1}
 
 
 def _cut(name: str) -> str:
