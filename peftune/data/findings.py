@@ -38,8 +38,8 @@ class Finding:
     """One thing to look at in a split."""
 
     kind: str
-    """leak | near_leak | conflicting_label | exact_duplicate | near_duplicate | tag_scheme | lost_characters |
-    imbalance | few_examples | label_spelling | round_trip | joined_tokens | too_long | no_target."""
+    """leak | near_leak | conflicting_label | exact_duplicate | near_duplicate | tag_scheme | unwanted_answer |
+    lost_characters | imbalance | few_examples | label_spelling | round_trip | joined_tokens | too_long | no_target."""
     split: str
     message: str
     mend: str

@@ -25,6 +25,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Columns a format needs, in the order in which `auto` tries them."""
 
+ANSWERED = ("messages", "sharegpt", "alpaca", "prompt_completion")
+"""Formats whose answers are all learned."""
+MARKS = ("label", "kto_tag")
+"""Usual names, of TRL and of LLaMA-Factory, of the mark by which KTO learns which answers are wanted
+(arXiv:2402.01306)."""
+
 LOOKED_AT = 100
 """Rows of a file from which its format is found."""
 
@@ -96,6 +102,8 @@ def _canonical_row(
     except RowFault as bad:
         found.faults.add(Fault(kind="data", file=raw.file, line=raw.line, message=bad.message, mend=bad.mend))
         return None
+    if found.formats[raw.file] in ANSWERED and any(str(raw.values.get(mark)).lower() == "false" for mark in MARKS):
+        fields = {**fields, "unwanted": True}
     own_id = values.get("id")
     return Row(fields, raw.file, raw.line, str(number if own_id is None else own_id), source)
 

@@ -52,7 +52,7 @@ class Row:
     `fields` are, by format: classification: text, text_pair, label; text: text;
     prompt_completion: prompt, completion; messages, sharegpt, alpaca: messages, tools; ner: tokens, tags;
     squad: question, context, answers of text and start; preference: prompt or messages, chosen, rejected,
-    each a text or turns.
+    each a text or turns. Answers that are marked as unwanted: unwanted.
     """
 
     fields: Mapping[str, Any]

@@ -31,6 +31,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "leak": ("of {split} {are} in {others} too", "delete them from {split} or from {others}: they raise the scores"),
     "near_leak": ("of {split} nearly repeat{s} a row of {others}", "look at them; delete those that say the same"),
     "conflicting_label": ("of {split} {have} the input of an earlier row, not its {label}", "mend or delete one"),
+    "unwanted_answer": ("of {split} {are} marked as unwanted (KTO), and learned like the others",
+                        "delete them, or pair them as chosen and rejected, for task: preference"),
     "lost_characters": ("of {split} hold{s} characters that no text has", "convert the source from its own encoding"),
     "exact_duplicate": ("of {split} repeat{s} an earlier row exactly", "delete the repeats"),
     "near_duplicate": ("of {split} nearly repeat{s} an earlier row", "look at them; delete those that say the same"),
@@ -63,6 +65,7 @@ class Survey:
       that has it, in whatever split.
     - near_duplicate, near_leak: similar to an earlier row of the same, or of another split, as `NearIndex` defines it.
       Rows of the lists above are not listed again. Rows of fewer than six words are not compared.
+    - unwanted_answer: a mark beside it says that the answer is not wanted.
     - lost_characters: control characters, or U+FFFD.
     - imbalance, few_examples, label_spelling of the training rows: as `ClassCounts` has them.
     - tag_scheme: an I-X does not continue a B-X or I-X; or, where any row has an E- or S- tag, an entity does not run
@@ -104,6 +107,8 @@ class Survey:
         if repeated != number:
             self._note("exact_duplicate", split, row, f"repeats {self._where(repeated, row)}: {seen.shown!r}")
         listed = self._note_same_input(split, row, seen, number)
+        if row.fields.get("unwanted"):
+            self._note("unwanted_answer", split, row, f"{seen.shown!r}")
         self._look_at_characters(split, row)
         if self._kind == "classification" and split == self._train and not self._scores:
             label = row.fields["label"]

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from peftune.data.formats import OTHER_NAMES
+from peftune.data.formats import ANSWERED, MARKS, OTHER_NAMES
 from peftune.errors import DataError, Fault
 
 Values = Mapping[str, Any]
 
 CONTEXTS = ("context", *OTHER_NAMES["context"])
 QUESTIONS = ("question", *OTHER_NAMES["question"])
-ANSWERED = ("messages", "sharegpt", "alpaca", "prompt_completion")
-"""Formats whose answers are all learned."""
-MARKS = ("label", "kto_tag")
-"""Usual names of the mark, of TRL and of LLaMA-Factory, by which KTO learns (arXiv:2402.01306)."""
 AS_LISTS = 'where a row has several classes, write them as one list in JSON Lines: {"label": ["toxic"]}'
 
 

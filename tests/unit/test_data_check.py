@@ -147,6 +147,16 @@ def test_rows_cut_or_without_a_target_are_named(converse, write_rows, tmp_path, 
     assert report["lengths"]["train"]["longest"] <= 20
 
 
+@pytest.mark.parametrize("mark", [{"label": False}, {"label": "False"}, {"kto_tag": False}], ids=str)
+def test_answers_that_are_marked_as_unwanted_are_said(mark, converse, write_rows, tmp_path, capsys):
+    name, _ = next(iter(mark.items()))
+    rows = [{"prompt": f"Which {number}?", "completion": f"the {number} one", name: True} for number in range(9)]
+    path = write_rows("kto.jsonl", [*rows, {"prompt": "Which?", "completion": "none of your business", **mark}])
+    code, report = checked({**converse, "data": {"train": path}}, tmp_path, capsys)
+    [found] = [fault for fault in report["faults"] if fault["kind"] == "unwanted_answer"]
+    assert (code, found["severity"], found["line"]) == (0, "warning", 10) and "task: preference" in found["mend"]
+
+
 def test_answers_that_do_not_come_back_from_their_tokens_are_said(write_rows, tmp_path, capsys, encoder, decoder):
     from transformers import AutoTokenizer
 
