@@ -202,7 +202,7 @@ def test_several_processes_tokenise_as_one(encoder, write_rows, monkeypatch):
     one = prepared("one")
     assert not told
     monkeypatch.setattr(tokenise, "PARALLEL_FROM_ROWS", 1)
-    monkeypatch.setattr(tokenise, "_cores", lambda: 2)
+    monkeypatch.setattr(tokenise, "cores", lambda: 2)
     several = prepared("several")
     parts = told[0][2]
     assert len(told) == parts > 2 and ("tokenised", parts, parts) in told
