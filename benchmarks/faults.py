@@ -41,7 +41,8 @@ from benchmarks.parity import Asked, Bench, Cell, processes_of
 from benchmarks.recorded_runs import STEPS, order_of, recorded, said_at_end
 from benchmarks.recorded_train import Kill, events_of
 from benchmarks.same_runs import examples_of, rows_of, same_weights, scores_of
-from peftune.loop.checkpoint import folder_of, sha256
+from peftune.disk import sha256
+from peftune.loop.checkpoint import folder_of
 from peftune.observe.manifest import environment
 from peftune.parallel.names import STRATEGIES
 from peftune.tasks import TASKS

@@ -188,7 +188,7 @@ class Recorder:
         import peftune.build as building
         import peftune.loop.finish as ending
         import peftune.loop.fit as loop
-        from peftune.loop.checkpoint import sha256
+        from peftune.disk import sha256
         from peftune.loop.run import Run
 
         plain_load, plain_work, plain_finish = building.load_checkpoint, Run.work, ending.finish

@@ -166,10 +166,15 @@ def refuse_odd_name(name: str | None, what: str) -> None:
         name: given by the user; None is none.
         what: it names, for the message.
     """
-    plain = (name or "").encode("utf-8", "backslashreplace").decode("utf-8")
-    if name is not None and plain != name:
+    if name is not None and (plain := if_odd(name)):
         raise MachineError(Fault(kind="environment", file=plain, message=f"the name is not UTF-8 ({what})",
                                  mend="rename it, or give another"))
+
+
+def if_odd(name: str) -> str | None:
+    """How a name that is no UTF-8 can be shown; None for any other."""
+    plain = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return plain if plain != name else None
 
 
 def beyond(faults: int, shown: int) -> str:

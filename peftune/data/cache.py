@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from peftune.disk import flush, sha256
 from peftune.errors import Fault, MachineError, say
 
 SUMS = "sha256.json"
@@ -60,9 +60,9 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
         sums = _sums(draft)
         (draft / SUMS).write_text(json.dumps(sums), encoding="utf-8")
         for path in (*draft.iterdir(), draft):
-            _flush(path)
+            flush(path)
         draft.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         if not is_whole(folder):  # else another process has published the same data first
             raise _refused(folder, error, "free disk space, or set PEFTUNE_CACHE to another folder") from None
@@ -71,21 +71,7 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != SUMS:
-            with file.open("rb") as stream:
-                sums[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
-
-
-def _flush(path: Path) -> None:
-    """Wait until it is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != SUMS}
 
 
 def _refused(folder: Path, error: OSError, mend: str) -> MachineError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from peftune.config.schema import Source, Sources
 from peftune.data.hub import hub_fingerprint, read_hub, refuse_hub_settings
 from peftune.data.readers import READERS, kind_of_file
 from peftune.data.rows import Faults, RawRow, file_fault
-from peftune.errors import DataError
+from peftune.disk import sha256
+from peftune.errors import DataError, if_odd
 
 
 def as_sources(sources: Sources) -> tuple[Source, ...]:
@@ -43,7 +43,7 @@ def files_of(source: Source) -> list[Path]:
     if not files:
         raise DataError(file_fault(source.path, None, missing, _mend_missing(path)))
     for file in files:
-        refuse_odd_name(str(file))
+        refuse_odd_file(str(file))
         if file.is_dir():
             raise DataError(file_fault(str(file), None, "is a folder, among the files that match",
                                        f"a pattern of files alone, such as {path.parent / '*.jsonl'}"))
@@ -57,10 +57,9 @@ def files_of(source: Source) -> list[Path]:
     return files
 
 
-def refuse_odd_name(name: str) -> None:
+def refuse_odd_file(name: str) -> None:
     """Raise DataError for a name of a file that is no UTF-8: neither a config nor what a run writes can hold it."""
-    plain = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    if plain != name:
+    if plain := if_odd(name):
         raise DataError(file_fault(plain, None, "the name of the file is not UTF-8", "rename it"))
 
 
@@ -80,7 +79,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
     it gives itself where it is streamed."""
     files = files_of(source)
     if files:
-        content = {str(file): _sha256(file) for file in files}
+        content = {str(file): sha256(file) for file in files}
     else:
         content = {source.path: hub_fingerprint(source)}
     return {**source.model_dump(mode="json"), "content": content}
@@ -99,7 +98,7 @@ def read(source: Source, faults: Faults) -> Iterator[RawRow]:
 
 def read_records(path: str) -> list[RawRow]:
     """All records of one file. Raises DataError: missing, empty or broken."""
-    refuse_odd_name(path)
+    refuse_odd_file(path)
     if Path(path).is_dir():
         raise DataError(file_fault(path, None, "is a folder", "name one of the files in it"))
     if not Path(path).is_file():
@@ -133,8 +132,3 @@ def _mend_missing(path: Path) -> str:
             start = "" if path.is_absolute() else f"; paths begin in the current folder, {Path.cwd()}"
             return f"{path.parent} holds {', '.join(near[:8])}{start}"
     return f"paths are relative to the current folder, {Path.cwd()}"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

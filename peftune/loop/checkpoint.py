@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
+from peftune.disk import sha256
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.state import TrainState
 from peftune.model.folder import holds_weights
@@ -163,12 +163,6 @@ def differing_keys(mine: dict[str, Any], other: dict[str, Any], prefix: str = ""
 def _damaged(folder: Path, reason: str) -> RunFolderError:
     return RunFolderError(Fault(kind="run_folder", file=str(folder), message=f"damaged checkpoint: {reason}",
                                 mend="delete it; resume=auto takes the one before it"))
-
-
-def sha256(file: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def what_has_weights(run: Path) -> str:

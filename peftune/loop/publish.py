@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from peftune.disk import flush
 from peftune.errors import Fault, RunFolderError, Unwritable
 
 
@@ -178,12 +179,3 @@ def _readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

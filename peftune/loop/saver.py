@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from peftune.disk import flush, sha256
 from peftune.errors import Fault, RunFolderError, Unwritable
-from peftune.loop.checkpoint import MANIFEST, SAFE, folder_of, is_whole, outdated, sha256, verify
+from peftune.loop.checkpoint import MANIFEST, SAFE, folder_of, is_whole, outdated, verify
 from peftune.loop.publish import (
     draft_of,
-    flush,
     open_draft,
     publish_draft,
     refuse_vanished,

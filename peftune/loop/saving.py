@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from peftune.disk import flush
 from peftune.errors import EXIT_PREEMPTED, Fault, Preempted, Unwritable
 from peftune.loop.checkpoint import folder_of
-from peftune.loop.publish import clear_drafts, flush, refuse_vanished, warning_of_refusal, write_json, writing
+from peftune.loop.publish import clear_drafts, refuse_vanished, warning_of_refusal, write_json, writing
 from peftune.loop.resume import resume_of
 from peftune.loop.run import Run
 from peftune.loop.state import TrainState

@@ -121,12 +121,12 @@ def _look(data: str, task: str | None, columns: dict[str, str]) -> Guess:
         from peftune.config.rules import FORMATS
         from peftune.config.schema import Source
         from peftune.data.rows import Faults
-        from peftune.data.sources import files_of, read, refuse_odd_name
+        from peftune.data.sources import files_of, read, refuse_odd_file
         from peftune.starter.guess import Guess, guess
 
     if task is not None and task not in FORMATS:
         raise ConfigError(Fault(kind="config", message=f"--task {task} is unknown", mend=f"use {', '.join(FORMATS)}"))
-    refuse_odd_name(data)
+    refuse_odd_file(data)
     source, faults = Source(path=data), Faults()
     files = files_of(source)
     if not files:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from peftune.disk import sha256
 from peftune.errors import guarded
 from peftune.loop import saving, skipped
-from peftune.loop.checkpoint import all_checkpoints, folder_of, sha256, verify
+from peftune.loop.checkpoint import all_checkpoints, folder_of, verify
 from peftune.parallel.stop import Stop
 from peftune.train import main
 from tests.conftest import metric_rows, summary, write_config
