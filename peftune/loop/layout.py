@@ -69,7 +69,7 @@ def choose_layout(
     else:
         layout, said = Layout(kind, first, few_sizes=few_sizes), ""
         if kind == "segments" and world.device.type == "cuda":
-            packed, why = _proven(proof, replace(layout, at_once=True), division, proof.of_kernel(model_config))
+            packed, why = _proven(proof, replace(layout, at_once=True), division)
             if packed is not None:
                 return packed, why
             said = f" (one sequence's attention after another: {why})"
@@ -80,13 +80,9 @@ def choose_layout(
     return _padded(config, proof, rotating, f" ({why})")
 
 
-def _proven(
-    proof: _Proof, layout: Layout, division: Division | None, fault: str | None = None
-) -> tuple[Layout | None, str]:
+def _proven(proof: _Proof, layout: Layout, division: Division | None) -> tuple[Layout | None, str]:
     """The layout, divided where that is asked for, and what spoke against it once; or None, and what speaks against it.
-    `fault`: that is known already."""
-    if fault is not None:
-        return None, fault
+    """
     tried = proof.longest if division is None else min(proof.longest, TRIED_TOKENS)
     lengths = max(2, tried // 2), tried, 2, 2
     fault = once = proof.of_packing(layout, lengths)
@@ -131,13 +127,13 @@ class _Proof:
     """Tokens of the longest example."""
     pooled: bool
 
-    def of_kernel(self, model_config: PreTrainedConfig) -> str | None:
-        """See `kernel_fault`; the main process's word counts."""
-        return self.world.same(kernel_fault(model_config, self.world.device, self.dtype))
-
     def of_packing(self, layout: Layout, lengths: Sequence[int]) -> str | None:
-        """See `packing_fault`; the main process's word counts."""
-        return self.world.same(packing_fault(
+        """See `packing_fault` and, where a kernel takes all sequences at once, `kernel_fault`; the main process's word
+        counts."""
+        fault = None
+        if layout.at_once:
+            fault = self.world.same(kernel_fault(self.model.config, self.world.device, self.dtype))
+        return fault or self.world.same(packing_fault(
             self.model, lambda ids, packed: self._inputs(ids, layout if packed else PADDED), lengths=lengths,
             padding=self.pad_id, vocabulary=self.vocabulary, dtype=self.dtype, autocast=self.autocast,
             pooled=self.pooled))

@@ -79,7 +79,8 @@ def find_start(folder: Path, config_yaml: str, resume: str, data: dict[str, Any]
 
 def _went_on(folder: Path, resume: str) -> bool:
     """Whether the run in a folder has itself gone on from this checkpoint: given again, the command continues it."""
-    return resume_of(folder) not in (None, "auto", "never") and Path(str(resume_of(folder))) == Path(resume)
+    began = resume_of(folder)
+    return began not in (None, "auto", "never") and Path(str(began)) == Path(resume)
 
 
 def resume_of(folder: Path) -> Any:
