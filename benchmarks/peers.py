@@ -85,7 +85,7 @@ class Contest:
         config = self.folder / f"compile-{compiled}.yaml"
         config.write_text(f"base: {self.config}\nmodel: {{compile: {compiled}}}\n", encoding="utf-8")
         record = ours(config, self.folder / str(time.time_ns()), processes=1, threads=self.threads,
-                      tcmalloc=bool(preload()))
+                      tcmalloc=bool(preload()), switches={})
         return record | ({"flops_per_token": self.flops_per_token} if self.flops_per_token else {})
 
     def peer(self, python: str, chosen: Mapping[str, Any]) -> dict[str, Any]:

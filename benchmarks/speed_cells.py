@@ -51,6 +51,13 @@ class Cell:
     parts: bool = False
     """With model.compile=parts."""
 
+    @property
+    def switches(self) -> Mapping[str, str]:
+        """Environment variables of timed_train.py."""
+        return {name: "1" for name, on in {"BENCH_BARE": self.bare, "BENCH_NATIVE": self.native,
+                                           "BENCH_ANY_SIZE": self.any_size, "BENCH_ONE_BY_ONE": self.one_by_one}.items()
+                if on}
+
     def __str__(self) -> str:
         method = f"LoRA r {self.rank}" if self.rank else "all weights"
         words = [self.shape, method + (f" on {self.quantization}" if self.quantization != "none" else ""),

@@ -86,8 +86,7 @@ class Bench:
         config = self.config(cell)
         run = Path(str(config).removesuffix(".yaml")) / str(time.time_ns())
         record = ours(config, run, processes=cell.processes, threads=max(1, self.threads // cell.processes),
-                      bare=cell.bare, tcmalloc=cell.tcmalloc, native=cell.native,
-                      any_size=cell.any_size, one_by_one=cell.one_by_one)
+                      tcmalloc=cell.tcmalloc, switches=cell.switches)
         if cell.last_layers:
             return record  # the formula is of models whose layers all train
         flops = work_flops(token_rows(config, "train"), SHAPES[cell.shape],
@@ -113,8 +112,7 @@ def _turned(rows: Sequence[dict[str, str]], start: int) -> Iterator[dict[str, st
 
 
 def ours(
-    config: Path, run: Path, *, processes: int, threads: int, bare: bool = False, tcmalloc: bool = False,
-    native: bool = False, any_size: bool = False, one_by_one: bool = False,
+    config: Path, run: Path, *, processes: int, threads: int, tcmalloc: bool, switches: Mapping[str, str],
 ) -> dict[str, Any]:
     """Launch the loop with a config; the record of its steps.
 
@@ -123,18 +121,11 @@ def ours(
         run: a new run folder, which is removed again.
         processes: under DDP if there are several.
         threads: of each.
-        bare: without the loop.
         tcmalloc: preloaded; else glibc hands out memory.
-        native: with torch's own products of bfloat16 even where they are slow.
-        any_size: of packed rows, also where they would be filled up to few sizes.
-        one_by_one: attention of one packed sequence after another, also where a kernel takes all at once.
+        switches: of timed_train.py, see `Cell.switches`.
     """
     assert preload() or not tcmalloc, "tcmalloc is not installed: apt install libtcmalloc-minimal4"
-    variables = {"BENCH_STARTED": str(time.time()), **({"BENCH_BARE": "1"} if bare else {}),
-                 **({"BENCH_NATIVE": "1"} if native else {}),
-                 **({"BENCH_ANY_SIZE": "1"} if any_size else {}),
-                 **({"BENCH_ONE_BY_ONE": "1"} if one_by_one else {}),
-                 **(preload() if tcmalloc else {PRELOAD: ""})}
+    variables = {"BENCH_STARTED": str(time.time()), **switches, **(preload() if tcmalloc else {PRELOAD: ""})}
     try:
         done = launched("single" if processes == 1 else "ddp", processes, [str(config), f"output_dir={run}"],
                         script=TIMED, threads=threads, environment=variables)
@@ -143,7 +134,7 @@ def ours(
         assert ranks[0]["ranks"] == processes, "another number of processes ran than was asked for"
         record = ranks[0] | {"total_tokens": [sum(step) for step in zip(*(rank["total_tokens"] for rank in ranks))],
                              "steps_bytes": max(rank["steps_bytes"] for rank in ranks)}
-        if not bare:
+        if "BENCH_BARE" not in switches:
             summary = json.loads((run / "summary.json").read_text())
             record["evaluation_loss"] = summary["metrics"]["validation"]["loss"]
         return record
