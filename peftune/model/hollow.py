@@ -23,6 +23,14 @@ SAME_SHAPES = ("loftq", "eva", "gaussian", "orthogonal")
 """Starts of a LoRA that read weights or data and change no shape."""
 
 
+class Params4bit(HollowTensor):
+    """By the name of bitsandbytes' class PEFT tells what it has to dequantise, as for DoRA."""
+
+
+class Int8Params(HollowTensor):
+    """Likewise."""
+
+
 def hollow_model(
     model: ModelConfig, adapter: AdapterConfig | None, source: str, model_config: PreTrainedConfig, auto_class: Any, *,
     task: str, new_head: bool, rows: NewRows = NO_ROWS,
@@ -88,8 +96,11 @@ def _lie_on_cpu(model: nn.Module) -> None:
         for holder, attribute, tensor in quantised_tensors(module):
             setattr(holder, attribute, moved(tensor))
         state = vars(module).get("quant_state")
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for store in stores:
-            store.update({name: moved(tensor) for name, tensor in store.items() if tensor is not None})
+        for store in vars(module).values():  # of parameters, of buffers, and an adapter's of places or prompts
+            if isinstance(store, dict):
+                store.update({name: moved(tensor) for name, tensor in store.items() if isinstance(tensor, Tensor)})
+        weight: Any = module._parameters.get("weight")
         if state is not None:
-            module._parameters["weight"].quant_state = state  # type: ignore[union-attr]
+            weight.quant_state, weight.__class__ = state, Params4bit
+        elif type(module).__name__ == "Int8Linear":
+            weight.__class__ = Int8Params
