@@ -149,6 +149,8 @@ def use_packing(
         # towers of images and sound keep theirs: no text passes through them, and some know no other
         text = [name for name, part in vars(base.config).items() if part is base.config.get_text_config()]
         base.set_attn_implementation(dict.fromkeys(("", *text), SEGMENTS))
+        if base.config.get_text_config()._attn_implementation != SEGMENTS:
+            return None  # attention of the model's own, such as Falcon's
     elif not takes_cumulative_lengths(attention):
         return None
     if pooled:

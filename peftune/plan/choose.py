@@ -16,6 +16,7 @@ from peftune.data.prepare import Prepared
 from peftune.data.targets import Targets
 from peftune.errors import in_a_line
 from peftune.loop.road import rows_at_once
+from peftune.model.division import longest_row_matters
 from peftune.model.load import adjust_config, local_source
 from peftune.model.precision import DTYPES
 from peftune.model.vocabulary import new_rows
@@ -145,7 +146,8 @@ def footprint_at(
     rows = rows_at_once(config.model, tracer.subject.model_config, torch.device("cpu" if device.on_cpu else "cuda"),
                         divided=division.weights_too)
     few_sizes = takes_few_sizes(DTYPES[config.model.dtype], on_cpu=device.on_cpu, divided=division.sharing > 1)
-    road = Road(recompute, packs(config), rows, division.sharing, division.strategy in BY_MODULE, few_sizes)
+    packed = packs(config) and not longest_row_matters(tracer.subject.model_config, lengths.longest)
+    road = Road(recompute, packed, rows, division.sharing, division.strategy in BY_MODULE, few_sizes)
     work = work_of(lengths, tokens, batch_size=config.train.batch_size, ranks=division.hands,
                    packed=tracer.packs(road),
                    new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)

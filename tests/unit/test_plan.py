@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from shutil import copyfile
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 import peftune.loop.fit as loop
 from peftune.cli import main
 from peftune.config.schema import RunConfig
+from peftune.data.batches import BatchPlan
 from peftune.errors import guarded
 from peftune.model.load import adjust_config
 from peftune.model.quantize import quantised_tensors
@@ -27,7 +29,7 @@ from peftune.plan.layers import traced_layers
 from peftune.plan.live import LiveBytes
 from peftune.plan.models import Models, Road, Subject
 from peftune.plan.trace import Rows, trace_step
-from peftune.plan.work import Candidate, Work, lengths_without_data
+from peftune.plan.work import Candidate, Lengths, Work, lengths_without_data
 from peftune.tasks import TASKS
 from peftune.train import main as training
 from tests.conftest import ROOT, mostly_slow, summary, write_config
@@ -152,6 +154,23 @@ def test_the_optimizer_keeps_its_state_while_the_model_is_scored(strategy):
     division = Division(strategy, 1 if strategy == "single" else 2)
     found = footprint_at(Tracer(subject), lengths, 64, recompute=False, division=division, device=TENSORS).instants
     assert found["evaluation"]["optimizer"] == found["generation"]["optimizer"] == found["step"]["optimizer"] > 0
+
+
+@pytest.mark.parametrize(("family", "sizes", "packed"), [
+    ("llama", {}, True), ("falcon", {"alibi": False}, False), ("phi3", {
+        "pad_token_id": 0, "original_max_position_embeddings": 90, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, False)])
+def test_a_model_that_trains_padded_is_planned_so(family, sizes, packed):
+    lengths = np.array([100, 20, 40, 60] * 4)
+    order = BatchPlan(lengths, np.zeros(16, int), (1.0,), 16, 0)
+
+    def planned(layout):
+        config = AutoConfig.for_model(family, **{**SMALL, "num_hidden_layers": 2, **sizes})
+        tracer = Tracer(subject_of(config, data={"train": "none.jsonl", "layout": layout}))
+        known = Lengths(tokens=lengths.tolist(), supervised=lengths.tolist(), steps=1, order=order, evaluated=())
+        return footprint_at(tracer, known, 250, recompute=False, division=Division(), device=TENSORS)
+
+    assert (planned("auto") != planned("padded")) == packed
 
 
 @pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
