@@ -17,7 +17,8 @@ from peftune.errors import ConfigError, Fault
 from peftune.model.device_attention import kernel_fault
 from peftune.model.division import WHOLE, division_fault, longest_row_matters
 from peftune.model.load import first_position
-from peftune.model.packing import RELATIVE_TOLERANCE, packing_fault, use_packing
+from peftune.model.packing import use_packing
+from peftune.model.packing_proof import RELATIVE_TOLERANCE, packing_fault
 from peftune.model.padding import padding_fault
 from peftune.model.precision import DTYPES
 from peftune.numerics.few_shapes import takes_few_sizes
@@ -65,7 +66,7 @@ def choose_layout(
     if rotating:
         why = rotating
     elif kind is None or (kind == "varlen" and division is not None):
-        why = f"{model_config._attn_implementation} attention or the adapter cannot be told where examples end"
+        why = f"{model_config._attn_implementation} attention, a layer or the adapter cannot be told where examples end"
     else:
         layout, said = Layout(kind, first, few_sizes=few_sizes), ""
         if kind == "segments" and world.device.type == "cuda":

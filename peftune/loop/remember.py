@@ -16,7 +16,7 @@ from peftune.loop.known_states import StateFile
 from peftune.loop.run import Run
 from peftune.model.frozen_layers import FrozenLayers, frozen_beginning
 from peftune.model.outputs import logits_of
-from peftune.model.packing import RELATIVE_TOLERANCE
+from peftune.model.packing_proof import RELATIVE_TOLERANCE
 from peftune.model.precision import DTYPES
 from peftune.model.proof import UNPROVEN, why_unproven
 

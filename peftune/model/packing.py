@@ -5,11 +5,9 @@ Shape letters: H heads, T tokens, D head size, N sequences of equal length, L th
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate, chain, groupby
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -26,16 +24,11 @@ from peftune.model import device_attention
 from peftune.model.adapters import base_of
 from peftune.model.cpu_attention import attend, attends
 from peftune.model.division import Exchange, attend_whole
-from peftune.model.outputs import logits_of, places, takes_places
-from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
 from peftune.numerics.few_shapes import filled_up
 from peftune.numerics.transfer import ends_of, to_device
 
 SEGMENTS = "sdpa_segments"
 """Our name among transformers' attention functions: SDPA, on each sequence alone where lengths are given."""
-RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference between packed and separate logits, as a share of the largest logit: room for kernels that sum
-in another order. A wrong position or mask is far beyond it."""
 
 
 def segment_attention(
@@ -138,13 +131,15 @@ def use_packing(
         few_sizes: a row that is packed here is filled up, see `Layout.few_sizes`.
 
     Returns:
-        segments or varlen; None where this attention or adapter cannot keep sequences apart.
+        segments or varlen; None where its attention, its other layers or its adapter cannot keep sequences apart.
     """
     base = base_of(model)
     if isinstance(model, PeftModel) and _adapts_by_row(model.active_peft_config):
         return None
     attention = base.config._attn_implementation
     if attention in ("sdpa", SEGMENTS):
+        if getattr(base, "_is_stateful", False):
+            return None  # layers that go on from token to token, such as Mamba's
         register()
         # towers of images and sound keep theirs: no text passes through them, and some know no other
         text = [name for name, part in vars(base.config).items() if part is base.config.get_text_config()]
@@ -230,64 +225,3 @@ def in_rows(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
 def _places_in_rows(lengths: Sequence[int]) -> np.ndarray:
     """[T] int64: where the tokens of sequences lie when each is a row filled up to the longest, rows end to end."""
     return np.flatnonzero(np.arange(max(lengths)) < np.asarray(lengths)[:, None])
-
-
-Inputs = dict[str, Any]
-
-
-@torch.no_grad()
-def packing_fault(
-    model: nn.Module, lay_out: Callable[[Sequence[Sequence[int]], bool], Inputs], *, lengths: Sequence[int],
-    vocabulary: int, padding: int, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[None]],
-    pooled: bool,
-) -> str | None:
-    """Prove on random tokens that packed sequences are computed as if each were alone; else say what differs.
-
-    Two proofs: another first sequence leaves the logits of the others as they were, bit for bit; and the packed
-    logits are those of padded rows, up to rounding.
-
-    Args:
-        model: prepared by `use_packing`, with its adapter.
-        lay_out: sequences of ids, and whether to pack them -> inputs of the model.
-        lengths: of the sequences to try, at least two.
-        vocabulary: ids are drawn below it.
-        padding: the one id that is not drawn, since some models look for it.
-        dtype: of the matrix products, which decides what rounding may do.
-        autocast: precision of the forward pass.
-        pooled: logits are one row a sequence, not one a token.
-    """
-    first, other, *rest = random_sequences((lengths[0], *lengths), vocabulary=vocabulary, padding=padding)
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast():
-            packed = _some_logits(model, lay_out([first, *rest], True), lengths, pooled)
-            changed = _some_logits(model, lay_out([other, *rest], True), lengths, pooled)
-            separate = _some_logits(model, lay_out([first, *rest], False), lengths, pooled, padded=True)
-    except UNPROVEN as error:
-        return why_unproven(error)
-    finally:
-        model.train(was_training)
-    if not all(torch.equal(a, b) for a, b in zip(packed[1:], changed[1:], strict=True)):
-        return "packed examples read each other"
-    deviation = max((a - b).abs().max().item() for a, b in zip(packed, separate, strict=True))
-    largest = max(b.abs().max().item() for b in separate)
-    if not deviation <= RELATIVE_TOLERANCE[dtype] * largest:
-        return f"packed logits differ from separate ones by {deviation:.3g} (largest logit {largest:.3g})"
-    return None
-
-
-def _some_logits(
-    model: nn.Module, inputs: Inputs, lengths: Sequence[int], pooled: bool, *, padded: bool = False
-) -> list[Tensor]:
-    """By sequence: its logits, at a few places where the model can be asked for those alone."""
-    if pooled:
-        return list(logits_of(model, inputs))
-    few = takes_places(model)
-    begins = [0] * len(lengths) if padded else [0, *accumulate(lengths[:-1])]
-    looked_at = [[begin + at for at in (places(length) if few else range(length))]
-                 for begin, length in zip(begins, lengths, strict=True)]
-    asked, device = sorted({*chain(*looked_at)}), inputs["input_ids"].device
-    logits = logits_of(model, inputs | ({"logits_to_keep": torch.tensor(asked, device=device)} if few else {}))
-    rows = logits if padded else logits.expand(len(lengths), -1, -1)
-    return [row[[bisect_left(asked, place) for place in own]] for row, own in zip(rows, looked_at, strict=True)]

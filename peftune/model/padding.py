@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftune.errors import Fault, ModelError, in_a_line
 from peftune.model.outputs import logits_of
-from peftune.model.packing import RELATIVE_TOLERANCE, Inputs
+from peftune.model.packing_proof import RELATIVE_TOLERANCE, Inputs
 from peftune.model.proof import UNPROVEN, random_sequences, why_unproven
 
 TRIED_TOKENS = 64

@@ -148,8 +148,8 @@ def footprint_at(
     few_sizes = takes_few_sizes(DTYPES[config.model.dtype], on_cpu=device.on_cpu, divided=division.sharing > 1)
     packed = packs(config) and not longest_row_matters(tracer.subject.model_config, lengths.longest)
     road = Road(recompute, packed, rows, division.sharing, division.strategy in BY_MODULE, few_sizes)
-    work = work_of(lengths, tokens, batch_size=config.train.batch_size, ranks=division.hands,
-                   packed=tracer.packs(road),
+    road = replace(road, packed=tracer.packs(road))
+    work = work_of(lengths, tokens, batch_size=config.train.batch_size, ranks=division.hands, packed=road.packed,
                    new_tokens=config.evaluation.max_new_tokens if tracer.subject.task.generates else 0)
     return footprint(tracer.line(work, road), division, device)
 

@@ -18,7 +18,7 @@ from peftune.plan.divide import Division, divided
 from peftune.plan.layers import Bytes, adapts_all_alike, on_the_line, traced_layers
 from peftune.plan.live import START
 from peftune.plan.models import Models, Road, Subject
-from peftune.plan.trace import Rows, TracedStep, trace_evaluation, trace_generation, trace_step
+from peftune.plan.trace import Rows, TracedStep, lies_end_to_end, trace_evaluation, trace_generation, trace_step
 from peftune.plan.work import Candidate, Work
 
 CAUSES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits_and_loss", "temporaries",
@@ -103,10 +103,8 @@ class Tracer:
     def packs(self, road: Road) -> bool:
         """Whether micro-batches lie end to end: they are to, and the model's attention and adapter can be told where
         examples end. Whether it keeps them apart is proven by a run alone."""
-        def kind_of(count: int) -> str:
-            return self._models.opened(count, road).layout.kind
-
-        return road.packed and "padded" not in self._traced("layout", kind_of, road.by_module, road.few_sizes)
+        return road.packed and all(self._traced(
+            "layout", lambda count: lies_end_to_end(self._models, count, road), road.by_module, road.few_sizes))
 
     def states_bytes(self, division: Division) -> float:
         """What a rank's weights take, without a trace: no plan is smaller."""

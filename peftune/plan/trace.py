@@ -19,6 +19,7 @@ from peftune.data.layouts import PADDED, Layout, lay_out
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.step import StepWork, train_step
 from peftune.model.assemble import Parameters, count
+from peftune.model.packing_proof import hears_lengths
 from peftune.model.precision import autocast
 from peftune.numerics.losses import IGNORE
 from peftune.parallel.single import Single
@@ -55,6 +56,16 @@ class TracedStep:
     flops: float
     """Of its micro-batch, forward and backward."""
     parameters: Parameters
+
+
+def lies_end_to_end(models: Models, layers: int, road: Road) -> bool:
+    """Whether a model of `layers` layers takes packed micro-batches, as far as that shows without values."""
+    opened, subject = models.opened(layers, road), models.subject
+    if opened.layout.kind != "segments":
+        return opened.layout.kind != "padded"
+    inputs = batch_of(subject, Rows((3, 2), (1, 1)), opened.layout).inputs
+    with autocast(subject.config.model, CPU)():
+        return hears_lengths(opened.model, inputs)
 
 
 def trace_step(models: Models, layers: int, rows: Rows, road: Road) -> TracedStep:

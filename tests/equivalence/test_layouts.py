@@ -29,7 +29,8 @@ from peftune.data.targets import Targets
 from peftune.model import packing
 from peftune.model.next_token import end_in_losses
 from peftune.model.outputs import LOOKED_AT
-from peftune.model.packing import packing_fault, use_packing
+from peftune.model.packing import use_packing
+from peftune.model.packing_proof import packing_fault
 from peftune.model.reference import reference_of
 from peftune.numerics.losses import IGNORE
 from peftune.tasks import TASKS

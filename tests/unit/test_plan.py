@@ -157,7 +157,9 @@ def test_the_optimizer_keeps_its_state_while_the_model_is_scored(strategy):
 
 
 @pytest.mark.parametrize(("family", "sizes", "packed"), [
-    ("llama", {}, True), ("falcon", {"alibi": False}, False), ("phi3", {
+    ("llama", {}, True), ("falcon", {"alibi": False}, False), ("nemotron", {"num_key_value_heads": 4}, False),
+    ("qwen3_5_text", {"num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 4,
+                      "linear_key_head_dim": 16, "linear_value_head_dim": 16}, False), ("phi3", {
         "pad_token_id": 0, "original_max_position_embeddings": 90, "rope_parameters": {
             "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, False)])
 def test_a_model_that_trains_padded_is_planned_so(family, sizes, packed):
