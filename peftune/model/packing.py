@@ -138,7 +138,7 @@ def use_packing(
         return None
     attention = base.config._attn_implementation
     if attention in ("sdpa", SEGMENTS):
-        if getattr(base, "_is_stateful", False):
+        if base._is_stateful:
             return None  # layers that go on from token to token, such as Mamba's
         register()
         # towers of images and sound keep theirs: no text passes through them, and some know no other
