@@ -295,6 +295,13 @@ def test_numbers_that_suit_no_key_of_ours_are_named_and_the_rest_is_taken_over(h
         assert f"not taken over: {said}" in left
 
 
+def test_columns_that_do_not_suit_a_chosen_task_are_answered_with_another_choice(here):
+    (here / "t.csv").write_text("Message,Team\nhello there,a\nbye now,b\nhow are you,a\nso long,b\n")
+    said = faults_of("t.csv", "--task", "question_answering")
+    assert "Message, Team do not suit the task (question_answering: question, context)" in said
+    assert "choose another --task" in said
+
+
 @pytest.mark.parametrize(("stage", "beta"), [("sft", 0.1), ("dpo", 0.3)])
 def test_a_key_of_preferences_is_taken_over_with_preferences_alone(stage, beta, here, capsys):
     (here / "lf.yaml").write_text(f"{{model_name_or_path: m, stage: {stage}, finetuning_type: lora, dataset: d, "
