@@ -1,4 +1,4 @@
-"""Settings of the data section that would change nothing, or that contradict themselves: refused, not ignored."""
+"""Settings that would change nothing, or data settings that contradict themselves: refused, not ignored."""
 
 from __future__ import annotations
 
@@ -70,5 +70,24 @@ DATA_RULES: tuple[Refusal[RunConfig], ...] = (
     Refusal(
         "data.chat_template", lambda c: c.data.chat_template is not None and c.task not in GENERATIVE,
         "only conversations are rendered by a chat template", "data.chat_template=null, or task=causal_lm",
+    ),
+    Refusal(
+        "train.dpo_beta", lambda c: c.train.dpo_beta != 0.1 and c.task != "preference",
+        "only preferences are learned beside a reference model", "train.dpo_beta=0.1, or task=preference",
+    ),
+    Refusal(
+        "evaluation.n_best", lambda c: c.evaluation.n_best != 20 and c.task != "question_answering",
+        "only questions have ranked answers", "evaluation.n_best=20, or task=question_answering",
+    ),
+    Refusal(
+        "evaluation.max_answer_tokens",
+        lambda c: c.evaluation.max_answer_tokens != 30 and c.task != "question_answering",
+        "only answers to questions are looked for in a text; evaluation.max_new_tokens bounds generated ones",
+        "evaluation.max_answer_tokens=30, or task=question_answering",
+    ),
+    Refusal(
+        "evaluation.no_answer_threshold",
+        lambda c: c.evaluation.no_answer_threshold != 0 and c.task != "question_answering",
+        "only questions may go without an answer", "evaluation.no_answer_threshold=0, or task=question_answering",
     ),
 )

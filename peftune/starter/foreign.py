@@ -118,7 +118,7 @@ def translate(path: str, dialect: Dialect, devices: int) -> Translation:
             found.leave(key, value, "all weights train, without an adapter")
         elif words is not None and value not in list(words):  # a list or a mapping is no key
             found.leave(key, value, f"{ours} takes {', '.join(dict.fromkeys(map(str, words.values())))}")
-        elif unsuited := _unsuited(ours, value):
+        elif unsuited := _unsuited(ours, value, found.ours["task"]):
             found.leave(key, value, unsuited)
         else:
             found.ours[ours] = value if words is None else words[value]
@@ -131,12 +131,12 @@ def translate(path: str, dialect: Dialect, devices: int) -> Translation:
     return found
 
 
-def _unsuited(key: str, value: Any) -> str:
-    """What our key takes, where a number of theirs does not suit it: -1 for no bound, or a share of the steps."""
+def _unsuited(key: str, value: Any, task: str) -> str:
+    """What our key takes, where a number of theirs does not suit it or the task: -1, or a share of steps."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     section, _, name = key.partition(".")
-    values: dict[str, Any] = {"task": "causal_lm", "model": {"name_or_path": "any"}, "data": {"train": "any"}}
+    values: dict[str, Any] = {"task": task, "model": {"name_or_path": "any"}, "data": {"train": "any"}}
     values[section] = {**values.get(section, {}), name: value} if name else value
     return "".join(f"{key}: {fault.mend}" for fault in faults_of(lambda: validate(Document(values)))[:1])
 

@@ -105,8 +105,11 @@ def _fitting(
                               mend=f"mend the rows, or {_which(formats)}"))
     names = dict.fromkeys(name for row in rows for name in row)
     wanted = "; ".join(f"{TASK_OF[name]}: {', '.join(COLUMNS[name])}" for name in formats)
-    raise DataError(Fault(kind="data", file=file, message=f"columns {', '.join(names)} suit no task ({wanted})",
-                          mend=_which(formats)))
+    alone = len({TASK_OF[name] for name in formats}) == 1
+    raise DataError(Fault(
+        kind="data", file=file,
+        message=f"columns {', '.join(names)} {'do not suit the task' if alone else 'suit no task'} ({wanted})",
+        mend=("choose another --task, or " if alone else "") + _which(formats)))
 
 
 def _which(formats: Sequence[str]) -> str:

@@ -220,7 +220,8 @@ def test_every_rule_can_be_broken_and_says_the_mend(rule, tmp_path):
         ["task=sequence_classification", "data.labels=[a, a]"],
         ["task=causal_lm", "data.problem_type=regression"],
         ["task=sequence_classification", "data.chat_template=none.jinja"],
-        ["task=causal_lm", "data.subtokens=all"], ["task=causal_lm", "data.doc_stride=64"],
+        ["task=causal_lm", "data.subtokens=all", "data.doc_stride=64", "train.dpo_beta=0.5", "evaluation.n_best=5",
+         "evaluation.max_answer_tokens=5", "evaluation.no_answer_threshold=1"],
     ]
     said = [fault for overrides in breaking for fault in faults_of(config(tmp_path), *overrides)]
     assert any(rule.why in fault.message and fault.mend == rule.mend for fault in said)

@@ -295,6 +295,22 @@ def test_numbers_that_suit_no_key_of_ours_are_named_and_the_rest_is_taken_over(h
         assert f"not taken over: {said}" in left
 
 
+def test_columns_that_do_not_suit_a_chosen_task_are_answered_with_another_choice(here):
+    (here / "t.csv").write_text("Message,Team\nhello there,a\nbye now,b\nhow are you,a\nso long,b\n")
+    said = faults_of("t.csv", "--task", "question_answering")
+    assert "Message, Team do not suit the task (question_answering: question, context)" in said
+    assert "choose another --task" in said
+
+
+@pytest.mark.parametrize(("stage", "beta"), [("sft", 0.1), ("dpo", 0.3)])
+def test_a_key_of_preferences_is_taken_over_with_preferences_alone(stage, beta, here, capsys):
+    (here / "lf.yaml").write_text(f"{{model_name_or_path: m, stage: {stage}, finetuning_type: lora, dataset: d, "
+                                  "pref_beta: 0.3}")
+    init("--from-llamafactory", "lf.yaml", "--to", "c.yaml")
+    assert load(["c.yaml"]).train.dpo_beta == beta
+    assert ("not taken over: pref_beta: 0.3" in capsys.readouterr().out) == (stage == "sft")
+
+
 def test_every_file_and_type_of_axolotls_data_sets_is_taken_over_or_named(here, capsys):
     (here / "ax.yml").write_text(
         "{base_model: m, datasets: [{path: json, data_files: [a.jsonl, b.jsonl], type: completion}, "
