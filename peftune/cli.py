@@ -221,16 +221,14 @@ def _predict(parsed: argparse.Namespace) -> int:
     with without_search_for_garbage():
         from peftune.loop.finish import prediction_lines, prediction_table
         from peftune.loop.publish import write_text
-        from peftune.reopen import open_trained, opened, predict_file
+        from peftune.reopen import opened, predict_file
 
     if os.path.exists(parsed.input) and os.path.exists(parsed.output) and os.path.samefile(parsed.input, parsed.output):
         raise MachineError(Fault(kind="environment", file=parsed.output, message="--output is the --input",
                                  mend="give another --output"))
     refuse_unwritable(parsed.output, "--output")
     with opened(only_json=False) as (world, display):
-        trained = open_trained(parsed.model, parsed.config, world, display)
-        with display.phase("predict"):
-            records = predict_file(trained, parsed.input)
+        records = predict_file(parsed.model, parsed.config, parsed.input, world, display)
         written = prediction_table if parsed.output.endswith(".csv") else prediction_lines
         if world.is_main:
             with writing_to(parsed.output, "--output"):

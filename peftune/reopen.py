@@ -170,13 +170,18 @@ def open_split(trained: Trained, split: str) -> Split:
     return prepared.splits[split]
 
 
-def predict_file(trained: Trained, path: str) -> list[Record]:
-    """Predictions for the records of a JSON Lines file, in its order, with each record's own `id` or its row number.
+def predict_file(name: str, config_path: str | None, path: str, world: World, display: Display) -> list[Record]:
+    """Predictions for the records of a file, in its order, with each record's own `id` or its row number. The file is
+    read before the model.
 
     Raises:
-        DataError: records that cannot be predicted from, with their lines.
+        DataError: no such file, or records that cannot be predicted from, with their lines.
+        RunFolderError, ConfigError: as `open_trained`.
     """
-    return predict_rows(trained, read_records(path))
+    rows = read_records(path)
+    trained = open_trained(name, config_path, world, display)
+    with display.phase("predict"):
+        return predict_rows(trained, rows)
 
 
 def predict_rows(trained: Trained, rows: Iterable[RawRow]) -> list[Record]:

@@ -222,11 +222,11 @@ def test_predictions_never_take_the_place_of_their_input(tmp_path):
     assert rows.read_text() == '{"text": "a"}\n'
 
 
-def test_an_input_that_is_missing_is_said_though_the_output_is_there(classify, train, tmp_path, capsys):
-    folder, output = train({**classify, "train": {**classify["train"], "max_steps": 1}}), tmp_path / "old.jsonl"
+def test_an_input_that_is_missing_is_said_before_the_model_is_opened(tmp_path, capsys):
+    output = tmp_path / "old.jsonl"
     output.write_text("old")
-    assert guarded(main, ["predict", str(folder), "--input", str(tmp_path / "no.jsonl"), "--output", str(output)]) == 2
-    assert "no such file" in capsys.readouterr().err and output.read_text() == "old"
+    assert guarded(main, ["predict", "run", "--input", str(tmp_path / "no.jsonl"), "--output", str(output)]) == 2
+    assert "no.jsonl: no such file" in capsys.readouterr().err and output.read_text() == "old"
 
 
 @pytest.mark.parametrize("words", [["predict", "run", "--input", "rows.jsonl"], ["evaluate", "run"]])
