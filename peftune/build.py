@@ -40,7 +40,7 @@ from peftune.loop.lock import FolderLock
 from peftune.loop.optimizer import build_optimizer
 from peftune.loop.publish import write_json, write_text, writing
 from peftune.loop.remember import remember
-from peftune.loop.resume import Start, find_start, keep_best, refuse_begun, same_model
+from peftune.loop.resume import Start, find_start, keep_best, refuse_begun, same_model, starts
 from peftune.loop.road import road_notes
 from peftune.loop.run import Every, Run
 from peftune.loop.saver import Saver
@@ -208,7 +208,8 @@ def _run(
     state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, strategy)
     if start.checkpoint is not None:
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
-    world.on_main(writing(folder)(lambda: _open_folder(config, folder, lock, start, strategy, data, text, facts)))
+    opening = functools.partial(_open_folder, config, folder, lock, start, strategy, data, text, facts, state.step)
+    world.on_main(writing(folder)(opening))
     check_output_is_shared(world, folder / "manifest.json")
     state = world.on_main(functools.partial(keep_best, state, start.checkpoint, folder, display.warn))
     journal = _journal(config, folder, world, display, keep_rows=start.rows_kept(folder, state))
@@ -236,15 +237,16 @@ def _journal(config: RunConfig, folder: Path, world: World, display: Display, *,
 
 def _open_folder(
     config: RunConfig, folder: Path, lock: FolderLock, start: Start, strategy: Strategy, data: Prepared, text: Text,
-    facts: dict[str, Any],
+    facts: dict[str, Any], step: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
     refuse_begun(folder, start)
     tidy(folder)
     write_text(folder / "config.yaml", dump(config))  # first: it says that this is a run's folder
+    now = {**environment(strategy.world.device), "strategy": strategy.name, "world_size": strategy.world.ranks}
     write_json(folder / "manifest.json", {
-        **environment(strategy.world.device), "strategy": strategy.name, "world_size": strategy.world.ranks,
+        **now, "starts": starts(start.checkpoint, step, now),
         "model": {"source": text.source, "revision": config.model.revision, "chat_template": text.template,
                   **{key: value for key, value in facts.items() if key != "memory"}},
         "memory": facts["memory"],

@@ -14,7 +14,7 @@ import yaml
 from peftune.errors import Fault, RunFolderError
 from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, verify
 from peftune.loop.lock import LOCK, refuse_unmakeable
-from peftune.loop.publish import draft_of, published, recover, write_text
+from peftune.loop.publish import draft_of, published, read_json, recover, write_text
 from peftune.loop.state import TrainState
 
 STEP = "step.txt"
@@ -135,6 +135,22 @@ def same_model(folder: Path, checkpoint: Path | None, content: dict[str, str]) -
             raise _error(began, f"holds a run of another model. Changed since: {', '.join(changed)}",
                          "choose another output_dir, or put back what the run began with")
     return content
+
+
+def starts(checkpoint: Path | None, step: int, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where the steps were made that are in a run's weights: what each start ran on, and after which step, `now` last.
+
+    Args:
+        checkpoint: that the run continues from; None if it begins.
+        step: of the checkpoint, else 0.
+        now: versions, devices, strategy and processes of this start.
+
+    Raises:
+        RunFolderError: the manifest of the run so far cannot be read.
+    """
+    manifest = None if checkpoint is None else checkpoint.resolve().parent.parent / "manifest.json"
+    earlier = read_json(manifest).get("starts", []) if manifest is not None and manifest.is_file() else []
+    return [*(start for start in earlier if start["after_step"] < step), {"after_step": step, **now}]
 
 
 def write_step(folder: Path, step: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -134,7 +135,21 @@ def facts(run: Finished) -> list[tuple[str, str]]:
         ("machine", f"{summary['world_size']} x {manifest['device']}, {summary['strategy']}; {manifest['platform']}"),
         ("peftune", f"{manifest['peftune']}, commit {manifest['commit'] or 'unknown'}"),
         ("python", f"{manifest['python']}; {packages}"),
+        *([("starts", _starts(manifest["starts"]))] if len(manifest.get("starts", [])) > 1 else []),
     ]
+
+
+def _starts(starts: Sequence[Mapping[str, Any]]) -> str:
+    """What a run that was interrupted ran on from which step on, and what was another version than before."""
+    said: list[str] = []
+    before: dict[str, Any] = {}
+    for start in starts:
+        versions = {"peftune": start["peftune"], "python": start["python"], **start["packages"]}
+        changed = [f"{name} {version}" for name, version in versions.items() if before.get(name, version) != version]
+        said.append(f"{start['strategy']} on {start['world_size']} x {start['device']} after step {start['after_step']}"
+                    + (f" with {', '.join(changed)}" if changed else ""))
+        before = versions
+    return "; ".join(said)
 
 
 def _planned(summary: Metrics) -> str:

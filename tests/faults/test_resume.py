@@ -91,6 +91,24 @@ def test_a_named_checkpoint_continues_in_another_folder(classify, train, tmp_pat
         row["loss"] for row in metric_rows(first, "train")][2:]
 
 
+def test_what_each_start_ran_on_is_kept_and_shown(classify, train):
+    often = {**classify, "checkpoint": {"every_steps": 2, "keep": 9}}
+    first = train(often, name="first")
+    manifest = json.loads((first / "manifest.json").read_text())
+    (only,) = manifest["starts"]
+    assert only == {"after_step": 0, **{key: manifest[key] for key in only if key != "after_step"}}
+    assert {"packages", "commit", "device", "strategy", "world_size"} < {*only}
+    older = {**only, "packages": {**only["packages"], "torch": "2.0.0"}}
+    done_again = {**older, "after_step": 2}
+    (first / "manifest.json").write_text(json.dumps({**manifest, "starts": [older, done_again]}))
+    second = train(often, f"resume={first / 'checkpoints' / 'step-000002'}", name="second")
+    third = train(often, f"resume={second / 'checkpoints' / 'step-000004'}", name="third")
+    assert json.loads((third / "manifest.json").read_text())["starts"] == [
+        older, {**only, "after_step": 2}, {**only, "after_step": 4}]
+    assert f"after step 2 with torch {only['packages']['torch']}; " in (third / "report.html").read_text()
+    assert "after step" not in (first / "report.html").read_text()
+
+
 def test_patience_stops_early_and_best_is_kept(classify, train):
     settings = {**classify, "evaluation": {"every_steps": 1, "patience": 2, "metric": "loss"}}
     settings["train"] = {**settings["train"], "learning_rate": 0.3, "max_steps": 40, "lr_scheduler": "constant",
