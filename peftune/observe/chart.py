@@ -39,7 +39,7 @@ def line_chart(curves: Sequence[Curve]) -> str:
     x_low, x_high, (y_low, y_high) = min(xs), max(xs), _span(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / max(x_high - x_low, 1e-12)
+        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 1.0  # a single step, over its label
         up = (y - y_low) / (y_high - y_low)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
@@ -50,8 +50,9 @@ def line_chart(curves: Sequence[Curve]) -> str:
         y = place(x_low, value)[1]
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<text x="{LEFT - 6}" y="{y + 3:.1f}" text-anchor="end">{label}</text>')
-    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 5}">{x_low:g}</text>'
-                 f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">step {x_high:g}</text>')
+    if x_high > x_low:
+        parts.append(f'<text x="{LEFT}" y="{HEIGHT - 5}">{x_low:g}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">step {x_high:g}</text>')
     for colour, name, points in drawn:
         placed = [(*place(x, y), x, y) for x, y in points]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in placed)

@@ -11,7 +11,7 @@ import pytest
 from peftune.cli import main
 from peftune.errors import RunFolderError, guarded
 from peftune.numerics.intervals import adjusted_for_many, two_sided_p
-from peftune.observe.chart import LEFT, Curve, line_chart, thinned
+from peftune.observe.chart import LEFT, RIGHT, WIDTH, Curve, line_chart, thinned
 from peftune.report.comparison import compare, joined
 from peftune.report.outcomes import outcome
 from peftune.report.page import write_report
@@ -185,6 +185,11 @@ def test_a_chart_keeps_every_spike_of_a_long_curve():
     kept = thinned(points, 200)
     assert (54_321.0, 9.0) in kept and len(kept) < 210 and kept[0] == points[0] and kept[-1] == points[-1]
     assert "9" in line_chart([Curve("<loss>", points)]) and "<loss>" not in line_chart([Curve("<loss>", points)])
+
+
+def test_a_single_point_lies_over_the_one_label_of_its_step():
+    drawn = line_chart([Curve("accuracy", [(6, 0.5)])])
+    assert f'cx="{WIDTH - RIGHT:.1f}"' in drawn and ">step 6<" in drawn and ">6<" not in drawn
 
 
 @pytest.mark.parametrize(("low", "high"), [
