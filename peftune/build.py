@@ -208,8 +208,7 @@ def _run(
     state = TrainState() if start.checkpoint is None else load_checkpoint(start.checkpoint, model, optimizer, strategy)
     if start.checkpoint is not None:
         display.say(f"continuing after step {state.step} from {start.checkpoint}")
-    opening = functools.partial(_open_folder, config, folder, lock, start, strategy, data, text, facts, state.step)
-    world.on_main(writing(folder)(opening))
+    world.on_main(writing(folder)(lambda: _open_folder(config, lock, start, state.step, strategy, data, text, facts)))
     check_output_is_shared(world, folder / "manifest.json")
     state = world.on_main(functools.partial(keep_best, state, start.checkpoint, folder, display.warn))
     journal = _journal(config, folder, world, display, keep_rows=start.rows_kept(folder, state))
@@ -236,9 +235,10 @@ def _journal(config: RunConfig, folder: Path, world: World, display: Display, *,
 
 
 def _open_folder(
-    config: RunConfig, folder: Path, lock: FolderLock, start: Start, strategy: Strategy, data: Prepared, text: Text,
-    facts: dict[str, Any], step: int,
+    config: RunConfig, lock: FolderLock, start: Start, step: int, strategy: Strategy, data: Prepared, text: Text,
+    facts: dict[str, Any],
 ) -> None:
+    folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lock.take()
     refuse_begun(folder, start)
