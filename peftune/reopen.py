@@ -20,7 +20,7 @@ from peftune.data.sources import as_sources, fingerprint, read_records
 from peftune.data.store import MemorySplit, Split
 from peftune.data.targets import Targets
 from peftune.errors import ConfigError, DataError, Fault, ModelError, RunFolderError
-from peftune.loop.checkpoint import is_checkpoint, load_weights_of, what_has_weights
+from peftune.loop.checkpoint import is_checkpoint, load_weights_of, run_of, what_has_weights
 from peftune.loop.evaluate import Evaluator, Scored, evaluate, predict
 from peftune.loop.layout import choose_layout
 from peftune.loop.publish import read_json
@@ -79,7 +79,7 @@ def open_trained(path: str, config_path: str | None, world: World, display: Disp
     folder = Path(path)
     if not is_checkpoint(folder):
         return open_weights(*find_trained(path, config_path), world, display)
-    run = folder.resolve().parent.parent
+    run = run_of(folder)
     published = [run / name for name in ("final", "best") if holds_weights(run / name)]
     if not published:
         raise RunFolderError(Fault(
@@ -207,7 +207,7 @@ def find_trained(name: str, config_path: str | None, *, needs_data: bool = True)
     if is_checkpoint(path):
         raise RunFolderError(Fault(
             kind="run_folder", file=name, message="is a checkpoint, which only evaluate, without --tasks, and predict "
-            "can read", mend=f"give {path.resolve().parent.parent}"))
+            "can read", mend=f"give {run_of(path)}"))
     for run, weights in ((path, path / "final"), (path.parent, path)):
         if (run / "config.yaml").is_file() and (run / "manifest.json").is_file():
             if not holds_weights(weights):

@@ -31,6 +31,11 @@ def folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step-{step:06d}"
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The run folder in which a checkpoint lies, if it lies in one."""
+    return checkpoint.resolve().parent.parent
+
+
 def all_checkpoints(run_folder: Path) -> list[Path]:
     """Published checkpoints, oldest first. Folders of other names, such as copies of them, are somebody's own."""
     found = (run_folder / "checkpoints").glob("step-*")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from peftune.errors import Fault, RunFolderError
-from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, verify
+from peftune.loop.checkpoint import all_checkpoints, differing_keys, is_checkpoint, newest_whole, run_of, verify
 from peftune.loop.lock import LOCK, refuse_unmakeable
 from peftune.loop.publish import draft_of, published, read_json, recover, write_text
 from peftune.loop.state import TrainState
@@ -34,7 +34,7 @@ class Start:
 
     def rows_kept(self, folder: Path, state: TrainState) -> int:
         """Rows of the run folder's metrics.jsonl that the state speaks of: none if the checkpoint is another run's."""
-        own = self.checkpoint is not None and self.checkpoint.resolve().parent.parent == folder.resolve()
+        own = self.checkpoint is not None and run_of(self.checkpoint) == folder.resolve()
         return state.rows if own else 0
 
 
@@ -123,7 +123,7 @@ def same_model(folder: Path, checkpoint: Path | None, content: dict[str, str]) -
     Raises:
         RunFolderError: something has changed: the run would be neither the old one nor a new one.
     """
-    began = folder if checkpoint is None else checkpoint.resolve().parent.parent
+    began = folder if checkpoint is None else run_of(checkpoint)
     manifest = began / "manifest.json"
     if manifest.is_file():
         try:
@@ -148,7 +148,7 @@ def starts(checkpoint: Path | None, step: int, now: dict[str, Any]) -> list[dict
     Raises:
         RunFolderError: the manifest of the run so far cannot be read.
     """
-    manifest = None if checkpoint is None else checkpoint.resolve().parent.parent / "manifest.json"
+    manifest = None if checkpoint is None else run_of(checkpoint) / "manifest.json"
     earlier = read_json(manifest).get("starts", []) if manifest is not None and manifest.is_file() else []
     return [*(start for start in earlier if start["after_step"] < step), {"after_step": step, **now}]
 
@@ -172,7 +172,7 @@ def keep_best(state: TrainState, checkpoint: Path | None, folder: Path, warn: Ca
     """
     if checkpoint is None or state.best_step is None or _is_of_step(folder / "best", state.best_step):
         return state
-    old = checkpoint.resolve().parent.parent / "best"
+    old = run_of(checkpoint) / "best"
     if _is_of_step(old, state.best_step):
         with published(folder / "best") as draft:
             shutil.copytree(old, draft, dirs_exist_ok=True)
@@ -213,7 +213,7 @@ def _named_checkpoint(checkpoint: Path, folder: Path, config: dict[str, Any], da
 def _from_elsewhere(checkpoint: Path, config: dict[str, Any], data: dict[str, Any]) -> Start:
     verify(checkpoint)
     _same_run(checkpoint / "config.yaml", config)
-    manifest = checkpoint.resolve().parent.parent / "manifest.json"
+    manifest = run_of(checkpoint) / "manifest.json"
     if checkpoint.resolve().parent.name != "checkpoints" or not manifest.is_file():
         return Start(checkpoint, notes=(
             f"{checkpoint} lies in no run folder with a manifest.json: whether its data were these is not known",))
