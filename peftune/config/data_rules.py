@@ -1,9 +1,9 @@
-"""Settings that would change nothing, or data settings that contradict themselves: refused, not ignored."""
+"""Settings of the data section that would change nothing, or that contradict themselves: refused, not ignored."""
 
 from __future__ import annotations
 
 from peftune.config.refusal import Refusal
-from peftune.config.schema import GENERATIVE, RunConfig, Source
+from peftune.config.schema import RunConfig, Source
 
 EXPECTED_COLUMNS: dict[str, tuple[str, ...]] = {
     "sequence_classification": ("text", "text_pair", "label"),
@@ -53,41 +53,5 @@ DATA_RULES: tuple[Refusal[RunConfig], ...] = (
             not all(name.strip() for name in c.data.labels) or len(set(c.data.labels)) < max(1, len(c.data.labels))),
         "each class needs a name of its own, and one of them is empty or there twice",
         "name each class once, or data.labels=null for the labels of the training rows",
-    ),
-    Refusal(
-        "data.problem_type",
-        lambda c: c.data.problem_type != "auto" and c.task != "sequence_classification",
-        "only labels of whole texts are of several kinds", "data.problem_type=auto, or task=sequence_classification",
-    ),
-    Refusal(
-        "data.subtokens", lambda c: c.data.subtokens != "first" and c.task != "token_classification",
-        "only tags of words are learned by sub-tokens", "data.subtokens=first, or task=token_classification",
-    ),
-    Refusal(
-        "data.doc_stride", lambda c: c.data.doc_stride is not None and c.task != "question_answering",
-        "only the contexts of questions are read in windows", "data.doc_stride=null, or task=question_answering",
-    ),
-    Refusal(
-        "data.chat_template", lambda c: c.data.chat_template is not None and c.task not in GENERATIVE,
-        "only conversations are rendered by a chat template", "data.chat_template=null, or task=causal_lm",
-    ),
-    Refusal(
-        "train.dpo_beta", lambda c: c.train.dpo_beta != 0.1 and c.task != "preference",
-        "only preferences are learned beside a reference model", "train.dpo_beta=0.1, or task=preference",
-    ),
-    Refusal(
-        "evaluation.n_best", lambda c: c.evaluation.n_best != 20 and c.task != "question_answering",
-        "only questions have ranked answers", "evaluation.n_best=20, or task=question_answering",
-    ),
-    Refusal(
-        "evaluation.max_answer_tokens",
-        lambda c: c.evaluation.max_answer_tokens != 30 and c.task != "question_answering",
-        "only answers to questions are looked for in a text; evaluation.max_new_tokens bounds generated ones",
-        "evaluation.max_answer_tokens=30, or task=question_answering",
-    ),
-    Refusal(
-        "evaluation.no_answer_threshold",
-        lambda c: c.evaluation.no_answer_threshold != 0 and c.task != "question_answering",
-        "only questions may go without an answer", "evaluation.no_answer_threshold=0, or task=question_answering",
     ),
 )

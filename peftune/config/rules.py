@@ -9,6 +9,7 @@ from peftune.config.document import Document
 from peftune.config.refusal import Refusal
 from peftune.config.schema import RunConfig, Source
 from peftune.config.sequence_rules import PROMPT_LEARNING, sequence_faults
+from peftune.config.task_rules import TASK_RULES
 from peftune.errors import ConfigError, Fault
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -182,6 +183,7 @@ RULES: tuple[Refusal[RunConfig], ...] = (
         "evaluation.max_new_tokens=128, or evaluation.metric=loss",
     ),
     *DATA_RULES,
+    *TASK_RULES,
 )
 
 
